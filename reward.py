@@ -27,12 +27,14 @@ Label conventions: `tests/data/` and the doctests.  `strict=True` gives DeepScal
 import argparse
 import atexit
 import collections
+import concurrent.futures
 import functools
 import itertools
 import json
 import math
 import numbers
 import os
+import queue
 import re
 import select
 import subprocess
@@ -154,6 +156,8 @@ TOKEN = re.compile(r"(?P<space>[\s~]+)|(?P<num>(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(
 TEXT_TOKEN = re.compile(r"[A-Za-z](?:[A-Za-z'-]|\.(?=[A-Za-z]))*|(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)|[^\sA-Za-z]")
 GROUPS = re.compile(r"(?<![0-9.,}])[1-9][0-9]{0,2}(?:,[0-9]{3}){1,7}(?![0-9])(?!,[0-9])")
 SPACED = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:(?:\{,\}|,?\\[,!;: ]|,\\!\s+| )[0-9]{3})+(?![0-9])")
+DOUBLED = re.compile(r"\\\\(?=[A-Za-z])")                    # `\\\\frac`: escaped twice on its way into the data
+CLOCK = re.compile(r"(?<=[0-9 ])([aApP])\. ?[mM]\.?")
 MIXED_ASCII = re.compile(r"(?<![0-9./^_a-zA-Z})])([0-9]{1,9}) +([0-9]{1,9})/([0-9]{1,9})(?![0-9./^])")
 REPEATING = re.compile(r"([0-9]{0,200})\.([0-9]{0,200})\\(?:overline|bar|dot)\s*\{?([0-9]{1,200})\}?")
 
@@ -194,7 +198,7 @@ UNITS = frozenset("""degree degrees deg percent pct cent cents dollar dollars us
 # Words that may not be dropped behind a number, because they change what was said.
 MEANINGFUL = frozenset("""not no or and nor than less more least most about approximately million billion trillion thousand
     hundred dozen base half halves third quarter times squared cubed factorial pi plus minus but except unless if when is
-    are was between to over negative positive am pm wrong maybe either""".split())
+    are was between to over negative positive wrong maybe either""".split())
 
 
 def text_tokens(inner):
@@ -267,6 +271,8 @@ def degrees(tokens):
         elif tokens[i] == "^" and tokens[i + 1:i + 4] == ["{", "\\circ", "}"]:
             out.append("\\degree")
             i += 4
+        elif tokens[i] == "^" and len(tokens) > i + 2 and tokens[i + 2] in ('"th', '"st', '"nd', '"rd'):
+            i += 4
         else:
             out.append(tokens[i])
             i += 1
@@ -311,6 +317,9 @@ def tokenize(source):
     source = source.translate(UNICODE).strip()
     if "\\boxed" in source:
         source = last_box(source) or ""
+    if "\\begin" not in source:
+        source = DOUBLED.sub(r"\\", source)
+    source = CLOCK.sub(r"\\text{\1m}", source)
     source = source.replace("\\$", " ").replace("$", " ")
     if "." in source:
         source = REPEATING.sub(repeating_decimal, source)
@@ -558,6 +567,9 @@ class Parser:
             return self.symbol(t)
         if t in MARKS:
             inner = self.argument()
+            if self.peek() == "_":
+                self.take()
+                inner = ("v", f"{inner[1]}_{self.subscript()}")
             return inner if t in ("\\vec", "\\overrightarrow", "\\overline", "\\underline") else \
                 ("v", f"{t}{{{inner}}}")
         if t in ("\\angle", "\\triangle"):
@@ -740,7 +752,7 @@ def _after_fork():
     """A fork may happen while another thread holds a lock, and the child must not share the worker's pipes."""
     global _mp_lock, _counter_lock, _sympy
     _mp_lock, _counter_lock = threading.RLock(), threading.Lock()
-    _sympy = Worker()
+    _sympy = Worker("sympy")
 
 
 if hasattr(os, "register_at_fork"):
@@ -1075,7 +1087,7 @@ def is_tower(b):
 # ------------------------------------------------------------------------------------------------
 
 class Worker:
-    """`python reward.py --worker`, one JSON line in, one out.
+    """`python reward.py --worker KIND`, one JSON line in, one out.
 
     A fresh interpreter, not a fork: forking a process with torch, CUDA or threads is unsafe, and
     multiprocessing's spawn would import the caller's __main__ again.  SIGALRM would only work in the main
@@ -1083,12 +1095,12 @@ class Worker:
     by itself when its input closes, however the parent ended.
     """
 
-    def __init__(self):
-        self.process, self.lock = None, threading.Lock()
+    def __init__(self, kind):
+        self.kind, self.process, self.lock = kind, None, threading.Lock()
 
     def start(self):
-        self.process = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--worker"], start_new_session=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--worker", self.kind],
+                                        start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         if self.read(60) != b"ready\n":
             raise OSError("worker did not start")
 
@@ -1130,7 +1142,7 @@ class Worker:
             self.process = None
 
 
-_sympy = Worker()
+_sympy = Worker("sympy")
 atexit.register(lambda: _sympy.stop())
 
 
@@ -1189,23 +1201,39 @@ def sympy_big(node, sp):
     return {"sum": sp.Sum, "prod": sp.Product, "int": sp.Integral}[kind](body, (x, low, high)).doit()
 
 
-def worker_main():
+def prove_equal(job):
+    import sympy as sp
+    a, b = (sympy_tree(t, sp) for t in job)
+    return bool(a == b or sp.expand(a - b) == 0 or sp.simplify(a - b) == 0)
+
+
+def worker_main(kind):
+    """Serve jobs until the input closes.  The kernel enforces memory and CPU limits, should the parent be gone."""
     sys.path.pop(0)                    # a random.py next to this file must not shadow the library
+    serve = {"sympy": prove_equal, "grade": grade_chunk}[kind]
+    if kind == "sympy":
+        import sympy                   # slow, so it happens before `ready`, outside any job's time
+        assert sympy
+    print("ready", flush=True)
+    for line in sys.stdin:
+        limit_process(kind)
+        try:
+            result = serve(json.loads(line))
+        except Exception:              # whatever sympy raises, the pair is not shown to be equal
+            result = False
+        print(json.dumps(result), flush=True)
+
+
+def limit_process(kind):
     try:
         import resource
         resource.setrlimit(resource.RLIMIT_AS, (SYMPY_BYTES, SYMPY_BYTES))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if kind == "sympy":
+            used = resource.getrusage(resource.RUSAGE_SELF)
+            allowed = int(used.ru_utime + used.ru_stime + SYMPY_SECONDS + 2)
+            resource.setrlimit(resource.RLIMIT_CPU, (allowed, resource.getrlimit(resource.RLIMIT_CPU)[1]))
     except (ImportError, ValueError, OSError):
-        pass
-    import sympy as sp
-    print("ready", flush=True)
-    for line in sys.stdin:
-        try:
-            a, b = (sympy_tree(t, sp) for t in json.loads(line))
-            verdict = bool(a == b or sp.expand(a - b) == 0 or sp.simplify(a - b) == 0)
-        except Exception:              # whatever sympy raises, the pair is not shown to be equal
-            verdict = False
-        print(json.dumps(verdict), flush=True)
+        pass                           # not on this platform: the parent's wall-clock limit remains
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1345,10 +1373,16 @@ def build_element(tokens, depth):
         return build_bracket(tokens, depth)
     if "\\pm" in tokens or "\\mp" in tokens:
         return build_plus_minus(tokens, depth)
+    if tokens[0] == "\\approx":
+        tokens = tokens[1:]
+    if "\\equiv" in tokens and not {"\\pmod", "\\mod"} & set(tokens):
+        tokens = ["=" if t == "\\equiv" else t for t in tokens]
     if "\\approx" in tokens:
         left, _ = split(tokens, ("\\approx",))
         tokens = left[0] if not is_name(left[0]) else [("=" if t == "\\approx" else t) for t in tokens]
     for t in tokens:
+        if t == "\\cup":                        # -1 < x < 0 \cup 1 < x < 2
+            break
         if t in RELATIONS or t == "\\in":
             parts, found = split(tokens, {*RELATIONS, "\\in"})
             if found:
@@ -1518,7 +1552,7 @@ def strip_units(tokens):
         return tokens, ()
     for k in range(1, len(tokens)):
         t = tokens[k]
-        if t[0] == '"' or t[0].isalpha() and (len(t) > 1 and t.lower() in UNITS or tokens[k - 1] == "\\degree"):
+        if t[0] == '"' or t[0].isalpha() and (len(t) > 1 and t.lower() in UNITS | {"am", "pm"} or tokens[k - 1] == "\\degree"):
             words = unit_tail(tokens[k:])
             if words is not None and not MEANINGFUL & set(words):
                 return [x for x in tokens[:k] if x != "*" or True], tuple(words)
@@ -1561,7 +1595,12 @@ def build_scalar(tokens):
             words = " ".join(t.lstrip('"').lower() for t in tokens if t[0] == '"' or t[0].isalpha())
             return Node("text", words, (), key)
     value, words = strip_units(tokens)
-    scalar = Scalar(Parser(value).parse())
+    try:
+        scalar = Scalar(Parser(value).parse())
+    except Unparsed:
+        if any(t[0] == '"' for t in tokens):     # "October 30": equal to the same words only
+            return Node("text", " ".join(tokens).replace('"', ""))
+        raise
     if words and scalar.names and not set(words) <= UNITS:
         raise Unparsed("words behind an expression")
     return Node("scalar", scalar, words, key)
@@ -1570,10 +1609,10 @@ def build_scalar(tokens):
 def build_base(tokens):
     """2516_8, 2516_{8}, (1001)_2."""
     i = tokens.index("_")
-    digits, base = tokens[:i], [t for t in tokens[i + 1:] if t not in ("{", "}", "(", ")")]
-    digits = "".join(t for t in digits if t not in ("(", ")", "{", "}"))
-    if len(base) == 1 and base[0].isdigit() and re.fullmatch(r"[0-9][0-9A-Fa-f.]*|[0-9A-Fa-f.]*[0-9]", digits):
-        return Node("base", (digits.lstrip("0").upper(), int(base[0])))
+    digits, base = ("".join(t.lstrip('"') for t in part if t not in ("(", ")", "{", "}"))
+                    for part in (tokens[:i], tokens[i + 1:]))
+    if re.fullmatch(r"-?[0-9]{1,4}|[a-z]", base) and re.fullmatch(r"-?(?:[0-9][0-9A-Fa-f.]*|[0-9A-Fa-f.]*[0-9])", digits):
+        return Node("base", ("-" * (digits[0] == "-") + digits.lstrip("-0").upper(), base))
     return None
 
 
@@ -1954,10 +1993,11 @@ def gold_texts(gold):
     return []
 
 
-def judge(answer, gold):
+def judge(answer, gold, strict=False):
+    """The first matching text of the gold decides; else the first that could be read."""
     best = (False, "parse", "unparsed_gold")
     for text in gold_texts(gold):
-        result = compare(answer, text)
+        result = strict_compare(answer, text) if strict else compare(answer, text)
         if result[0]:
             return result
         if best[2] == "unparsed_gold":
@@ -1978,26 +2018,33 @@ def grade(answer, gold, strict=False):
     try:
         if not isinstance(answer, str):
             return False
-        return judge(answer, gold)[0]
+        return judge(answer, gold, strict)[0]
     except Exception:
         return False
 
 
 def explain(response, gold, strict=False):
-    """The `Verdict` on a whole response."""
-    answer = extract_answer(response)
+    """The `Verdict` on a whole response: reward, the tier that decided, why, the answer found, the gold.
+
+    >>> explain(r"<think>...</think> \\boxed{x+1}", r"1+x")
+    Verdict(reward=1.0, tier='numeric', reason='equal', answer='x+1', gold='1+x')
+    >>> explain(r"the answer is 5", "5").reason, explain("</think> 5", "5").reason
+    ('no_close', 'no_box')
+    """
+    answer = strict_extract(response) if strict else extract_answer(response)
     if answer is None:
         closed = isinstance(response, str) and "</think>" in response
         reason = "no_box" if closed else "no_close"
         count(reason)
         return Verdict(0.0, "extract", reason, None, gold)
-    return explain_answer(answer, gold)
+    return explain_answer(answer, gold, strict)
 
 
-def explain_answer(answer, gold):
+def explain_answer(answer, gold, strict=False):
+    """`explain` for the text inside the box."""
     try:
-        equal, tier, reason = judge(answer, gold)
-    except Exception as e:
+        equal, tier, reason = judge(answer, gold, strict)
+    except Exception as e:             # the last line of defence: the trainer must never see an exception
         equal, tier, reason = False, "error", type(e).__name__
     if reason in ("unparsed_answer", "unparsed_gold"):
         count(reason)
@@ -2005,25 +2052,253 @@ def explain_answer(answer, gold):
 
 
 def compute_reward(response, gold, strict=False):
-    """1.0 if the last box after the last </think> holds the gold, else 0.0.  Never raises."""
+    r"""1.0 if the last box after the last </think> holds the gold, else 0.0.  Never raises.
+
+    >>> compute_reward(r"<think>hm</think> \boxed{\frac{2}{4}x}", r"x/2")
+    1.0
+    """
     return explain(response, gold, strict).reward
 
 
+def grade_chunk(job):
+    rows, strict = job
+    reset_counters()
+    rewards = [compute_reward(response, gold, strict) for response, gold in rows]
+    return [rewards, reset_counters()]
+
+
 def compute_rewards(responses, golds, workers=None, strict=False):
-    """Rewards of many responses, in order."""
-    return [compute_reward(r, g, strict) for r, g in zip(responses, golds)]
+    """Rewards of many responses, in order; from any thread, under fork and spawn.
+
+    One process grades thousands a second, so `workers` (extra processes) pays only for very large files.
+    Raises ValueError if the lengths differ: silently short rewards would train on the wrong rows.
+
+    >>> compute_rewards([r"</think>\\boxed{1}", r"</think>\\boxed{2}"], ["1", "1"])
+    [1.0, 0.0]
+    """
+    responses, golds = list(responses), list(golds)
+    if len(responses) != len(golds):
+        raise ValueError(f"{len(responses)} responses, {len(golds)} golds")
+    if not workers or workers < 2:
+        return [compute_reward(r, g, strict) for r, g in zip(responses, golds)]
+    rows = list(zip(responses, golds))
+    size = max(1, min(500, -(-len(rows) // workers)))
+    chunks = [rows[i:i + size] for i in range(0, len(rows), size)]
+    with concurrent.futures.ThreadPoolExecutor(workers) as threads:
+        graders = queue.SimpleQueue()
+        for _ in range(workers):
+            graders.put(Worker("grade"))
+        results = list(threads.map(lambda chunk: grade_remotely(chunk, strict, graders), chunks))
+    while not graders.empty():
+        graders.get().stop()
+    return [reward for rewards in results for reward in rewards]
+
+
+def grade_remotely(chunk, strict, graders):
+    """Grade a chunk in one of the workers; what cannot be sent (a gold that is no JSON) is graded here."""
+    worker = graders.get()
+    try:
+        result = worker.ask([chunk, strict], 30 + len(chunk))
+    except (TypeError, ValueError):
+        result = None
+    finally:
+        graders.put(worker)
+    if not result:
+        return [compute_reward(r, g, strict) for r, g in chunk]
+    with _counter_lock:
+        counters.update(result[1])
+    return result[0]
+
+
+# ------------------------------------------------------------------------------------------------
+# strict: the original DeepScaleR verdicts
+# ------------------------------------------------------------------------------------------------
+
+def strict_extract(response):
+    """The original cuts at the first and second </think>.  (It also wanted <think>, which the prompt may hold.)"""
+    parts = response.split("</think>") if isinstance(response, str) else []
+    return last_box(parts[1]) if len(parts) > 1 else None
+
+
+def strict_compare(answer, gold):
+    """MATH's string equality, or prm800k's grader with `simplify(a - b) == 0` replaced by the tiers above.
+
+    Same blind spots on purpose: ordered lists, unreduced fractions wrong, no trigonometry or logarithms.
+    Source: github.com/agentica-project/deepscaler, rewards/math_utils; its hangs are answered with 0.
+    """
+    gold = last_box(gold) or "" if "\\boxed" in gold else gold
+    if max(len(answer), len(gold)) > MAX_CHARS:
+        return False, "strict", "too long"
+    if mathd(answer) == mathd(gold):
+        return True, "strict", "equal strings"
+    a, b = prm800k(answer), prm800k(gold)
+    if a == b:
+        return True, "strict", "equal"
+    if not a:
+        return False, "strict", "empty"
+    xs, ys = strict_elements(a), strict_elements(b)
+    if len(ys) > 1 and (a[0], a[-1]) != (b[0], b[-1]) or len(xs) != len(ys):
+        return False, "strict", "different"
+    equal = all(map(strict_element, xs, ys))
+    return equal, "strict", "equal" if equal else "different"
+
+
+def mathd(text):
+    """The MATH normaliser: formatting, units behind `\\text{ `, a short `x=`, 0.5 and a/b as \\frac."""
+    text = text.strip()
+    whole = re.fullmatch(r"\\text\{(.+?)\}", text)
+    text = whole[1].strip() if whole else text
+    for old, new in (("\n", ""), ("\\!", ""), ("\\\\", "\\"), ("tfrac", "frac"), ("dfrac", "frac"), ("\\left", ""),
+                     ("\\right", ""), ("^{\\circ}", ""), ("^\\circ", ""), ("\\$", "")):
+        text = text.replace(old, new)
+    if text.count("\\text{ ") == 1:
+        text = text.split("\\text{ ")[0]
+    text = text.replace("\\%", "").replace(" .", " 0.").replace("{.", "{0.")
+    text = "0" + text if text.startswith(".") else text
+    left, equals, right = text.partition("=")
+    if equals and "=" not in right and len(left) <= 2:
+        text = right
+    text = re.sub(r"\\sqrt([^{\s])", r"\\sqrt{\1}", text).replace(" ", "")
+    text = re.sub(r"\\frac([^{\\])([^{\\])", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"\\frac([^{\\])\{", r"\\frac{\1}{", text)
+    text = "\\frac{1}{2}" if text == "0.5" else text
+    return re.sub(r"^(-?[0-9]+)/(-?[0-9]+)$", r"\\frac{\1}{\2}", text)
+
+
+STRICT_UNITS = re.compile(r"(degree|cm|centimeter|meter|mile|second|minute|hour|day|week|month|year|foot|feet|inch|yard)"
+                          r"(es)?(s)? *(\^[0-9]+)?")
+STRICT_SYMBOLS = {r"\pi": "pi", r"\infty": "inf", r"\cup": "u", r"\cdot": "*", r"\times": "*", r"\le": "≤", r"\ge": "≥",
+                  r"\leq": "≤", r"\geq": "≥", r"\pm": "±", r"\in": "∈"}
+
+
+def prm800k(text):
+    """The prm800k normaliser.  LaTeX becomes plain text and braces go, which merges 9/(4 pi) with 9/4 pi."""
+    whole = re.fullmatch(r"\\text\{(.+?)\}", text.strip())
+    text = whole[1] if whole else text.strip()
+    for old, new in (("\\%", "%"), ("\\$", "$"), ("$", ""), ("%", ""), (" or ", " , "), (" and ", " , "),
+                     ("million", "*10^6"), ("billion", "*10^9"), ("trillion", "*10^12")):
+        text = text.replace(old, new)
+    text = re.sub(r"\^ *\\circ|\^ *\{\\circ\}", "", STRICT_UNITS.sub("", text))
+    text = text[1:-1] if text.startswith("{") and text.endswith("}") else text
+    text = text.replace(",\\!", "")
+    if is_integral(text):
+        text = str(int(float(text)))
+    if "\\" in text:
+        text = strict_plain(text)
+    text = re.sub(r"- *", "-", text)
+    text = re.sub(r"([0-9]) +([0-9])", r"\1+\2", text)
+    text = text.replace(" ", "").replace("{", "").replace("}", "").lower()
+    return str(int(float(text.replace(",", "")))) if is_integral(strip_commas(text)) else text
+
+
+def strip_commas(text):
+    return re.sub(r"(?<=[0-9]),(?=[0-9]{3}(?:[^0-9]|$))", "", text) if "," in text else text
+
+
+def is_integral(text):
+    try:
+        return abs(float(text) - round(float(text))) <= 1e-7
+    except (ValueError, OverflowError):
+        return False
+
+
+def strict_plain(text):
+    """What pylatexenc prints: \\frac{a}{b} as a/b, \\sqrt{a} as sqrt(a), the index of a root lost."""
+    text = text.replace("\\tfrac", "\\frac").replace("\\dfrac", "\\frac").replace("\\frac", " \\frac")
+    text = re.sub(r"\\sqrt *\[[^\]]*\]", r"\\sqrt", text)
+    for _ in range(20):                # innermost first; a bounded number of levels
+        new = re.sub(r"\\frac *(?:\{([^{}]*)\}|([0-9a-z])) *(?:\{([^{}]*)\}|([0-9a-z]))", r"\1\2/\3\4", text)
+        new = re.sub(r"\\sqrt *(?:\{([^{}]*)\}|([0-9a-z]))", r"sqrt(\1\2)", new)
+        new = re.sub(r"\\(?:text|mathrm|mathbf|textbf|mbox) *\{([^{}]*)\}", r"\1", new)
+        if new == text:
+            break
+        text = new
+    text = re.sub(r"\\[,;: ]", " ", text)
+    return re.sub(r"\\([A-Za-z]+|.)", lambda m: STRICT_SYMBOLS.get(m[0], m[1] if "\\" + m[1] in FUNCTIONS | GREEK else ""),
+                  text).strip()
+
+
+def strict_elements(text):
+    text = strip_commas(text)
+    if len(text) > 2 and text[0] in "([" and text[-1] in ")]" and not any(c in "()[]" for c in text[1:-1]):
+        return [e.strip() for e in text[1:-1].split(",")]
+    return [text]
+
+
+def strict_element(a, b):
+    fraction = re.compile(r"-?[0-9]+.?/0*[1-9][0-9]*.?")
+    if fraction.fullmatch(a) and fraction.fullmatch(b):
+        return a == b
+    if is_integral(strip_commas(a)) != is_integral(strip_commas(b)):
+        return False
+    both = f"({b})-({a})"
+    found = {c for c in both.replace("sqrt", "").replace("frac", "") if c.isalpha()}
+    if len(found) > 2 or "^{" in both or "^(" in both or re.search(r"\^[0-9]+\^|\^[0-9][0-9]+", both):
+        return False
+    try:
+        x, y = (strict_scalar(t) for t in (a, b))
+        return same_scalar(x, y)
+    except (Unparsed, Undecided, ArithmeticError, ValueError, IndexError, TypeError, RecursionError):
+        return False
+
+
+def strict_scalar(text):
+    """Lower-cased `e` and `i` were plain symbols to the original."""
+    tree = Parser(math_tokens(text)).parse()
+    return Scalar(replace_constants(tree))
+
+
+def replace_constants(tree):
+    if not isinstance(tree, tuple):
+        return tree
+    if tree[0] == "c" and tree[1] in ("e", "i"):
+        return ("v", tree[1])
+    return tuple(replace_constants(t) for t in tree)
+
+
+# ------------------------------------------------------------------------------------------------
+# Command line
+# ------------------------------------------------------------------------------------------------
+
+def grade_file(path, strict):
+    """Grade the rows of a file; print how many were decided where, and the speed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        tqdm = iter
+    with open(path) as f:
+        rows = [json.loads(line) for line in f if line.strip()]
+    start, right, reasons = time.perf_counter(), 0, collections.Counter()
+    for row in tqdm(rows):
+        if "response" in row:
+            verdict = explain(row["response"], row["gold"], strict)
+        else:
+            verdict = explain_answer(row["answer"], row["gold"], strict)
+        right += verdict.reward == 1.0
+        reasons[verdict.tier, verdict.reason] += 1
+    seconds = time.perf_counter() - start
+    for (tier, reason), n in reasons.most_common():
+        print(f"{n:8d}  {tier:10s} {reason}")
+    print(f"{right} of {len(rows)} right, {len(rows) / max(seconds, 1e-9):.0f} a second")
 
 
 def main():
-    parser = argparse.ArgumentParser(description="grade one answer or a file")
-    parser.add_argument("file", nargs="?")
-    parser.add_argument("--answer")
-    parser.add_argument("--gold")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description="Grade one answer, or a file of JSON lines.")
+    parser.add_argument("file", nargs="?", help='rows {"response" or "answer", "gold"}')
+    parser.add_argument("--answer", help="text inside the box")
+    parser.add_argument("--gold", help="the right answer")
+    parser.add_argument("--strict", action="store_true", help="DeepScaleR's original verdicts")
+    parser.add_argument("--worker", choices=["sympy", "grade"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return worker_main()
-    print(explain_answer(args.answer, args.gold))
+        worker_main(args.worker)
+    elif args.file:
+        grade_file(args.file, args.strict)
+    elif args.answer is not None and args.gold is not None:
+        for name, value in explain_answer(args.answer, args.gold, args.strict)._asdict().items():
+            print(f"{name:8s} {value}")
+    else:
+        parser.error("give FILE.jsonl, or --answer and --gold")
 
 
 if __name__ == "__main__":
