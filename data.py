@@ -213,18 +213,18 @@ def clean_text(value, name):
 
 
 def clean_answer(value):
-    """An answer as text, or as a list of texts of which any is right.
+    """An answer as text, or as a list of texts of which any is right; "" or [] if there is none.
 
-    >>> clean_answer(142.0), clean_answer(["9.6\\n"]), clean_answer([1, "one"])
+    >>> clean_answer(142.0), clean_answer(["9.6\\n"]), clean_answer([1, "one", ""])
     ('142', '9.6', ['1', 'one'])
     """
     if isinstance(value, (list, tuple)):
-        texts = list(dict.fromkeys(t for t in map(clean_answer, value) if t))
-        if any(isinstance(t, list) for t in texts):
+        if any(isinstance(v, (list, tuple)) for v in value):
             raise DataError("answer is a list of lists, expected text")
+        texts = list(dict.fromkeys(t for t in map(clean_answer, value) if t))
         return texts[0] if len(texts) == 1 else texts
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if isinstance(value, float) and not math.isfinite(value):
+        if not math.isfinite(value):
             raise DataError(f"answer is {value}, expected a finite number or text")
         return str(int(value)) if value == int(value) and abs(value) < 1e15 else str(value)
     return clean_text(value, "answer")
@@ -854,7 +854,7 @@ def fill_answers(rows, work, extractor=None):
         found = cached_map(work / f"extractor-{digest(name)}", pairs, lambda p: np.array(extract(p), dtype=str), "extractor", 16)
         for row, answer in zip(asked, found):
             row["answer"] = str(answer)
-    return rows, []
+    return rows, []  # a row without answer may still be the copy of one that has it
 
 
 # --- steps 3 and 4: duplicates and benchmarks ---------------------------------------------
@@ -1027,30 +1027,39 @@ def why_not_gradable(problem, answer):
         return "no answer in it"
     if PROOF.search(problem) and not TASK.search(problem):
         return "proof"
-    return "answer longer than 300 characters" if len(text) > 300 else None
+    if len(text) > 300:
+        return "answer longer than 300 characters"
+    given = [b for b, _ in boxes(problem)] + re.findall(r"\b(?:Answer|Solution)\s*:\s*(.+?)\.?\s*$", problem)
+    if any(b and same_answer(b, answer) for b in given) or re.search(r"\bSolution\b:?\s+(?:1\b|We\b|Let\b)", problem):
+        return "the problem gives its answer away"
+    return None
 
 
-def grades_itself(answers):
-    """For each answer (JSON text) "1" if a response boxing it is graded right, in bounded time."""
+def grading_verdicts(answers):
+    """For each answer (as JSON) "" if the grader can grade it, else why not; in bounded time.
+
+    Equal to itself is not enough: reward.py compares what it cannot parse letter by letter, so
+    such a gold is right in one spelling only. An unequal answer makes the grader parse it.
+    """
     golds = [json.loads(a) for a in answers]
-    texts = [f"</think> \\boxed{{{g if isinstance(g, str) else g[0]}}}" for g in golds]
-    return np.array(["1" if r else "0" for r in reward.compute_rewards(texts, golds)])
+    firsts = [g if isinstance(g, str) else g[0] for g in golds]
+    same = reward.compute_rewards([f"</think> \\boxed{{{f}}}" for f in firsts], golds)
+    other = [reward.explain("</think> \\boxed{0}", f).reason for f in firsts]
+    return np.array(["not graded equal to itself" if not ok else
+                     "the grader cannot parse it" if why == "unparsed_gold" else ""
+                     for ok, why in zip(same, other)], dtype="U32")
 
 
-def keep_gradable(rows, work, check=grades_itself):
-    """Drop rows whose answer is missing, a proof, of several parts, or not graded equal to itself."""
+def keep_gradable(rows, work, check=grading_verdicts):
+    """Drop rows whose answer is missing, a proof, of several parts, or beyond the grader."""
     reasons = [why_not_gradable(r["problem"], r["answer"]) for r in rows]
-    asked = [r for r, reason in zip(rows, reasons) if reason is None]
+    asked = [json.dumps(r["answer"]) for r, reason in zip(rows, reasons) if reason is None]
     # The verdicts are remembered for this very grader: another reward.py asks again.
     folder = work / f"gradable-{digest(Path(reward.__file__).read_text())}"
-    verdicts = iter(cached_map(folder, [json.dumps(r["answer"]) for r in asked], check, "gradable"))
-    kept, dropped = [], []
-    for row, reason in zip(rows, reasons):
-        if reason is None and next(verdicts) == "1":
-            kept.append(row)
-        else:
-            dropped.append(drop(row, "gradable", reason or "not graded equal to itself"))
-    return kept, dropped
+    verdicts = iter(cached_map(folder, asked, check, "gradable"))
+    reasons = [reason or str(next(verdicts)) for reason in reasons]
+    kept = [row for row, reason in zip(rows, reasons) if not reason]
+    return kept, [drop(row, "gradable", reason) for row, reason in zip(rows, reasons) if reason]
 
 
 # --- step 6: describe ---------------------------------------------------------------------
