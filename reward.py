@@ -733,19 +733,18 @@ def variables(tree):
 # Tiers exact and numeric
 # ------------------------------------------------------------------------------------------------
 
-_mp = None
+LOW, HIGH, MAX_DIGITS = 50, 120, 20_000      # digits to refute, to confirm, and at most
+_contexts = {}
 _mp_lock = threading.RLock()      # mpmath contexts and its cache of constants are not safe between threads
 
 
-def contexts():
-    """Two private mpmath contexts: 50 digits to refute, 120 digits to confirm."""
-    global _mp
-    if _mp is None:
-        import mpmath
-        low, high = mpmath.mp.clone(), mpmath.mp.clone()
-        low.dps, high.dps = 50, 120
-        _mp = low, high
-    return _mp
+def context(digits):
+    """A private mpmath context."""
+    if digits not in _contexts:
+        import mpmath                 # here, so that importing this file stays fast
+        _contexts[digits] = mpmath.mp.clone()
+        _contexts[digits].dps = digits
+    return _contexts[digits]
 
 
 def _after_fork():
@@ -776,8 +775,9 @@ class Evaluator:
     factorial is one C call that neither a signal nor another thread can interrupt.
     """
 
-    def __init__(self, ctx, point):
-        self.ctx, self.point = ctx, point
+    def __init__(self, digits, point=()):
+        self.ctx, self.point = context(digits), point
+        self.peak = 0                 # decimal digits before the point of the largest term of any sum
 
     def inexact(self, x):
         return self.ctx.mpf(x.numerator) / x.denominator if isinstance(x, Fraction) else x
@@ -801,6 +801,8 @@ class Evaluator:
         if not rational:
             values = [self.inexact(v) for v in values]
         if kind == "+":
+            if not rational:
+                self.peak = max(self.peak, *(int(self.ctx.mag(v) * 0.302) for v in values if v))
             total = values[0]
             for v in values[1:]:
                 total = exact(total + v) if rational else total + v
@@ -942,18 +944,21 @@ POINTS_NEEDED = 3
 
 class Scalar:
     """A tree with its free variables; constant values are cached, because golds and list elements repeat."""
-    __slots__ = ("tree", "names", "flags", "values")
+    __slots__ = ("tree", "names", "flags", "cache")
 
     def __init__(self, tree):
-        self.tree, self.values = tree, {}
+        self.tree, self.cache = tree, {}
         self.names, self.flags = variables(tree)
 
-    def value(self, high=False, point=None):
-        if point is not None:
-            return Evaluator(contexts()[high], point)(self.tree)
-        if high not in self.values:
-            self.values[high] = Evaluator(contexts()[high], {})(self.tree)
-        return self.values[high]
+    def value(self, digits=LOW, point=None):
+        """(value, peak) at a sample point."""
+        if point is None and digits in self.cache:
+            return self.cache[digits]
+        evaluate = Evaluator(digits, point or {})
+        result = evaluate(self.tree), evaluate.peak
+        if point is None:
+            self.cache[digits] = result
+        return result
 
 
 def infinite(tree):
@@ -963,28 +968,37 @@ def infinite(tree):
     return -1 if tree == ("*", MINUS_ONE, ("c", "inf")) else 0
 
 
-def differ(a, b, a_high, b_high):
-    """Do two values differ?  `*_high` recompute them with 120 digits.
+def differ(a, b, point=None):
+    """Do two Scalars differ (at a point)?
 
-    At 50 digits a clear difference settles it.  Otherwise the difference must shrink with the precision:
-    rounding noise does (by 10^70), a true near miss such as e^{-200} against 0 does not.
+    A clear difference at 50 digits settles it.  Otherwise both are computed again with 120 digits more than
+    their largest terms have, and the gap must be rounding noise: tiny, and shrinking with the precision.
+    So neither e^{-200} passes for 0 nor 10^{99} + \\sqrt2 for 10^{99}.
     """
-    if isinstance(a, Fraction) and isinstance(b, Fraction):
-        return a != b
-    low, high = contexts()
-    a, b = Evaluator(low, {}).inexact(a), Evaluator(low, {}).inexact(b)
-    gap, size = abs(a - b), max(abs(a), abs(b))
-    if not low.isfinite(gap):
-        raise ZeroDivisionError
-    if gap > 1e-8 * size and size > 1e-25:
+    (x, peak), (y, peak_y) = a.value(LOW, point), b.value(LOW, point)
+    if isinstance(x, Fraction) and isinstance(y, Fraction):
+        return x != y
+    gap, size, magnitude = gap_of(x, y, LOW)
+    peak = max(peak, peak_y, magnitude)
+    if peak < 25 and gap > 1e-8 * size and size > 1e-25:
         return True
-    inexact = Evaluator(high, {}).inexact
-    gap_high = abs(inexact(a_high()) - inexact(b_high()))
-    return gap_high > high.mpf(10) ** -95 * size and gap_high > gap * high.mpf(10) ** -40
+    digits = HIGH if peak < 25 else HIGH + peak
+    if digits > MAX_DIGITS:
+        raise Undecided("too many digits")
+    ten = context(digits).mpf(10)
+    sharp, size, _ = gap_of(a.value(digits, point)[0], b.value(digits, point)[0], digits)
+    noise = ten ** (max(peak, 0) - digits + 15)
+    return sharp > ten ** (15 - digits) * size and not (sharp <= noise and (gap == 0 or sharp <= gap * ten ** -40))
 
 
-def same_constant(a, b):
-    return not differ(a.value(), b.value(), lambda: a.value(True), lambda: b.value(True))
+def gap_of(x, y, digits):
+    """(difference, size, decimal digits of the size) of two values."""
+    ctx, inexact = context(digits), Evaluator(digits).inexact
+    x, y = inexact(x), inexact(y)
+    gap, size = abs(x - y), max(abs(x), abs(y))
+    if not ctx.isfinite(gap):
+        raise ZeroDivisionError
+    return gap, size, int(ctx.mag(size) * 0.302) if size else 0
 
 
 def sample_points(names, flags):
@@ -999,51 +1013,45 @@ def sample_points(names, flags):
 
 
 def same_symbolic(a, b, ratio=False):
-    """Equal at every sample point where the gold b is defined (with `ratio`: proportional, returns the factor)."""
+    """Equal at every sample point where the gold b is defined (with `ratio`: proportional; returns the factor)."""
     names, flags = a.names | b.names, a.flags | b.flags
     needed = 8 if "steps" in flags else POINTS_NEEDED
-    agreed, complex_only, factor = 0, [], None
-    for point in sample_points(names, flags):
+    usable, complex_points = 0, []
+    factor = None
+    for point in itertools.chain(sample_points(names, flags), complex_points):
         try:
-            right = b.value(point=point)
+            gold = b.value(LOW, point)[0]
         except (ArithmeticError, ValueError):
             continue
-        if "i" not in flags and not isinstance(right, Fraction) and contexts()[0].im(right):
-            complex_only.append(point)       # off the real domain branches of roots differ: last resort only
+        real = "i" in flags or isinstance(gold, Fraction) or not context(LOW).im(gold)
+        if not real and len(complex_points) < 8 and point not in complex_points:
+            complex_points.append(point)     # off the real domain the branches of roots differ: last resort only
             continue
-        verdict, factor = agree_at(a, b, point, right, factor, ratio)
-        if not verdict:
+        agrees, factor = agree_at(a, b, point, factor, ratio)
+        if not agrees:
             return False
-        agreed += 1
-        if agreed == needed:
+        usable += 1
+        if usable == needed:
             break
-    if agreed == 0:
-        for point in complex_only[:POINTS_NEEDED]:
-            verdict, factor = agree_at(a, b, point, b.value(point=point), factor, ratio)
-            if not verdict:
-                return False
-            agreed += 1
-    if agreed < (1 if "integer" in flags else 2):
+    if usable < (1 if "integer" in flags else 2):
         raise Undecided("no point where both are defined")
     return factor if ratio else True
 
 
-def agree_at(a, b, point, right, factor, ratio):
+def agree_at(a, b, point, factor, ratio):
     """(agree, factor) at one point; an answer undefined where the gold is defined does not agree."""
     try:
-        left = a.value(point=point)
         if not ratio:
-            return not differ(left, right, lambda: a.value(True, point), lambda: b.value(True, point)), None
+            return not differ(a, b, point), None
+        left, right = a.value(LOW, point)[0], b.value(LOW, point)[0]
         if left == 0 or right == 0:
             return left == right, factor
-        exact_ = isinstance(left, Fraction) and isinstance(right, Fraction)
-        inexact = Evaluator(contexts()[0], {}).inexact
-        quotient = left / right if exact_ else inexact(left) / inexact(right)
-        if factor is None:
-            return True, quotient
-        if exact_ and isinstance(factor, Fraction):
-            return quotient == factor, factor
-        return abs(inexact(quotient) - inexact(factor)) < 1e-30 * abs(inexact(factor)), factor
+        if isinstance(left, Fraction) and isinstance(right, Fraction) and (factor is None or isinstance(factor, Fraction)):
+            quotient = left / right
+            return factor in (None, quotient), quotient
+        inexact = Evaluator(LOW).inexact
+        quotient = inexact(left) / inexact(right)
+        return factor is None or abs(quotient - inexact(factor)) < 1e-30 * abs(quotient), quotient
     except (ArithmeticError, ValueError):
         return False, factor
 
@@ -1054,14 +1062,14 @@ def same_scalar(a, b):
         return True
     if infinite(a.tree) or infinite(b.tree):
         return infinite(a.tree) == infinite(b.tree)
-    if "inf" in a.flags or bool(a.names) != bool(b.names):
+    if "inf" in a.flags:
         return False
     if "big" in a.flags and "big" not in b.flags:
         return False                       # the problem restated is not its answer
     with _mp_lock:
         try:
-            if not a.names:
-                return same_constant(a, b)
+            if not a.names and not b.names:
+                return not differ(a, b)
             return same_symbolic(a, b)
         except (ArithmeticError, ValueError):
             return False
@@ -1074,7 +1082,7 @@ def same_scalar(a, b):
 def is_tower(b):
     """Is the gold itself beyond the bounds?  (If only the answer is, it is wrong, and not worth a second.)"""
     try:
-        b.value(point=dict.fromkeys(b.names, Fraction(3)))
+        b.value(LOW, dict.fromkeys(b.names, Fraction(3)))
     except Undecided:
         return True
     except (ArithmeticError, ValueError):
@@ -1380,14 +1388,12 @@ def build_element(tokens, depth):
     if "\\approx" in tokens:
         left, _ = split(tokens, ("\\approx",))
         tokens = left[0] if not is_name(left[0]) else [("=" if t == "\\approx" else t) for t in tokens]
-    for t in tokens:
-        if t == "\\cup":                        # -1 < x < 0 \cup 1 < x < 2
-            break
-        if t in RELATIONS or t == "\\in":
+    if any(t in RELATIONS or t == "\\in" for t in tokens):
+        parts, found = split(tokens, ("\\cup",))
+        if not found or any(t in ("\\in", "=") for t in tokens):    # else: -1 < x < 0 \cup 1 < x < 2
             parts, found = split(tokens, {*RELATIONS, "\\in"})
             if found:
                 return build_relation(parts, found, depth)
-            break
     if any(t in ("\\cup", "\\cap", "\\setminus", "\\mathbb") or t == '"u' for t in tokens):
         pieces = build_set(tokens, depth)
         if pieces is not None:
@@ -1435,12 +1441,27 @@ def is_name(tokens):
         elif t[0].isalpha() and not (len(t) == 1 or t.isupper() or t[0] == '"'):
             return False
         previous = t
-    at_top = [t for i, t in enumerate(tokens) if t[0].isalpha() and (i == 0 or tokens[i - 1] != "_")]
-    if tokens[0] in ("(",):
+    tokens = without_subscripts(tokens)
+    if tokens[0] == "(" or "(" in tokens and tokens[1] == "(":
         return True
-    calls = "(" in tokens
-    return tokens[0][0].isalpha() or tokens[0] in GREEK or tokens[0] in FUNCTIONS or \
-        tokens[0] in ("\\angle", "\\frac", "|", "\\overline", "\\dot", "\\vec") if calls or len(at_top) <= 2 else False
+    at_top = [t for t in tokens if t[0].isalpha() or t[0] == '"']
+    if len(at_top) > 1 and not all(t.isupper() for t in at_top if t[0] != '"'):
+        return "(" in tokens and tokens[0] in FUNCTIONS
+    return tokens[0][0].isalpha() or tokens[0] in GREEK or tokens[0] in FUNCTIONS or tokens[0] in MARKS or \
+        tokens[0] in ("\\angle", "\\frac", "|", "\\triangle")
+
+
+def without_subscripts(tokens):
+    out, i = [], 0
+    while i < len(tokens):
+        if tokens[i] == "_" and out:
+            i = match_at(tokens, i + 1) if tokens[i + 1:i + 2] == ["{"] else i + 1
+            if i < 0:
+                break
+        else:
+            out.append(tokens[i])
+        i += 1
+    return out
 
 
 def name_key(tokens):
@@ -1455,7 +1476,8 @@ def build_relation(parts, found, depth):
         if len(found) > 1 or not is_name(parts[0]):
             raise Unparsed("\\in")
         node = build(parts[1], depth + 1)
-        node = as_interval(node) or node
+        if node.kind == "tuple":
+            node = as_interval(node) or node
         return Node("assign", (name_key(parts[0]), node)) if node.kind != "real" else \
             Node("real", node.value, (name_key(parts[0]),))
     if set(found) == {"="}:
@@ -1552,10 +1574,11 @@ def strip_units(tokens):
         return tokens, ()
     for k in range(1, len(tokens)):
         t = tokens[k]
-        if t[0] == '"' or t[0].isalpha() and (len(t) > 1 and t.lower() in UNITS | {"am", "pm"} or tokens[k - 1] == "\\degree"):
+        if t[0] == '"' or t[0].isalpha() and (len(t) > 3 or len(t) > 1 and t.lower() in UNITS or t.lower() in ("am", "pm")
+                                              or tokens[k - 1] == "\\degree"):
             words = unit_tail(tokens[k:])
             if words is not None and not MEANINGFUL & set(words):
-                return [x for x in tokens[:k] if x != "*" or True], tuple(words)
+                return tokens[:k], tuple(words)
     return tokens, ()
 
 
@@ -1628,12 +1651,12 @@ def position(scalar):
     if scalar.names:
         raise Unparsed("variable end point")
     try:
-        value = scalar.value()
+        value, _ = scalar.value()
     except (ArithmeticError, ValueError):
         raise Unparsed("end point") from None
     if isinstance(value, Fraction):
         return value
-    if contexts()[0].im(value):
+    if context(LOW).im(value):
         raise Unparsed("complex end point")
     return value
 
@@ -1645,7 +1668,7 @@ def before(a, b):
         return (x > y) - (x < y)
     if same_scalar(a, b):
         return 0
-    return 1 if Evaluator(contexts()[0], {}).inexact(x) > Evaluator(contexts()[0], {}).inexact(y) else -1
+    return 1 if Evaluator(LOW).inexact(x) > Evaluator(LOW).inexact(y) else -1
 
 
 def as_interval(node):
@@ -1810,8 +1833,8 @@ def same(a, b):
 
 
 def same_words(a, b):
-    """cm against inches is left to the reader of the problem; odd against even is not."""
-    return a <= UNITS and b <= UNITS or bool(a & b)
+    """Units never conflict (nothing is converted), `integers` fits `distinct integers`, odd does not fit even."""
+    return a <= UNITS and b <= UNITS or a <= b or b <= a
 
 
 def same_name(a, b):
@@ -1888,13 +1911,15 @@ def same_relation(a, b):
     op = ops[0]
     if op in ("=", "!="):
         return op == gold_ops[0]
-    if not isinstance(factor, Fraction) and contexts()[0].im(factor):
+    if not isinstance(factor, Fraction) and context(LOW).im(factor):
         return False
     return (op if factor > 0 else FLIP[op]) == gold_ops[0]
 
 
 def elements(node):
     """Elements of a list, without a name that all of them share (`x=1, x=2` or `x=1, 2`)."""
+    if node.kind == "assign" and node.value[1].kind == "list":
+        return node.value[0], list(node.value[1].value)
     items = list(node.value) if node.kind == "list" else [node]
     names = {n.value[0] for n in items if n.kind == "assign"}
     if len(names) == 1 and all(n.kind != "relation" for n in items):
@@ -1972,7 +1997,7 @@ def peek(a, b):
     """Constant values already computed or cheap to compute, to name the tier."""
     for node in (a, b):
         try:
-            yield node.value.value()
+            yield node.value.value()[0]
         except (Undecided, Unparsed, ArithmeticError, ValueError):
             yield None
 
