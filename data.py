@@ -1310,37 +1310,40 @@ def select(source, out, difficulty=None, **limits):
 
 
 def make_sampler(model, engine="auto", max_len=8192, max_prompt_len=1024, temperature=0.6, seed=0, no_chat=False):
-    """A function (list of texts, n) -> n response texts for each, from rollout.py's engine.
+    """A function (list of texts, n) -> n response texts for each, by an engine of rollout.py.
 
-    Seeds come from the text and the sample's number, so a resumed run draws the same samples.
+    A text whose prompt is too long gets no responses. Seeds come from the text and the sample's
+    number, so a resumed run draws the same samples.
     """
-    import rollout  # only these commands need a model; curation stays importable without
+    import rollout  # only sampling needs a model; curation works without
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    generator = rollout.make_engine(engine, model, max_len=max_prompt_len + max_len)
+    generator = rollout.make_engine(engine, model, max_model_len=max_prompt_len + max_len, load_weights=True)
 
     def sample(texts, n):
-        prompts = [encode_prompt(tokenizer, t, chat=not no_chat) for t in texts for _ in range(n)]
-        seeds = [int(digest(seed, t, k)[:8], 16) for t in texts for k in range(n)]
-        samples = generator.generate(prompts, seeds, max_len, temperature)
-        decoded = [tokenizer.decode(s.response_ids, skip_special_tokens=True) for s in samples]
-        return [decoded[k * n:(k + 1) * n] for k in range(len(texts))]
+        prompts = [encode_prompt(tokenizer, text, chat=not no_chat) for text in texts]
+        fits = [k for k, prompt in enumerate(prompts) if len(prompt) <= max_prompt_len]
+        samples = generator.generate(
+            [prompts[k] for k in fits for _ in range(n)],
+            [rollout.sample_seed(seed, 0, texts[k], j) for k in fits for j in range(n)], max_len, temperature)
+        replies = [[] for _ in texts]
+        for i, one in enumerate(samples):
+            replies[fits[i // n]].append(tokenizer.decode(one.response_ids, skip_special_tokens=True))
+        return replies
 
     return sample
 
 
 def model_extractor(model):
-    """An --extractor that asks a local model, through rollout.py, to copy the final answer."""
-    sample = None
+    """An extractor that asks a local model, through rollout.py, to copy the final answer: (name, function)."""
+    load = functools.cache(lambda: make_sampler(model, max_len=2048, max_prompt_len=8192, temperature=0.0))
 
     def extract(pairs):
-        nonlocal sample
-        sample = sample or make_sampler(model, max_len=2048, max_prompt_len=8192, temperature=0.0)
         texts = ["Problem:\n{problem}\n\nSolution:\n{solution}\n\nCopy the final answer of this solution."
-                 .format(**json.loads(p)) for p in pairs]
-        found = [boxes(replies[0]) for replies in sample(texts, 1)]
-        return [tidy_answer(b[-1][0])[:300] if b else "" for b in found]
+                 .format(**json.loads(pair)) for pair in pairs]
+        found = [boxes(replies[0]) if replies else [] for replies in load()(texts, 1)]
+        return [tidy_answer(box[-1][0])[:300] if box else "" for box in found]
 
     return Path(model).name, extract
 
@@ -1349,28 +1352,30 @@ def difficulty(model, data, out, n=8, batch=128, limit=None, sample=None, **opti
     """Write the solve rate of every problem: JSON lines of id, solve_rate, solved, n, model.
 
     data: a file for load_problems. out is continued if it exists: problems in it are not asked
-    again. sample: (list of texts, n) -> n responses each; made from rollout.py if None.
+    again. sample: (list of texts, n) -> n responses each; made from rollout.py if None. Problems
+    with a prompt above max_prompt_len are left out.
     """
     problems, out, name = load_problems(data, limit), Path(out), Path(model).name
     lines = out.read_text().splitlines(keepends=True) if out.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may leave half a line
+    lines = [line for line in lines if line.endswith("\n")]  # a kill may leave half a line
+    rows = [json.loads(line) for line in lines]
     if any((row["n"], row["model"]) != (n, name) for row in rows):
         raise DataError(f"{out} holds rates of another model or n; give another --out or remove it")
     done = {row["id"] for row in rows}
     todo = [p for p in problems if p.id not in done]
-    write_atomic(out, "".join(line for line in lines if line.endswith("\n")).encode())
+    write_atomic(out, "".join(lines).encode())
     sample = sample or (make_sampler(model, **options) if todo else None)
     with open(out, "a") as file:
         for start in tqdm(range(0, len(todo), batch), desc="solve rates"):
             part = todo[start:start + batch]
-            texts = [t for replies in sample([p.problem for p in part], n) for t in replies]
-            rewards = reward.compute_rewards(texts, [p.answer for p in part for _ in range(n)])
-            for k, item in enumerate(part):
-                solved = int(sum(rewards[k * n:(k + 1) * n]))
+            for item, replies in zip(part, sample([p.problem for p in part], n)):
+                if not replies:
+                    continue
+                solved = int(sum(reward.compute_rewards(replies, [item.answer] * n)))
                 row = {"id": item.id, "solve_rate": solved / n, "solved": solved, "n": n, "model": name}
                 file.write(json.dumps(row) + "\n")
             file.flush()
-    rates = list(load_solve_rates(out).values())
+    rates = load_solve_rates(out).values()
     never, always = sum(r == 0 for r in rates), sum(r == 1 for r in rates)
     print(f"{out}: {len(rates)} problems, {never} never solved, {always} always solved, "
           f"{len(rates) - never - always} worth training on", file=sys.stderr)

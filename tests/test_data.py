@@ -549,6 +549,22 @@ def test_solve_rates_are_resumed_and_select(tmp_path):
     assert [(p.id, p.solve_rate) for p in data.load_problems(tmp_path / "s.jsonl")] == [("2", 0.5), ("3", 0.75)]
 
 
+def test_difficulty_asks_a_real_model_through_the_engine(tmp_path, tokenizer, monkeypatch):
+    import torch
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+    # Loaded for a Qwen2 model, a word-level tokenizer would be rebuilt as a byte-level one.
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda path: tokenizer)
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=256, eos_token_id=2)).save_pretrained(tmp_path / "m")
+    source = write_jsonl(tmp_path / "p.jsonl", [{"id": "a", "problem": "1 + 2", "answer": "3"},
+                                                {"id": "b", "problem": "long " * 60, "answer": "3"}])
+    data.main(["difficulty", "--model", str(tmp_path / "m"), "--data", str(source), "--out", str(tmp_path / "r.jsonl"),
+               "--n", "2", "--max_len", "4", "--max_prompt_len", "40", "--engine", "torch"])
+    assert data.load_solve_rates(tmp_path / "r.jsonl") == {"a": 0.0}  # a random model; the long prompt is left out
+
+
 def test_select_by_length():
     items = [Problem(str(n), "x" * n, "1") for n in (100, 247, 248)]
     assert [p.id for p in data.select_problems(items, max_chars=247)[0]] == ["100", "247"]
