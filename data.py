@@ -46,7 +46,7 @@ from tqdm import tqdm
 import reward
 
 INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
-PRIORITY = ("aime", "math", "amc", "omni_math", "still")  # most trusted first: official answers, then human, then scraped
+PRIORITY = ("aime", "math", "amc", "omni_math", "still")  # official answers, written by hand, scraped
 MAX_ROW = 16 * 2**20  # bytes; a longer line is not a maths problem but a broken file
 
 # Field names seen in the sources of the recipe, best first; compared in lower case.
@@ -678,18 +678,15 @@ def boxes(text):
     >>> boxes("so \\boxed{\\frac{1}{2}} and \\boxed{3")
     [('\\frac{1}{2}', 22)]
     """
-    found = []
-    for match in re.finditer(r"\\(?:boxed|fbox)\s*\{", text):
-        depth, at = 1, match.end()
-        while at < len(text) and depth:
-            if text[at] == "\\":
-                at += 1  # an escaped brace does not count
-            else:
-                depth += {"{": 1, "}": -1}.get(text[at], 0)
-            at += 1
-        if not depth:
-            found.append((text[match.end():at - 1], at))
-    return found
+    found, open_braces = [], []  # one pass: a hostile text of many open boxes must stay cheap
+    for match in re.finditer(r"(\\(?:boxed|fbox)\s*\{)|\\.|[{}]", text, re.S):
+        if match[1] or match[0] == "{":
+            open_braces.append(match.end() if match[1] else None)
+        elif match[0] == "}" and open_braces:
+            start = open_braces.pop()
+            if start is not None:
+                found.append((start, match.start()))
+    return [(text[start:end], end + 1) for start, end in sorted(found)]
 
 
 def tidy_answer(text):
@@ -698,13 +695,16 @@ def tidy_answer(text):
     >>> tidy_answer("\\[ \\boxed{n=3} \\]"), tidy_answer("$\\frac{1}{2}$."), tidy_answer("25+312 = 337")
     ('n=3', '\\frac{1}{2}', '337')
     """
+    if len(text) > 2000:
+        return text.strip()  # no answer is that long, and the patterns below are not made for it
     found = boxes(text)
     text = found[-1][0] if found else text
     previous = None
     while text != previous:
         previous = text
         text = re.sub(r"^(?:[\s~=]|\\[ ,;:!]|\\q?quad\b|\\displaystyle\b|\\hspace\{[^}]*\}|\*\*)+", "", text)
-        text = re.sub(r"(?:[\s~&]|\\[ ,;:!]|\\q?quad\b|\\+$|\*\*|\\(?:Long)?[Rr]ightarrow(?:\W*[A-H]\W*|\W*text\w*\W*[A-H]\W*)?$)+$", "", text)
+        text = re.sub(r"(?:[\s~&]|\\[ ,;:!]|\\q?quad\b|\\+$|\*\*)+$", "", text)
+        text = re.sub(r"\s*\\(?:Long)?[Rr]ightarrow(?:\W*(?:text\w*)?\W*[A-H]\W*)?$", "", text)
         text = re.sub(r"(?<![.\\])[.,;]$", "", text)  # but not the dots of 0.333...
         for left, right in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
             inner = text[len(left):-len(right)]
@@ -778,6 +778,7 @@ def read_answer(solution, problem=""):
     >>> read_answer("Thus (B).  \\boxed{B}", "Pick: (A) 10 (B) 20 (C) 30")
     '20'
     """
+    solution = solution[-20_000:]
     listed = choices(solution)
     options = choices(problem) or (listed if len(listed) > 2 else {})
     stated, letter = stated_answers(solution), ""
@@ -851,7 +852,8 @@ def fill_answers(rows, work, extractor=None):
         name, extract = extractor
         asked = [r for r in rows if not r["answer"] and r["solutions"]]
         pairs = [json.dumps({"problem": r["problem"], "solution": r["solutions"][0]}) for r in asked]
-        found = cached_map(work / f"extractor-{digest(name)}", pairs, lambda p: np.array(extract(p), dtype=str), "extractor", 16)
+        found = cached_map(work / f"extractor-{digest(name)}", pairs,
+                           lambda p: np.array(extract(p), dtype=str), "extractor", chunk=16)
         for row, answer in zip(asked, found):
             row["answer"] = str(answer)
     return rows, []  # a row without answer may still be the copy of one that has it
@@ -944,13 +946,13 @@ def merge_near(rows, rank, vectors, threshold):
     return [row for i, row in enumerate(rows) if i in stay], dropped
 
 
-def word_ngrams(text, n=10):
+def word_ngrams(text, word=r"[a-z0-9]+", n=10):
     """The set of n-grams of words of a text; a shorter text is one n-gram of all its words.
 
-    >>> len(word_ngrams("a b c d e f g h i j k")), len(word_ngrams("x = 1"))
-    (2, 1)
+    >>> len(word_ngrams("a b c d e f g h i j k")), word_ngrams("x = 1")
+    (2, {'x 1'})
     """
-    words = re.findall(r"[a-z0-9]+", unicodedata.normalize("NFKC", text).lower())
+    words = re.findall(word, unicodedata.normalize("NFKC", text).lower())
     return {" ".join(words[i:i + n]) for i in range(max(1, len(words) - n + 1))} if words else set()
 
 
@@ -958,21 +960,22 @@ def overlaps(rows, tests, share=0.5):
     """For each row the benchmark problem whose 10-grams it holds most of: (share [N], index [N]).
 
     The share is of the smaller of both sets, so that a benchmark problem cut short or wrapped
-    in more text is found too; below `share` the index is -1.
+    in more text is found too; below `share` the index is -1. Words are cut in two ways: with
+    formulas taken apart (other spacing is found) and at spaces only (short formulas weigh less).
     """
-    grams = [word_ngrams(t.problem) for t in tests]
-    index = {}
-    for k, found in enumerate(grams):
-        for gram in found:
-            index.setdefault(gram, []).append(k)
     best, where = np.zeros(len(rows)), np.full(len(rows), -1)
-    for i, row in enumerate(tqdm(rows, desc="10-gram overlap", disable=len(rows) < 2000)):
-        mine = word_ngrams(row["problem"])
-        hits = Counter(k for gram in mine for k in index.get(gram, ()))
-        for k, count in hits.items():
-            part = count / min(len(mine), len(grams[k]))
-            if part >= share and part > best[i]:
-                best[i], where[i] = part, k
+    for word in (r"[a-z0-9]+", r"\S+"):
+        grams = [word_ngrams(t.problem, word) for t in tests]
+        index = {}
+        for k, found in enumerate(grams):
+            for gram in found:
+                index.setdefault(gram, []).append(k)
+        for i, row in enumerate(tqdm(rows, desc="10-gram overlap", disable=len(rows) < 2000)):
+            mine = word_ngrams(row["problem"], word)
+            for k, count in Counter(k for gram in mine for k in index.get(gram, ())).items():
+                part = count / min(len(mine), len(grams[k]))
+                if part >= share and part > best[i]:
+                    best[i], where[i] = part, k
     return best, where
 
 
@@ -1021,14 +1024,14 @@ def why_not_gradable(problem, answer):
     if not answer:
         return "empty answer"
     text = answer if isinstance(answer, str) else " ; ".join(answer)
+    if len(text) > 300:
+        return "answer longer than 300 characters"
     if PARTS.search(text):
         return "several parts"
     if NO_ANSWER.search(re.sub(r"\\[A-Za-z]+", " ", text)):
         return "no answer in it"
     if PROOF.search(problem) and not TASK.search(problem):
         return "proof"
-    if len(text) > 300:
-        return "answer longer than 300 characters"
     given = [b for b, _ in boxes(problem)] + re.findall(r"\b(?:Answer|Solution)\s*:\s*(.+?)\.?\s*$", problem)
     if any(b and same_answer(b, answer) for b in given) or re.search(r"\bSolution\b:?\s+(?:1\b|We\b|Let\b)", problem):
         return "the problem gives its answer away"
@@ -1189,13 +1192,14 @@ def hash_file(path):
 
 
 def build(sources, out, against=(), strict=False, priority=PRIORITY, threshold=0.90,
-          embedder="auto", extractor=None, measure=(), report=None, datasheet=None, work=None):
+          embedder="auto", extractor=None, measure=(), notes=None, report=None, datasheet=None, work=None):
     """The six steps from source files to a training set; returns the kept rows.
 
     sources: see parse_source. out: .jsonl or .jsonl.gz. against: benchmark files, never trained
     on. priority: sources from most to least trusted. threshold: cosine from which two problems
     count as the same. extractor: a command for solutions the rules cannot read, or (name,
-    function of a list of JSON pairs). Raises DataError; what was done until then is kept.
+    function of a list of JSON pairs). measure, notes: what the datasheet tells besides. Raises
+    DataError; what was done until then is kept.
     """
     out = Path(out)
     report = Path(report or out.parent / "dropped.jsonl.gz")
@@ -1219,7 +1223,7 @@ def build(sources, out, against=(), strict=False, priority=PRIORITY, threshold=0
         return embed and cached_map(work / f"vectors-{digest(model_name)}", texts, embed, "embed")
 
     found = [parse_source(s, work / "hub") for s in sources]
-    contents = [[label, [hash_file(p) for p in paths], *rest] for label, paths, *rest in found]
+    contents = [[label, [[p.name, hash_file(p)] for p in paths], *rest] for label, paths, *rest in found]
     rows = step("read", lambda _: read_sources(found, strict), [], contents, strict)
     if not rows:
         raise DataError("no usable row in " + ", ".join(map(str, sources)))
@@ -1246,6 +1250,8 @@ def build(sources, out, against=(), strict=False, priority=PRIORITY, threshold=0
                 "cosine threshold": threshold, "report": report.name}
     sheet = describe(result, dropped, counts, settings, [measure_extraction(m) for m in measure])
     write_atomic(report, jsonl_bytes(dropped, report))
+    if notes:
+        sheet += "\n" + Path(notes).read_text(encoding="utf-8")
     write_atomic(datasheet, sheet.encode())
     write_atomic(out, data)  # last: if it is there, the build is complete
     print(f"{out}: {len(result):,d} problems, {len(dropped):,d} rows dropped (listed in {report})", file=sys.stderr)
@@ -1387,16 +1393,22 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
 
     p = commands.add_parser("build", help="curate sources into a training set")
-    p.add_argument("sources", nargs="+", metavar="SOURCE", help="[LABEL=]PATH[@START:STOP] or a hub dataset owner/name[@split]")
+    p.add_argument("sources", nargs="+", metavar="SOURCE", 
+                   help="[LABEL=]PATH[@START:STOP] or a hub dataset owner/name[@split]")
     p.add_argument("--out", required=True, help="training set to write, .jsonl or .jsonl.gz")
-    p.add_argument("--against", nargs="*", default=[], metavar="BENCHMARK", help="remove problems that these files hold")
+    p.add_argument("--against", nargs="*", default=[], metavar="BENCHMARK",
+                   help="remove problems that these files hold")
     p.add_argument("--strict", action="store_true", help="stop at the first bad row instead of skipping it")
-    p.add_argument("--priority", default=",".join(PRIORITY), help="sources from most to least trusted, for conflicts (%(default)s)")
-    p.add_argument("--threshold", type=float, default=0.90, help="cosine from which two problems are the same (%(default)s)")
+    p.add_argument("--priority", default=",".join(PRIORITY),
+                   help="sources from most to least trusted, for conflicts (%(default)s)")
+    p.add_argument("--threshold", type=float, default=0.90,
+                   help="cosine from which two problems are the same (%(default)s)")
     p.add_argument("--embedder", default="auto", help="auto (MiniLM), ngram, none, or a model folder (%(default)s)")
     p.add_argument("--extractor", help="command that reads answers the rules cannot: JSON in, answer out")
     p.add_argument("--extractor_model", help="local model that does the same, through rollout.py")
-    p.add_argument("--measure", nargs="*", default=[], metavar="FILE", help="report extraction quality on these in the datasheet")
+    p.add_argument("--measure", nargs="*", default=[], metavar="FILE",
+                   help="report extraction quality on these in the datasheet")
+    p.add_argument("--notes", metavar="FILE", help="Markdown to append to the datasheet (origin, licences)")
     p.add_argument("--report", help="dropped rows (dropped.jsonl.gz beside --out)")
     p.add_argument("--datasheet", help="description (DATASHEET.md beside --out)")
     p.add_argument("--work", help="folder of intermediate results (.NAME.work beside --out)")
