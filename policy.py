@@ -1,0 +1,462 @@
+"""policy.py - the model being trained: packed tokens in, log-probabilities out.
+
+    policy = Policy("Qwen/Qwen2.5-0.5B").shard(torch.bfloat16)        # FSDP2; one process may skip .shard
+    for batch in pack(sequences, budget=32768):                       # sequences: [(prompt_ids, response_ids)]
+        logp, entropy = policy(batch, temperature=0.6)                # [R], [R]: response tokens only
+        (-logp.mean()).backward()
+
+Three ideas, each a piece you can copy:
+
+  token_logprobs   log-prob and entropy of the taken tokens without ever holding the [T, V] logits: at 32K tokens
+                   and a 152K vocabulary these are 20 GB in fp32, one 1,024-token tile is 0.6 GB.
+  packing          sequences lie end to end in one row, positions restart, nothing is padded. `varlen` attention
+                   keeps documents apart: PyTorch's own flash kernel on CUDA, one SDPA call a document elsewhere.
+  Policy           any causal LM that transformers can load with a custom attention function, under FSDP2 with
+                   fp32 master weights (at lr 1e-6 a bf16 weight of 0.02 would never move) and bf16 compute.
+
+Shapes: T packed tokens, R response tokens among them, S sequences, V vocabulary, H hidden.
+Left out on purpose: tensor, pipeline and context parallelism (a 1.5B model at 24K needs none), LoRA, quantisation,
+torch.compile (10-15 % of an update on a GPU at best, against minutes of warm-up and graph breaks at varlen).
+"""
+import json
+import os
+import shutil
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
+                                                     set_state_dict)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # an older torch: attention falls back to one call a document
+    varlen_attn = None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Log-probabilities without logits
+# ---------------------------------------------------------------------------------------------------------------
+
+def token_logprobs_plain(hidden, head_weight, targets, temperature=1.0):
+    """The readable twin of `token_logprobs`: holds all [T, V] logits, uses autograd. For tests and for reading."""
+    logits = (hidden.float() @ head_weight.float().T) / temperature
+    logprobs = torch.log_softmax(logits, dim=-1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(-1, targets[:, None])[:, 0], entropy
+
+
+def token_logprobs(hidden, head_weight, targets, temperature=1.0, chunk=1024, entropy_grad=True):
+    """Log-probability and entropy of each taken token, in tiles of `chunk` tokens.
+
+    hidden [T, H] final hidden states, head_weight [V, H], targets [T] int64, temperature > 0 divides the logits
+    (sampling at T = 0.6 means training at T = 0.6) -> logp [T], entropy [T] in nats, both fp32.
+    Gradients reach `hidden` and `head_weight`; with `entropy_grad=False` the entropy is a metric only, which
+    saves nothing but keeps an accidental bonus out of the loss. Memory: two fp32 tiles [chunk, V] whatever T is,
+    plus the fp32 gradient of the head in backward; price: the head's matmul once more in backward.
+    Reference for the idea: verl's FusedLinearForPPO, prime-rl's FusedOutputLinear.
+
+    >>> h, w, y = torch.randn(5, 8), torch.randn(11, 8), torch.arange(5)
+    >>> fast, plain = token_logprobs(h, w, y, 0.6, chunk=2), token_logprobs_plain(h, w, y, 0.6)
+    >>> all(torch.allclose(a, b, atol=1e-5) for a, b in zip(fast, plain))
+    True
+    """
+    if temperature <= 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    logp, entropy = _TokenLogprobs.apply(hidden, head_weight, targets, float(temperature), chunk)
+    return logp, entropy if entropy_grad else entropy.detach()
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """Forward keeps only [T] numbers; backward recomputes each tile of logits and spends it at once.
+
+    With q = softmax(z), z = h W^T / temperature, H = entropy:
+      d logp_y / dz = onehot(y) - q          d H / dz = -q (log q + H)
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, head_weight, targets, temperature, chunk):
+        logp = hidden.new_empty(len(hidden), dtype=torch.float32)
+        entropy, lse = torch.empty_like(logp), torch.empty_like(logp)
+        for i in range(0, len(hidden), chunk):
+            s = slice(i, i + chunk)
+            z = _tile_logits(hidden[s], head_weight).div_(temperature)
+            top = z.amax(-1, keepdim=True)
+            e = (z - top).exp_()
+            total = e.sum(-1)
+            lse[s] = top[:, 0] + total.log()
+            logp[s] = z.gather(-1, targets[s, None])[:, 0] - lse[s]
+            entropy[s] = lse[s] - torch.einsum("tv,tv->t", e, z) / total
+            del z, e  # else the next tile is allocated while this one is alive
+        ctx.save_for_backward(hidden, head_weight, targets, lse, entropy)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, grad_logp, grad_entropy):
+        hidden, head_weight, targets, lse, entropy = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        # fp32: a bf16 running sum over tiles would lose the small contributions
+        grad_head = torch.zeros_like(head_weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        has_entropy = bool((grad_entropy != 0).any())
+        for i in range(0, len(hidden), ctx.chunk):
+            s = slice(i, i + ctx.chunk)
+            log_q = _tile_logits(hidden[s], head_weight).div_(ctx.temperature).sub_(lse[s, None])
+            q = log_q.exp()
+            if has_entropy:
+                dz = q.mul_(log_q.add_(entropy[s, None]).mul_(-grad_entropy[s, None]).sub_(grad_logp[s, None]))
+            else:
+                dz = q.mul_(-grad_logp[s, None])
+            del log_q
+            dz.scatter_add_(-1, targets[s, None], grad_logp[s, None]).div_(ctx.temperature)
+            dz = dz.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[s] = dz @ head_weight
+            if grad_head is not None:
+                if dz.dtype == torch.float32:
+                    grad_head.addmm_(dz.T, hidden[s])
+                else:
+                    grad_head += dz.T @ hidden[s]
+            del q, dz
+        return grad_hidden, None if grad_head is None else grad_head.to(head_weight.dtype), None, None, None
+
+
+def _tile_logits(hidden, head_weight):
+    """[t, H] x [V, H] -> [t, V] in fp32. A bf16 result would round a logit of 20 by up to 0.06, and the
+    log-prob with it; CUDA keeps the fp32 accumulator, elsewhere the inputs are widened first."""
+    if hidden.dtype == torch.float32:
+        return hidden @ head_weight.T
+    if hidden.is_cuda:
+        return torch.mm(hidden, head_weight.T, out_dtype=torch.float32)
+    return hidden.float() @ head_weight.float().T
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Attention over packed documents
+# ---------------------------------------------------------------------------------------------------------------
+
+def document_attention(q, k, v, cu_seqlens, scale, window=None):
+    """Causal attention inside each document, one SDPA call a document: runs anywhere, any dtype.
+
+    q [T, Hq, D], k and v [T, Hkv, D], cu_seqlens [S+1] -> [T, Hq, D]. `window` counts the visible tokens,
+    the current one included (transformers' and Gemma's meaning).
+    """
+    out = []
+    bounds = cu_seqlens.tolist()
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:  # by hand: SDPA's own enable_gqa leaves the flash path on CPU
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    for a, b in zip(bounds, bounds[1:]):
+        mask, n = None, b - a
+        if window is not None and n > window:
+            i = torch.arange(n, device=q.device)
+            mask = (i[None] <= i[:, None]) & (i[None] > i[:, None] - window)
+        out.append(F.scaled_dot_product_attention(*(x[a:b].transpose(0, 1)[None] for x in (q, k, v)), attn_mask=mask,
+                                                  is_causal=mask is None, scale=scale)[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+def varlen_attention(module, query, key, value, attention_mask=None, scaling=None, cu_seq_lens_q=None,
+                     max_length_q=None, sliding_window=None, softcap=None, s_aux=None, **_):
+    """The attention function registered with transformers under the name "varlen".
+
+    query [1, Hq, T, D], key and value [1, Hkv, T, D], cu_seq_lens_q [S+1] int32 -> ([1, T, Hq, D], None).
+    It must honour what a model passes: Gemma 3's `sliding_window`, silently dropped, costs 2 nats a token past it.
+    """
+    if softcap is not None or s_aux is not None:
+        raise NotImplementedError("attention with soft-capping or sinks is not covered by the varlen kernel")
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    scale = module.head_dim ** -0.5 if scaling is None else scaling
+    if q.is_cuda and varlen_attn is not None and q.dtype in (torch.bfloat16, torch.float16):
+        left = -1 if sliding_window is None else sliding_window - 1
+        out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scale,
+                          window_size=(left, 0), enable_gqa=q.shape[1] != k.shape[1])
+    else:
+        out = document_attention(q, k, v, cu_seq_lens_q, scale, sliding_window)
+    return out[None], None
+
+
+AttentionInterface.register("varlen", varlen_attention)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Packing
+# ---------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class MicroBatch:
+    """One packed row. A hidden state predicts the token after it, so response token j of a sequence is scored at
+    the position before it, and the last token of one document never predicts the first of the next."""
+    rows: list                  # which of the packed sequences, in this order
+    ids: torch.Tensor           # [T]
+    positions: torch.Tensor     # [T], restarting at 0
+    cu_seqlens: torch.Tensor    # [S+1] int32
+    max_seqlen: int
+    where: torch.Tensor         # [R] index into T of the state that predicts each response token
+    targets: torch.Tensor       # [R] the response tokens
+    lengths: torch.Tensor       # [S] response tokens of each sequence
+
+
+def split_by_budget(lengths, budget, world=1):
+    """Deal sequences into micro-batches of at most `budget` tokens, the same number for each of `world` ranks.
+
+    Longest first into the lightest bin; bins sorted by cost, so that the `world` micro-batches which run at the
+    same moment (FSDP meets at every layer) cost about the same. -> [rank][micro-batch] -> sequence indices.
+    Bins may be empty when there are fewer sequences than bins: a rank must still take part.
+
+    >>> split_by_budget([5, 3, 3, 1], budget=6, world=2)
+    [[[0, 3]], [[1, 2]]]
+    """
+    if not lengths:
+        return [[] for _ in range(world)]
+    if max(lengths) > budget:
+        raise ValueError(f"a sequence of {max(lengths)} tokens does not fit the budget of {budget}: "
+                         f"raise --token_budget")
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    n_bins = world * max(1, -(-sum(lengths) // (budget * world)))
+    while True:
+        bins, load = [[] for _ in range(n_bins)], [0] * n_bins
+        for i in order:
+            j = load.index(min(load))
+            bins[j].append(i)
+            load[j] += lengths[i]
+        if max(load) <= budget:
+            break
+        n_bins += world
+    # attention grows with the square: 36,000 is where it costs as much as the matmuls of a 1.5B model
+    cost = [sum(36000 * lengths[i] + lengths[i] ** 2 for i in b) for b in bins]
+    bins = [bins[j] for j in sorted(range(n_bins), key=lambda j: -cost[j])]
+    return [bins[r::world] for r in range(world)]
+
+
+def pack_row(sequences, rows=None, device="cpu"):
+    """[(prompt_ids, response_ids)] -> one MicroBatch; nothing is padded, an empty list makes a one-token row.
+
+    >>> pack_row([([7, 8], [9]), ([1], [2, 3])]).positions.tolist()
+    [0, 1, 2, 0, 1, 2]
+    """
+    ids, positions, where, targets, bounds, lengths = [], [], [], [], [0], []
+    for prompt, response in sequences or [([0], [])]:
+        start, n = len(ids), len(prompt) + len(response)
+        if not len(prompt):
+            raise ValueError("an empty prompt cannot predict the first response token")
+        ids += list(prompt) + list(response)
+        positions += range(n)
+        where += range(start + len(prompt) - 1, start + n - 1)
+        targets += list(response)
+        bounds.append(start + n)
+        lengths.append(len(response))
+    tensor = lambda x, dtype=torch.int64: torch.tensor(x, dtype=dtype).to(device, non_blocking=True)
+    return MicroBatch(list(range(len(sequences))) if rows is None else rows, tensor(ids), tensor(positions),
+                      tensor(bounds, torch.int32), max(b - a for a, b in zip(bounds, bounds[1:])), tensor(where),
+                      tensor(targets), tensor(lengths))
+
+
+def pack(sequences, budget, rank=0, world=1, device="cpu"):
+    """[(prompt_ids, response_ids)] -> this rank's micro-batches of at most `budget` tokens each.
+
+    Every rank is given the same `sequences` and takes its share; `MicroBatch.rows` says which.
+    """
+    lengths = [len(p) + len(r) for p, r in sequences]
+    return [pack_row([sequences[i] for i in rows], rows, device)
+            for rows in split_by_budget(lengths, budget, world)[rank]]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------------------------
+
+class Policy(nn.Module):
+    """A causal LM whose forward returns log-probabilities, so that FSDP's hooks cover the head as well."""
+
+    def __init__(self, model, recompute=False, chunk=1024):
+        """model: a path, a hub name, or a transformers causal LM in fp32. recompute: activation checkpointing."""
+        super().__init__()
+        if isinstance(model, (str, os.PathLike)):
+            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="varlen")
+        else:
+            model.set_attn_implementation("varlen")
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0  # old, new and engine log-probs must be those of one function
+        self.model, self.chunk, self.device = model, chunk, torch.device("cpu")
+        self.grad_divisor = 1  # by what data parallelism divides the sum of the ranks' gradients
+        model.train()  # transformers checkpoints activations only in train mode
+        if recompute:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._check_head()
+
+    def forward(self, batch, temperature=1.0, entropy_grad=False):
+        """MicroBatch -> logp [R], entropy [R] of its response tokens, at `temperature`."""
+        # use_cache=False: with a cache transformers no longer sees the packing, and documents attend to each other
+        hidden = self.model.base_model(
+            input_ids=batch.ids[None], position_ids=batch.positions[None], attention_mask=None, use_cache=False,
+            cu_seq_lens_q=batch.cu_seqlens, cu_seq_lens_k=batch.cu_seqlens, max_length_q=batch.max_seqlen,
+            max_length_k=batch.max_seqlen).last_hidden_state[0]
+        weight = self.model.get_output_embeddings().weight
+        return token_logprobs(hidden[batch.where], weight, batch.targets, temperature, self.chunk, entropy_grad)
+
+    @torch.no_grad()
+    def _check_head(self):
+        """Refuse models whose logits are more than hidden @ head.T (soft-capping, scaling, a bias)."""
+        vocab = self.model.get_output_embeddings().weight.shape[0]
+        ids = torch.arange(2, 10) % vocab
+        batch = pack_row([(ids[:1].tolist(), ids[1:].tolist())])
+        logits = self.model(input_ids=ids[None], position_ids=batch.positions[None], use_cache=False,
+                            cu_seq_lens_q=batch.cu_seqlens, cu_seq_lens_k=batch.cu_seqlens, max_length_q=8,
+                            max_length_k=8).logits[0, :-1]
+        theirs = torch.log_softmax(logits.float(), -1).gather(-1, ids[1:, None])[:, 0]
+        ours = self(batch)[0]
+        if not torch.isfinite(theirs).all():
+            raise ValueError("the model computes non-finite logits: its weights are damaged")
+        if not torch.allclose(theirs, ours, atol=1e-3, rtol=1e-3):
+            raise ValueError(f"{type(self.model).__name__} does more to its logits than hidden @ head.T "
+                             "(soft-capping, scaling or a bias), which token_logprobs does not compute")
+
+    def shard(self, dtype=torch.bfloat16, device="cpu"):
+        """FSDP2 over all ranks: each decoder layer is gathered, used and freed in turn; embedding and head with
+        the root. Masters and gradient reduction stay fp32, compute runs in `dtype`. Returns self."""
+        self.device, self.grad_divisor = torch.device(device), dist.get_world_size()
+        mesh = torch.distributed.device_mesh.init_device_mesh(self.device.type, (dist.get_world_size(),))
+        # inputs are positions and masks: casting them to bf16 would round position 257 to 256
+        mixed = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype,
+                                     reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for layer in self.model.base_model.layers:
+            fully_shard(layer, mesh=mesh, mp_policy=mixed)
+        fully_shard(self, mesh=mesh, mp_policy=mixed)
+        return self.to(self.device)  # buffers; parameters are there already
+
+    @torch.no_grad()
+    def full_weights(self, dtype=None):
+        """Yield (name, full tensor) under the checkpoint's names, a tied head included, one gathered at a time.
+
+        A collective: every rank must exhaust the generator.
+        """
+        for name, p in self.model.state_dict().items():
+            full = p.full_tensor() if isinstance(p, DTensor) else p
+            yield name, full if dtype is None or not full.is_floating_point() else full.to(dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------
+
+def save_checkpoint(folder, step, policy, optimizer, tokenizer, state, keep=2):
+    """Write folder/000STEP with model, optimizer, RNG, `state` (JSON) and an HF copy in fp32, all or nothing.
+
+    Everything goes to a temporary folder; one rename publishes it, `latest` follows, old ones are removed last,
+    so a kill at any moment leaves the previous checkpoint whole. All ranks call it. Raises OSError on every rank
+    (disk full) after removing what was written.
+    """
+    final = os.path.join(folder, f"{step:06d}")
+    tmp = final + ".tmp"
+    rank = dist.get_rank()
+    if rank == 0:
+        shutil.rmtree(tmp, ignore_errors=True)
+        os.makedirs(tmp)
+    dist.barrier()
+    error = None
+    try:
+        model_state, optim_state = get_state_dict(policy, optimizer)
+        dcp.save({"model": model_state, "optim": optim_state}, checkpoint_id=tmp)
+        full = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        torch.save({"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available()
+                    else []}, os.path.join(tmp, f"rng_{rank}.pt"))
+        if rank == 0:
+            weights = {k.removeprefix("model."): v for k, v in full.items()}
+            policy.model.save_pretrained(os.path.join(tmp, "hf"), state_dict=weights)
+            tokenizer.save_pretrained(os.path.join(tmp, "hf"))
+            with open(os.path.join(tmp, "trainer.json"), "w") as f:
+                json.dump(state, f, indent=1)
+            _fsync_tree(tmp)
+    except Exception as e:  # a full disk surfaces as OSError, RuntimeError or CheckpointException, by who writes
+        error = f"{type(e).__name__}: {e}"
+    errors = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    if any(errors):
+        if rank == 0:
+            shutil.rmtree(tmp, ignore_errors=True)
+        raise OSError(f"checkpoint {final} not written: {next(e for e in errors if e)}")
+    if rank == 0:
+        shutil.rmtree(final, ignore_errors=True)  # left by a run that died before `latest` moved
+        os.rename(tmp, final)
+        write_atomic(os.path.join(folder, "latest"), os.path.basename(final) + "\n")
+        for old in checkpoints(folder)[:-keep]:
+            shutil.rmtree(os.path.join(folder, old), ignore_errors=True)
+    dist.barrier()
+    return final
+
+
+def checkpoints(folder):
+    """Names of the complete checkpoints, oldest first: a name without suffix is complete by construction."""
+    return sorted(n for n in os.listdir(folder) if n.isdigit()) if os.path.isdir(folder) else []
+
+
+def latest_checkpoint(folder):
+    """Path of the newest complete checkpoint, or None. A `latest` that is missing or stale is not trusted blindly."""
+    names = checkpoints(folder)
+    try:
+        with open(os.path.join(folder, "latest")) as f:
+            name = f.read().strip()
+    except FileNotFoundError:
+        name = None
+    if name not in names:
+        name = names[-1] if names else None
+    return None if name is None else os.path.join(folder, name)
+
+
+def load_checkpoint(path, policy, optimizer):
+    """Restore model, optimizer and RNG in place, on the same or another number of ranks; returns `state`.
+
+    Raises OSError with the way out when the folder cannot be read.
+    """
+    try:
+        with open(os.path.join(path, "trainer.json")) as f:
+            state = json.load(f)
+        model_state, optim_state = get_state_dict(policy, optimizer)
+        dcp.load({"model": model_state, "optim": optim_state}, checkpoint_id=path)
+        set_state_dict(policy, optimizer, model_state_dict=model_state, optim_state_dict=optim_state)
+        rng = os.path.join(path, f"rng_{dist.get_rank()}.pt")
+        if os.path.exists(rng):
+            saved = torch.load(rng, weights_only=True)
+            torch.set_rng_state(saved["cpu"])
+            if saved["cuda"] and len(saved["cuda"]) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all(saved["cuda"])
+    except Exception as e:
+        raise OSError(f"checkpoint {path} cannot be read ({type(e).__name__}: {e}). Delete that folder to resume "
+                      f"from the one before it") from e
+    return state
+
+
+def write_atomic(path, text):
+    """Replace a small file so that a reader, or a crash, sees the old text or the new, never half of one."""
+    with open(path + ".tmp", "w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".tmp", path)
+
+
+def _fsync_tree(folder):
+    """Data must be on the disk before the rename that declares it complete."""
+    for root, _, files in os.walk(folder):
+        for name in files:
+            fd = os.open(os.path.join(root, name), os.O_RDONLY)
+            os.fsync(fd)
+            os.close(fd)
+
+
+def model_limits(model):
+    """(positions, vocabulary, parameters) read from a model's config without loading a weight."""
+    config = AutoConfig.from_pretrained(model)
+    config = config.get_text_config()
+    with torch.device("meta"):
+        shell = AutoModelForCausalLM.from_config(config)
+    return (getattr(config, "max_position_embeddings", None), config.vocab_size,
+            sum(p.numel() for p in shell.parameters()))
