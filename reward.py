@@ -151,13 +151,14 @@ UNICODE = str.maketrans({
     "）": ")", "。": ".", "\u00a0": " ", "\u2009": " ", "\u202f": " ", "€": r"\$", "£": r"\$", "α": r"\alpha ",
     "β": r"\beta ", "γ": r"\gamma ", "θ": r"\theta ", "λ": r"\lambda ", "φ": r"\phi ", "ω": r"\omega ",
 })
-TOKEN = re.compile(r"(?P<space>[\s~]+)|(?P<num>(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,5}(?![0-9.]))?)"
+TOKEN = re.compile(r"(?P<space>[\s~]+)|(?P<num>(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][0-9]{1,5}(?![0-9.]))?)"
                    r"|(?P<cmd>\\(?:[A-Za-z]+|.))|(?P<run>[A-Za-z]+)|(?P<op>.)", re.S)
 TEXT_TOKEN = re.compile(r"[A-Za-z](?:[A-Za-z'-]|\.(?=[A-Za-z]))*|(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)|[^\sA-Za-z]")
 GROUPS = re.compile(r"(?<![0-9.,}])[1-9][0-9]{0,2}(?:,[0-9]{3}){1,7}(?![0-9])(?!,[0-9])")
 SPACED = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:(?:\{,\}|,?\\[,!;: ]|,\\!\s+| )[0-9]{3})+(?![0-9])")
 DOUBLED = re.compile(r"\\\\(?=[A-Za-z])")                    # `\\\\frac`: escaped twice on its way into the data
 CLOCK = re.compile(r"(?<=[0-9 ])([aApP])\. ?[mM]\.?")
+SCIENTIFIC = re.compile(r"(?:(?<![0-9.(a-zA-Z])[0-9]|[0-9]*\.[0-9]+)[eE][+-][0-9]{1,5}(?![0-9.])")   # 1e-5, but 24e-32 is 24e - 32
 MIXED_ASCII = re.compile(r"(?<![0-9./^_a-zA-Z})])([0-9]{1,9}) +([0-9]{1,9})/([0-9]{1,9})(?![0-9./^])")
 REPEATING = re.compile(r"([0-9]{0,200})\.([0-9]{0,200})\\(?:overline|bar|dot)\s*\{?([0-9]{1,200})\}?")
 
@@ -201,10 +202,10 @@ MEANINGFUL = frozenset("""not no or and nor than less more least most about appr
     are was between to over negative positive wrong maybe either""".split())
 
 
-def text_tokens(inner):
+def text_tokens(inner, depth):
     """Words of a \\text{...}: lower case, never mathematics, so that \\text{even} is not e*v*e*n."""
-    if "\\" in inner or "$" in inner:
-        return math_tokens(inner)
+    if "\\" in inner or not re.search("[A-Za-z]{2}", inner) and re.search(r"^\s*[-0-9]|=", inner):
+        return math_tokens(inner, depth + 1)
     out = []
     inner = inner.replace("~", " ")
     for t in TEXT_TOKEN.findall(inner):
@@ -217,7 +218,7 @@ def text_tokens(inner):
     return out
 
 
-def command_text(command, inner):
+def command_text(command, inner, depth):
     """\\mathrm{e} and \\mathbf{v} are letters, \\operatorname{sin} a function; everything else is text."""
     bare = inner.strip()
     if command.startswith(("\\math", "\\operator")):
@@ -225,13 +226,15 @@ def command_text(command, inner):
             return [bare]
         if bare in NAMED:
             return [NAMED[bare]]
-    return text_tokens(inner)
+    return text_tokens(inner, depth)
 
 
-def math_tokens(source):
+def math_tokens(source, depth=0):
+    if depth > 8:
+        raise Unparsed("nested text")
     out, i, n = [], 0, len(source)
     while i < n:
-        m = TOKEN.match(source, i)
+        m = SCIENTIFIC.match(source, i) or TOKEN.match(source, i)
         i, kind, t = m.end(), m.lastgroup, m.group()
         if kind == "space" or t == "$":
             continue
@@ -244,14 +247,18 @@ def math_tokens(source):
             if t in TEXT_COMMANDS:
                 while i < n and source[i] in " *":
                     i += 1
-                close = closing_brace(source, i, n) if source[i:i + 1] == "{" else -1
-                if close > 0:
-                    out += command_text(t, source[i + 1:close])
+                if source[i:i + 1] == "{":
+                    close = closing_brace(source, i, n)
+                    if close < 0:            # at once: 600 unclosed \\text{ would each be scanned to the end
+                        raise Unparsed("unclosed text")
+                    out += command_text(t, source[i + 1:close], depth)
                     i = close + 1
                 continue
             if t in ("\\phantom", "\\hspace", "\\vspace", "\\tag", "\\label"):
-                close = closing_brace(source, i, n) if source[i:i + 1] == "{" else -1
-                i = close + 1 if close > 0 else i
+                close = closing_brace(source, i, n) if source[i:i + 1] == "{" else i - 1
+                if close < 0:
+                    raise Unparsed("unclosed " + t)
+                i = close + 1
                 continue
         elif kind == "run":
             t = NAMED.get(t) or NAMED.get(t.lower() if len(t) > 1 else t) or t
@@ -598,6 +605,10 @@ class Parser:
         if self.peek() == "_":
             self.take()
             name += "_" + self.subscript()
+        inner = self.peek(1)
+        if self.peek() == "(" and self.peek(2) == ")" and (inner[:1].isalnum() or inner in GREEK):
+            self.at += 3                         # f(2), I(0): a value of a function, not I times 0
+            name += f"({inner})"
         return ("v", name)
 
     def subscript(self):
@@ -660,6 +671,8 @@ class Parser:
 
     def function_arguments(self):
         """A bracket, or the factors up to the next sign, function or bracket: \\sin 2x \\cos y."""
+        if self.peek() == "{":                   # sympy prints \\log{\\left(3 \\right)}^{2} for the square of log 3
+            return [self.group(self.take())]
         if self.peek() in ("(", "["):
             open_ = self.take()
             args = [self.expression()]
@@ -702,7 +715,14 @@ class Parser:
             body = self.term()
         if var is None or var[0] not in "vc" or (kind in ("sum", "prod") and high is None):
             raise Unparsed(kind)
-        return ("big", kind, ("v", str(var[1])), low, high, body)
+        bound = ("v", f"#{str(body).count('big')}")      # renamed: \\sum_i and \\sum_k are one tree
+        return ("big", kind, bound, low, high, substitute(body, var, bound))
+
+
+def substitute(tree, leaf, value):
+    if tree == leaf:
+        return value
+    return tuple(substitute(t, leaf, value) for t in tree) if isinstance(tree, tuple) else tree
 
 
 def variables(tree):
@@ -1151,6 +1171,7 @@ class Worker:
 
 
 _sympy = Worker("sympy")
+_used = threading.local()             # did this thread's verdict need sympy?
 atexit.register(lambda: _sympy.stop())
 
 
@@ -1166,11 +1187,15 @@ def ask_sympy(a, b):
     if verdict is None:
         count("timeout")
         raise Undecided("sympy timeout")
+    _used.sympy = True
     return verdict
 
 
-def sympy_tree(node, sp):
-    """The sympy expression of a JSON tree.  Built node by node: sympy never sees a string to parse."""
+def sympy_tree(node, sp, held):
+    """The sympy expression of a JSON tree.  Built node by node: sympy never sees a string to parse.
+
+    Powers and factorials beyond the bounds are held back unevaluated and noted in `held`.
+    """
     kind = node[0]
     if kind == "n":
         top, _, bottom = node[1].partition("/")
@@ -1180,28 +1205,39 @@ def sympy_tree(node, sp):
     if kind == "c":
         return {"pi": sp.pi, "e": sp.E, "i": sp.I, "inf": sp.oo}[node[1]]
     if kind == "big":
-        return sympy_big(node, sp)
+        return sympy_big(node, sp, held)
+    *parts, = (sympy_tree(t, sp, held) for t in node[2 if kind == "f" else 1:])
     if kind == "f":
-        args = [sympy_tree(t, sp) for t in node[2:]]
-        table = {"root": lambda x, n: x ** (1 / n), "!": sp.factorial, "!!": sp.factorial2, "binom": sp.binomial,
-                 "floor": sp.floor, "ceil": sp.ceiling, "abs": sp.Abs, "ln": sp.log, "gcd": sp.gcd, "lcm": sp.lcm,
-                 "max": sp.Max, "min": sp.Min}
-        return (table.get(node[1]) or getattr(sp, node[1].replace("arc", "a")))(*args)
-    a, *rest = [sympy_tree(t, sp) for t in node[1:]]
+        return sympy_function(node[1], parts, sp, held)
     if kind == "+":
-        return sp.Add(a, *rest)
+        return sp.Add(*parts)
     if kind == "*":
-        return a * rest[0]
+        return parts[0] * parts[1]
     if kind == "/":
-        return a / rest[0]
-    return sp.Pow(a, rest[0], evaluate=not (rest[0].is_number and abs(rest[0]) > 10_000))
+        return parts[0] / parts[1]
+    large = parts[1].is_number and (held or abs(parts[1]) > 10_000)
+    if large:
+        held.append("power")
+    return sp.Pow(*parts, evaluate=not large)
 
 
-def sympy_big(node, sp):
+def sympy_function(name, args, sp, held):
+    if name == "root":
+        return args[0] ** (1 / args[1])
+    large = name in ("!", "!!", "binom") and args[0].is_number and (held or abs(args[0]) > MAX_FACTORIAL)
+    if large:
+        held.append(name)
+    table = {"!": "factorial", "!!": "factorial2", "binom": "binomial", "ceil": "ceiling", "abs": "Abs", "ln": "log",
+             "max": "Max", "min": "Min"}
+    function = getattr(sp, table.get(name) or name.replace("arc", "a"))
+    return function(*args, evaluate=False) if large else function(*args)
+
+
+def sympy_big(node, sp, held):
     _, kind, var, low, high, body = node
-    x = sympy_tree(var, sp)
-    low, high = (t and sympy_tree(t, sp) for t in (low, high))
-    body = sympy_tree(body, sp)
+    x = sympy_tree(var, sp, held)
+    low, high = (t and sympy_tree(t, sp, held) for t in (low, high))
+    body = sympy_tree(body, sp, held)
     if kind == "lim":
         return sp.Limit(body, x, low).doit()
     if kind == "int" and low is None:
@@ -1210,9 +1246,11 @@ def sympy_big(node, sp):
 
 
 def prove_equal(job):
+    """Equal after sympy's canonical ordering, or with the difference simplified to 0."""
     import sympy as sp
-    a, b = (sympy_tree(t, sp) for t in job)
-    return bool(a == b or sp.expand(a - b) == 0 or sp.simplify(a - b) == 0)
+    held = []
+    a, b = (sympy_tree(t, sp, held) for t in job)
+    return bool(a == b or not held and (sp.expand(a - b) == 0 or sp.simplify(a - b) == 0))
 
 
 def worker_main(kind):
@@ -1808,8 +1846,10 @@ def same(a, b):
         return False
     if a.kind == "assign" or b.kind == "assign":
         return same_assign(a, b)
-    if "text" in (a.kind, b.kind) or a.key and b.key and len(a.key) == 1 and a.key == b.key:
-        return bool(a.key) and a.key == b.key if a.kind != b.kind or a.kind != "text" else a.value == b.value
+    if a.kind == b.kind == "text":
+        return a.value == b.value
+    if "text" in (a.kind, b.kind) or is_choice(b):
+        return bool(a.key) and a.key == b.key
     if "list" in (a.kind, b.kind) and "real" not in (a.kind, b.kind):
         return same_list(a, b)
     if a.kind != b.kind or a.kind == "relation":
@@ -1830,6 +1870,11 @@ def same(a, b):
     if a.kind == "real":
         return same_pieces(a.value, b.value)
     return a.value == b.value
+
+
+def is_choice(node):
+    """A bare capital A to H as gold: `b` may stand for B (but not B for a variable b)."""
+    return node.kind == "scalar" and node.value.tree[0] == "v" and node.value.tree[1] in tuple("ABCDEFGH")
 
 
 def same_words(a, b):
@@ -1873,9 +1918,16 @@ def same_assign(a, b):
         return proportional(x, y) is not None
     if a.kind == b.kind:
         return same_function(a, b)
+    if any(n.kind == "assign" and is_quantity(n.value[1]) for n in (a, b)):
+        return False                     # SRAC = LRAC is a statement, its right side alone says nothing
     if a.kind == "assign":
         return b.kind != "relation" and same(a.value[1], b)
     return a.kind != "relation" and same(a, b.value[1])
+
+
+def is_quantity(node):
+    return node.kind == "scalar" and bool(node.value.names) and all(n.isupper() or len(n) > 3 for n in node.value.names) and \
+        set(re.sub(r"[(),']", " ", str(node.value.tree)).split()) <= {"*", "v", *node.value.names}
 
 
 def same_function(a, b):
@@ -1984,13 +2036,14 @@ def compare(answer, gold):
     tier = "structure" if (a.kind, b.kind) != ("scalar", "scalar") else \
         "exact" if not a.value.names | b.value.names and all(isinstance(x, Fraction) for x in peek(a, b)) else "numeric"
     tier = "text" if "text" in (a.kind, b.kind) else tier
+    _used.sympy = False
     try:
         equal = same(a, b)
     except Undecided as e:
         return False, "bound", "timeout" if "timeout" in str(e) else str(e)
     except (Unparsed, ArithmeticError, ValueError, TypeError, RecursionError):
         return False, tier, "not comparable"
-    return equal, tier, "equal" if equal else "different"
+    return equal, "sympy" if _used.sympy else tier, "equal" if equal else "different"
 
 
 def peek(a, b):
@@ -2033,12 +2086,41 @@ def judge(answer, gold, strict=False):
 def grade(answer, gold, strict=False):
     r"""Does `answer` (the text inside the box) equal `gold`?  Never raises; what cannot be read is wrong.
 
-    `gold` is a text, a number, or a list of which any element counts.
+    `gold` is a text, a number, or a list of which any element counts.  The conventions, by example:
 
-    >>> grade(r"\dfrac12", "0.5"), grade("0.33", r"\frac13"), grade("10001", "10000")
+    >>> def check(right, *pairs):
+    ...     return [pair for pair in pairs if grade(*pair) is not right]
+    >>> check(True, (r"\dfrac12", "0.5"), (r"\left(\tfrac{1}{2}\right)", "1/2"), (r"$\boxed{\frac{1}{2}}$.", r"\frac 12"),
+    ...       ("3*sqrt(13)", r"3\sqrt{13}"), ("2π", r"2\pi"), (r"0.\overline{3}", r"\frac13"), (r"1\frac{4}{5}", "9/5"))
+    []
+    >>> check(False, ("3.14", r"\pi"), ("0.33", r"\frac13"), ("10001", "10000"))             # no tolerance
+    []
+    >>> check(True, (r"1,\!000", "1000"), ("1{,}000", r"1\,000"), ("025", "25"), ("142", 142.0), ("8.7e8", r"8.7 \times 10^8"))
+    []
+    >>> check(True, (r"50\%", "50"), (r"90^\circ", "90"), (r"\$36", r"36 \text{ dollars}"), (r"5 \text{ cm}^2", "5"))
+    []
+    >>> check(False, ("0.5", r"50\%"), (r"5 \text{ million}", "5"), (r"\text{odd}", r"\text{even}"))
+    []
+    >>> check(True, ("x=5", "5"), ("f(x)=2x", "2x"), ("(p,q)=(3,2)", "(3,2)"), ("y-3=2x", "y=2x+3"), ("2x+4y=6", "x+2y-3=0"))
+    []
+    >>> check(False, ("(2,1)", "(1,2)"), ("[1,2]", "(1,2)"), ("(1,2]", "[1,2]"), (r"\{1,2\}", "(1,2)"), ("-2x-y=0", "y=2x"))
+    []
+    >>> check(True, ("2, 1", r"\{1,2\}"), ("1 and 2", r"2 \text{ or } 1"), (r"3 \pm 1", "2, 4"), ("x=1, x=2", "1,2"))
+    []
+    >>> check(False, ("5 or 6", "5"), ("4,5,6", "5"), ("1", "1,2"), ("1,2,3", "1,2"), (r"\pm 2", "2"))     # no hedging
+    []
+    >>> check(True, ("x > 2", r"(2,\infty)"), (r"-2 \le x < 7", r"x \in [-2,7)"), (r"x<1 \text{ or } x>4",
+    ...       r"(4,\infty)\cup(-\infty,1)"), (r"\mathbb{R}", r"(-\infty,\infty)"))
+    []
+    >>> check(True, (r"-\begin{pmatrix}1&0\\0&1\end{pmatrix}", r"\begin{bmatrix}-1&0\\0&-1\end{bmatrix}"),
+    ...       (r"\textbf{(C)}", "C"), ("yes", r"\text{Yes}"), ("52_{8}", "52_8"), ("1 : 4", "1:4"))
+    []
+    >>> check(False, ("52_9", "52_8"), ("4:1", "1:4"), ("2:8", "1:4"), ("B", r"\text{(C)}"))
+    []
+    >>> check(True, ("(x+1)^2", "x^2+2x+1"), (r"\ln 4", r"2\ln 2"), (r"1-\sin^2 a", r"\cos^2 a"), (r"2^{10}", "1024"))
+    []
+    >>> grade("6", ["5", "6"]), grade("6", None), grade("6", float("nan"))
     (True, False, False)
-    >>> grade("142", 142.0), grade("6", ["5", "6"])
-    (True, True)
     """
     try:
         if not isinstance(answer, str):
@@ -2193,7 +2275,7 @@ def mathd(text):
 STRICT_UNITS = re.compile(r"(degree|cm|centimeter|meter|mile|second|minute|hour|day|week|month|year|foot|feet|inch|yard)"
                           r"(es)?(s)? *(\^[0-9]+)?")
 STRICT_SYMBOLS = {r"\pi": "pi", r"\infty": "inf", r"\cup": "u", r"\cdot": "*", r"\times": "*", r"\le": "≤", r"\ge": "≥",
-                  r"\leq": "≤", r"\geq": "≥", r"\pm": "±", r"\in": "∈"}
+                  r"\leq": "≤", r"\geq": "≥", r"\pm": "±", r"\in": "∈", r"\not": "≠"}
 
 
 def prm800k(text):
@@ -2222,7 +2304,7 @@ def strip_commas(text):
 
 def is_integral(text):
     try:
-        return abs(float(text) - round(float(text))) <= 1e-7
+        return text.isascii() and abs(float(text) - round(float(text))) <= 1e-7
     except (ValueError, OverflowError):
         return False
 

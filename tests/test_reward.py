@@ -1,0 +1,350 @@
+"""The grader: labelled cases, hostile input, conventions, properties, threads and processes.
+
+`data/grader_cases.jsonl.gz` and `data/grader_adversarial.jsonl.gz` are the cases anyone can see; the same
+kinds of cases, unseen, judge the grader elsewhere, so a rule that only fixes a row of these files is no rule.
+"""
+
+import collections
+import doctest
+import gzip
+import json
+import multiprocessing
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from fractions import Fraction
+
+import pytest
+import sympy as sp
+from hypothesis import given, settings, strategies as st
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import reward  # noqa: E402
+
+DATA = pathlib.Path(__file__).parent / "data"
+
+
+def repr_safe(value):
+    return type(value).__name__              # str of 10**5000 and of a lone surrogate fail
+
+
+def rows(name):
+    with gzip.open(DATA / name, "rt", encoding="utf-8", errors="surrogatepass") as f:
+        return [json.loads(line) for line in f]
+
+
+CASES = rows("grader_cases.jsonl.gz")
+ADVERSARIAL = rows("grader_adversarial.jsonl.gz")
+RESPONSES = [c for c in CASES if "response" in c]
+
+
+def mistakes(cases):
+    wrong = []
+    for c in cases:
+        got = reward.compute_reward(c["response"], c["gold"]) == 1.0 if "response" in c else \
+            reward.grade(c["answer"], c["gold"])
+        if got != c["correct"]:
+            wrong.append((c["kind"], c["gold"], c.get("answer", c.get("response"))))
+    return wrong
+
+
+@pytest.mark.parametrize("kind", sorted({c["kind"] for c in CASES}))
+def test_visible_cases(kind):
+    assert mistakes([c for c in CASES if c["kind"] == kind]) == []
+
+
+def test_doctests():
+    """The conventions stand as examples in reward.py."""
+    result = doctest.testmod(reward)
+    assert result.attempted >= 20 and result.failed == 0
+
+
+def test_speed():
+    """A generous bound for a busy machine; bench/grader.py measures."""
+    answers = [c for c in CASES if "answer" in c]
+    start = time.perf_counter()
+    mistakes(answers)
+    assert len(answers) / (time.perf_counter() - start) > 300
+
+
+# --- hostile input ---------------------------------------------------------------------------------
+
+def test_adversarial(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for c in ADVERSARIAL:
+        start = time.perf_counter()
+        verdict = reward.explain(c["response"], c["gold"])
+        assert verdict.reward == 0.0 and verdict.tier != "error", c["id"]
+        assert time.perf_counter() - start < 5, c["id"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_adversarial_in_workers(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rewards = reward.compute_rewards([c["response"] for c in ADVERSARIAL], [c["gold"] for c in ADVERSARIAL], workers=2)
+    assert rewards == [0.0] * len(ADVERSARIAL) and list(tmp_path.iterdir()) == []
+
+
+ATTACKS = [
+    "__import__('os').system('touch gradercanary')", "\\text{__import__('os').mkdir('gradercanary')}",
+    "open('gradercanary','w')", "eval(\"open('gradercanary','w')\")", "(lambda: 7)()", "len('aaaaaaa')", "int('7')",
+    "[7][0]", "{'a':7}['a']", "7 if 1 else 8", "0b111", "0x7", "7#", "7;import os", "7==7", "sum([3,4])", "chr(55)",
+    "2^{2^{2^{2^{2^{2}}}}}", "9^{9^{9^{9}}}", "((10^{10})!)!", "7^{10^{100}}", "10^{-10^{10^{10}}}", "1e99999", "1e-99999",
+    "\\binom{10^{9}}{5 \\cdot 10^{8}}", "\\sqrt[10^{9}]{2}", "\\sin(10^{10^{10}})", "\\tan(10^{50})", "\\exp(10^{8})",
+    "\\ln(10^{10^{7}})", "(1+x)^{10^{9}}", "x^{x^{x^{x}}}", "\\lfloor 10^{10^6} \\pi \\rfloor", "\\sinh(10^{9})",
+    "\\sum_{k=1}^{10^{12}} \\frac1k", "\\sum_{k=1}^{7} 1", "\\int_0^7 1\\,dx", "\\lim_{x\\to7} x", "\\prod_{k=7}^{7} k",
+    "(" * 3000 + "7" + ")" * 3000, "{" * 1500 + "7" + "}" * 1500, "-" * 3999 + "8", "\\frac" * 700, "7!" + "!" * 3000,
+    "\\sqrt{" * 500 + "7" + "}" * 500, "1+" * 1900 + "1", "7," * 1900 + "7", "\\pm" * 1000 + "7", "|" * 3000, "_" * 3000,
+    "\\begin{pmatrix}" * 200, "a_" * 1900, "^" * 3999, "x'" * 1900, "1:" * 1900, "\\text{" * 600, "\\text{" * 600 + "7" + "}" * 600, "9" * 3999, "\x00", "\ud800",
+    "7\u202e8", "²", "٧", "７", "Ⅶ", "½", "7\u20e3", "\\", "\\\\", "}{", "\\boxed", "\\boxed{", "$", "%", "()", "[]", "\\{", ",", ".",
+    "=", "7=8", "=7=8", "nan", "inf", "-inf", "None", "null", "True", "zoo", "0/0", "7/0", "\\frac{7}{0}", "0^{0}+6+0/0", "0^{-1}",
+    "\\log 0", "\\log(-7)^{\\infty}", "\\infty-\\infty", "7 or 8", "7,8", "6, 7", "\\{7,8\\}", "7 \\text{ or } 8", "\\pm 7",
+    "7 \\text{ is wrong, } 8", "x \\text{ where } x=7", "7 \\ne 7", "7 < x", "x > 7", "[7,8]", "(7,)", "\\not 7", "7 \\text{ million}",
+    "7 \\text{ squared}", "\\overline{7}.8", "0.7\\overline", "7\\overline{0}", "70\\%8", "7\\ 8", "7 8", "7.8.9", "7..", "..7", "7e", "e7",
+]
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_attacks(tmp_path, monkeypatch, strict):
+    """None is paid for 7, none raises, none takes a second; `7..` is 7 with a double full stop."""
+    monkeypatch.chdir(tmp_path)
+    paid = {"7.."}
+    if strict:                 # the original drops braces and what follows `\\text{ `
+        paid |= {"7=8", "7 \\text{ or } 8", "7 \\text{ squared}", "7 \\text{ million}", "7 \\text{ is wrong, } 8",
+                 "{" * 1500 + "7" + "}" * 1500}
+    for attack in ATTACKS:
+        start = time.perf_counter()
+        verdict = reward.explain_answer(attack, "7", strict=strict)
+        assert verdict.tier != "error" and time.perf_counter() - start < 2, attack
+        assert verdict.reward == 0.0 or attack in paid, attack
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_attack_as_gold_and_answer():
+    """Unreadable golds, and the same attack on both sides, must not hang or raise either."""
+    for attack in ATTACKS:
+        start = time.perf_counter()
+        reward.explain_answer("7", attack)
+        reward.explain_answer(attack + "+1", attack)
+        assert time.perf_counter() - start < 5, attack
+
+
+@pytest.mark.parametrize("gold", [None, float("nan"), float("inf"), {}, {"a": 7}, b"7", object(), [], [None], [[["7"]]], "", " ", "$",
+                                  10 ** 5000, True, complex(7, 0), "\ud800", "\x00", "\\boxed{}", Ellipsis], ids=repr_safe)
+def test_odd_golds_pay_nothing(gold):
+    assert reward.grade("8", gold) is False
+    assert reward.compute_reward("</think>\\boxed{8}", gold) == 0.0
+
+
+@pytest.mark.parametrize("response", [None, 7, b"</think>\\boxed{7}", [], "", "</think>", "\\boxed{7}", "</think>\\boxed{}"])
+def test_odd_responses_pay_nothing(response):
+    assert reward.compute_reward(response, "7") == 0.0
+
+
+def test_gold_of_any_listed_form():
+    assert reward.grade("7", 7) and reward.grade("7", 7.0) and reward.grade("7", ["6", "7"]) and reward.grade("0.5", Fraction(1, 2))
+    assert reward.grade("7", ("7\n",)) and not reward.grade("7", ["6", "8"])
+
+
+# --- near misses -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("answer, gold", [
+    ("2^{1009}+1", "2^{1009}"), ("\\frac{1}{2004!}", "\\frac{1}{2006!}"), ("e^{-200}", "0"), ("\\sqrt{2}+10^{-40}", "\\sqrt{2}"),
+    ("\\binom{4025}{2013}+\\frac{\\sqrt2}{100}", "\\binom{4025}{2013}"), ("10^{99}+\\pi", "10^{99}"), ("1.41421356237309504880", "\\sqrt2"),
+    ("\\lceil n/2 \\rceil", "\\lceil n/3 \\rceil"), ("x+10^{-50}", "x"), ("9^{9^{9}}+1", "9^{9^{9}}"), ("0", "I(0)e^{-t}"),
+    ("\\frac{355}{113}", "\\pi"), ("LRAC", "SRAC=LRAC"), ("3x-6<0", "x<2"), ("\\sum_{k=1}^{3} k", "6"), ("\\text{odd}", "\\text{even}"),
+])
+def test_near_misses(answer, gold):
+    assert not reward.grade(answer, gold)
+
+
+@pytest.mark.parametrize("answer, gold", [
+    ("\\sin\\pi", "0"), ("\\sqrt{10^{60}+1}-10^{30}", "\\frac{1}{\\sqrt{10^{60}+1}+10^{30}}"), ("e^{i\\pi}", "-1"),
+    ("\\lfloor\\log_2 8\\rfloor", "3"), ("9^{9^{9}}", "9^{9^9}"), ("\\sqrt[3]{-8}", "-2"), ("\\sqrt{x-1}\\sqrt{x+1}", "\\sqrt{x^2-1}"),
+    ("2\\sum_{i=0}^{8}\\binom{n}{i}-1", "2 \\sum_{k=0}^{8} \\binom{n}{k} - 1"), ("\\int_0^1 x^2 dx", "\\int_0^1 t^2 dt"),
+])
+def test_hard_equalities(answer, gold):
+    assert reward.grade(answer, gold)
+
+
+# --- properties ------------------------------------------------------------------------------------
+
+x, y, n = sp.symbols("x y n", positive=True)
+LEAVES = st.one_of(st.integers(-30, 30).map(sp.Integer), st.fractions(-9, 9, max_denominator=12).map(lambda f: sp.Rational(f.numerator, f.denominator)),
+                   st.sampled_from([x, y, n, sp.pi, sp.sqrt(2), sp.sqrt(3), sp.E, sp.log(2)]))
+EXPRESSIONS = st.recursive(LEAVES, lambda inner: st.one_of(
+    st.tuples(inner, inner).map(lambda p: p[0] + p[1]), st.tuples(inner, inner).map(lambda p: p[0] * p[1]),
+    st.tuples(inner, inner).map(lambda p: p[0] / p[1] if p[1] != 0 else p[0]), st.tuples(inner, st.integers(-2, 4)).map(
+        lambda p: p[0] ** p[1] if p[0] != 0 else p[0]), inner.map(sp.sin), inner.map(lambda e: sp.sqrt(e ** 2 + 1)),
+    inner.map(sp.Abs), inner.map(lambda e: sp.log(e ** 2 + 1))), max_leaves=7)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(EXPRESSIONS, st.sampled_from([sp.expand, sp.factor, sp.together, lambda e: e]))
+def test_expression_equals_what_sympy_prints(expression, rewrite):
+    if expression.has(sp.zoo, sp.nan, sp.oo) or abs(sp.count_ops(expression)) > 60:
+        return
+    gold, answer = sp.latex(expression), sp.latex(rewrite(expression))
+    if max(len(gold), len(answer)) > 1500:
+        return
+    assert reward.grade(answer, gold), (answer, gold)
+    for perturbed in (expression + sp.Rational(1, 10 ** 6), expression + sp.sqrt(2) / 100):
+        assert not reward.grade(sp.latex(perturbed), gold), (perturbed, gold)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.text(alphabet="0123456789xyei+-*/^_(){}[]|\\,.!=<> $%'&~:;", max_size=40))
+def test_any_text_is_graded_without_an_exception(text):
+    assert reward.explain_answer(text, "\\frac{7}{13}").tier != "error"
+    assert reward.explain_answer("7/13", text).tier != "error"
+    assert reward.explain_answer(text, text + " ").tier != "error"
+
+
+# --- threads, processes, workers ---------------------------------------------------------------------
+
+def grade_all(_=None):
+    return mistakes(RESPONSES)
+
+
+def test_from_threads():
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(mistakes(CASES[::8]))) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert results == [[]] * 4
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_from_processes(method):
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        assert pool.map(grade_all, range(2)) == [[], []]
+
+
+@pytest.mark.parametrize("workers", [None, 2])
+def test_compute_rewards_keeps_the_order(workers):
+    golds = [c["gold"] for c in RESPONSES]
+    rewards = reward.compute_rewards([c["response"] for c in RESPONSES], golds, workers=workers)
+    assert rewards == [float(c["correct"]) for c in RESPONSES]
+    with pytest.raises(ValueError):
+        reward.compute_rewards(["a"], [])
+
+
+def test_sympy_worker_from_threads_and_after_fork():
+    """The worker is one process shared by threads; a forked child starts its own."""
+    job = ("\\sum_{k=1}^{n} k", "\\sum_{j=1}^{n} (j+1) - n")
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(reward.grade(*job))) for _ in range(3)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert results == [True] * 3
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if reward.grade(*job) and reward._sympy.process is not None else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert reward.grade(*job)
+
+
+def test_sympy_timeout_kills_the_worker():
+    reward.reset_counters()
+    start = time.perf_counter()
+    verdict = reward.explain_answer("\\int_0^1 e^{e^{e^{x}}} + 1 dx", "\\int_0^1 e^{e^{e^{x}}} \\sin(x^x) dx")
+    assert verdict.reward == 0.0 and verdict.reason == "timeout" and time.perf_counter() - start < 5
+    assert reward.counters["timeout"] == 1 and reward._sympy.process is None
+
+
+def test_no_process_is_left_behind(tmp_path):
+    """A script without a __main__ guard, with a worker running, ends cleanly and leaves no child."""
+    script = tmp_path / "user.py"
+    script.write_text(textwrap.dedent(f"""
+        import sys, torch, torch.distributed as dist
+        print("imported")
+        dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
+        sys.path.insert(0, {str(ROOT)!r})
+        import reward
+        assert reward.grade("\\\\sum_{{k=1}}^{{n}} k", "\\\\sum_{{j=1}}^{{n}} (j+1) - n")
+        assert reward.compute_rewards(["</think>\\\\boxed{{7}}"] * 40, ["7"] * 40, workers=2) == [1.0] * 40
+        print("pid", reward._sympy.process.pid)
+    """))
+    out = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=100)
+    assert out.returncode == 0, out.stderr
+    assert out.stdout.count("imported") == 1
+    pid = int(out.stdout.split("pid")[1])
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_import_is_light():
+    code = "import sys; import reward; print([m for m in ('sympy', 'mpmath', 'torch', 'tqdm') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert out.stdout.strip() == "[]"
+
+
+# --- counters, explanation, command line, strict ------------------------------------------------------
+
+def test_counters():
+    reward.reset_counters()
+    for response, gold in [("no", "7"), ("</think> 7", "7"), ("</think>\\boxed{7^}", "7"), ("</think>\\boxed{7}", None),
+                           ("</think>\\boxed{7}", "7")]:
+        reward.compute_reward(response, gold)
+    assert dict(reward.counters) == {"no_close": 1, "no_box": 1, "unparsed_answer": 1, "unparsed_gold": 1}
+    assert reward.reset_counters()["no_box"] == 1 and reward.counters == collections.Counter()
+
+
+@pytest.mark.parametrize("answer, gold, tier", [
+    ("07", "7", "integer"), ("\\dfrac{1}{2}", "\\frac 1 2.", "exact"), ("\\left( x\\right)", "(x)", "same"), ("0.5", "\\frac12", "exact"), ("\\sqrt8", "2\\sqrt2", "numeric"),
+    ("\\text{yes}", "Yes", "text"), ("2,1", "1,2", "structure"), ("\\sum_{k=1}^{n}k", "\\sum_{j=1}^{n}(j+1)-n", "sympy"),
+])
+def test_explain_names_the_tier(answer, gold, tier):
+    verdict = reward.explain_answer(answer, gold)
+    assert verdict.reward == 1.0 and verdict.tier == tier
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, str(ROOT / "reward.py"), *arguments], capture_output=True, text=True, timeout=60)
+
+
+def test_command_line(tmp_path):
+    out = run("--answer", "\\dfrac12", "--gold", "0.5")
+    assert out.returncode == 0 and "reward   1.0" in out.stdout and "exact" in out.stdout
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in [{"answer": "7", "gold": "7"}, {"response": "</think>7", "gold": "7"}]))
+    out = run(str(file))
+    assert out.returncode == 0 and "1 of 2 right" in out.stdout and "no_box" in out.stdout
+    assert run().returncode == 2
+
+
+# Verdicts of the original grader, measured by running it.
+STRICT = [
+    ("142", "142.0", 1), ("0.25", r"\frac{1}{4}", 1), ("1.5", r"\frac{3}{2}", 1), (r"10\%", "10", 1), ("1,000", "1000", 1),
+    ("1{,}000", "1000", 1), (r"2\sqrt{3}", r"\sqrt{12}", 1), ("x^2+2x+1", "(x+1)^2", 1), ("x=5", "5", 1), ("y = 5", "5", 1),
+    (r"\text{(A)}", "A", 1), (r"5\text{cm}", "5", 1), ("Yes", "yes", 1), (r"\text{Yes}", "yes", 1), ("3.00000001", "3", 1),
+    ("07", "7", 1), (r"-\frac{2}{3}", r"\frac{-2}{3}", 1), (r"90^\circ", "90", 1), (r"5 \text{ or } 6", "5", 1),
+    (r"\frac{9}{4\pi}", r"\frac94\pi", 1), (r"5\sqrt4", r"5\sqrt[3]4", 1),
+    (r"\frac{2}{4}", r"\frac{1}{2}", 0), (r"\frac{10}{5}", "2", 0), ("4/2", "2", 0), ("2^{10}", "1024", 0), ("2^5", "32", 0),
+    ("10^6", "1000000", 0), ("0.1", r"10\%", 0), (r"1\,000", "1000", 0), ("90°", "90", 0), ("(2,1)", "(1,2)", 0), ("1,2", "2,1", 0),
+    ("abc=5", "5", 0), (r"\log_2 8", "3", 0), (r"\sin 30", "0.5", 0), (r"x \in [0,1]", "[0,1]", 0), (r"\pm 2", "-2, 2", 0),
+    (r"9.6\times10^3", "9600", 0), (r"\pi", "3.14159", 0), ("[1,2)", "[1,2]", 0), ("(10^6)!+x", "x", 0), ("((5!)!)!+x", "x", 0),
+    ("9**9**9+x", "x", 0), ("9^9**9+x", "x", 0), ("(x+y+1)**200", "x", 0),
+]
+
+
+@pytest.mark.parametrize("answer, gold, right", STRICT)
+def test_strict_reproduces_the_original(answer, gold, right):
+    start = time.perf_counter()
+    assert reward.grade(answer, gold, strict=True) == bool(right)
+    assert time.perf_counter() - start < 4
+
+
+def test_strict_extraction():
+    """The part between the first and the second closing tag, as in the original."""
+    two = "</think>\\boxed{1}</think>\\boxed{2}"
+    assert reward.compute_reward(two, "1", strict=True) == 1.0 and reward.compute_reward(two, "2") == 1.0
