@@ -224,7 +224,7 @@ def clean_answer(value):
         texts = list(dict.fromkeys(t for t in map(clean_answer, value) if t))
         return texts[0] if len(texts) == 1 else texts
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        if not math.isfinite(value):
+        if isinstance(value, float) and not math.isfinite(value):
             raise DataError(f"answer is {value}, expected a finite number or text")
         return str(int(value)) if value == int(value) and abs(value) < 1e15 else str(value)
     return clean_text(value, "answer")
@@ -1225,6 +1225,8 @@ def build(sources, out, against=(), strict=False, priority=PRIORITY, threshold=0
     found = [parse_source(s, work / "hub") for s in sources]
     contents = [[label, [[p.name, hash_file(p)] for p in paths], *rest] for label, paths, *rest in found]
     rows = step("read", lambda _: read_sources(found, strict), [], contents, strict)
+    for bad in dropped[:10]:
+        print(f"    {bad['where']}: {bad['detail']}", file=sys.stderr)
     if not rows:
         raise DataError("no usable row in " + ", ".join(map(str, sources)))
     rank = {s: k for k, s in enumerate(dict.fromkeys([*priority, *(r["source"] for r in rows)]))}

@@ -1,6 +1,7 @@
 """data.py on small made cases with hand-known answers, on hostile files, and after a kill."""
 
 import csv
+import doctest
 import gzip
 import json
 import os
@@ -21,6 +22,10 @@ sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
 from data import DataError, Problem  # noqa: E402
+
+
+def test_doctests():
+    assert doctest.testmod(data).failed == 0
 
 
 def write_jsonl(path, rows):
@@ -107,13 +112,22 @@ def test_field_names_of_the_known_sources(given_row, problem, answer):
     ('{"problem": "x", "answer": "1", "solve_rate": 2}', "solve_rate"),
     ('{"problem": "x \\ud800", "answer": "1"}', "not UTF-8"), ('{"problem": "x \\u0000", "answer": "1"}', "not UTF-8"),
     ("[1, 2]", "row is a list"), ("7", "row is a int"), ("{", "not JSON"), ("\x00\x01\x02", "not JSON"),
-    ("[" * 100_000, "not JSON"), ('{"problem": "x", "answer": ' + "9" * 5000 + "}", "not JSON"),
+    ("[" * 100_000, "not JSON"), ('{"problem": "x", "answer": "1", "solution": {}, "id": [1]}', "id is a list"),
+    ('{"problem": "x", "answer": ' + "9" * 5000 + "}", "not JSON"),
 ])
 def test_bad_row_names_file_line_and_cause(tmp_path, bad, words):
     path = write_jsonl(tmp_path / "f.jsonl", [{"problem": "ok", "answer": "1"}, bad])
     with pytest.raises(DataError, match=r"f\.jsonl, line 2: ") as caught:
         data.load_problems(path)
     assert words in str(caught.value)
+
+
+def test_hostile_texts_stay_cheap():
+    start = time.time()
+    assert data.read_answer("\\boxed{" * 200_000) is None and data.boxes("{" * 10**6 + "\\boxed{1}")
+    assert data.tidy_answer("1" + " " * 10**6 + "2") and data.why_not_gradable("\\boxed{" * 10**5, "x " * 10**6)
+    assert data.clean_answer(10**400) == "1" + "0" * 400
+    assert time.time() - start < 5
 
 
 def test_duplicate_ids_missing_and_empty_files(tmp_path):
@@ -275,7 +289,7 @@ def test_read_answer(solution, problem, expected):
     assert data.read_answer(solution, problem) == expected
 
 
-def test_solutions_vote_and_an_extractor_reads_the_rest(tmp_path):
+def test_solutions_vote_and_an_extractor_reads_the_rest(tmp_path, monkeypatch):
     assert data.vote(["\\frac12", "3", "0.5", None]) == "\\frac12"
     script = tmp_path / "x.py"
     script.write_text("import json, sys\nprint('$' + str(len(json.load(sys.stdin)['solution'])) + '$')\n")
@@ -284,6 +298,11 @@ def test_solutions_vote_and_an_extractor_reads_the_rest(tmp_path):
     command = f"{sys.executable} {script}"
     filled, _ = data.fill_answers(rows, tmp_path / "w", (command, data.command_extractor(command)))
     assert [r["answer"] for r in filled] == ["2", "3", "n=3", ""]
+    monkeypatch.setattr(data, "make_sampler", lambda model, **options: lambda texts, n: [
+        [f"</think> \\boxed{{{'4' if 'abc' in t else ''}}}"] for t in texts])
+    rows = [row("q", "", solutions=["abc"]), row("r", "", solutions=["xyz"])]
+    filled, _ = data.fill_answers(rows, tmp_path / "w", data.model_extractor("models/m"))
+    assert [r["answer"] for r in filled] == ["4", ""]
     with pytest.raises(DataError, match="no such program"):
         data.command_extractor("/no/such/program")(["{}"])
 
