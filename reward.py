@@ -33,6 +33,7 @@ import itertools
 import json
 import math
 import numbers
+import operator
 import os
 import queue
 import re
@@ -87,9 +88,7 @@ def reset_counters():
     return seen
 
 
-# ------------------------------------------------------------------------------------------------
-# Tier extract
-# ------------------------------------------------------------------------------------------------
+# ---- Tier extract
 
 def closing_brace(text, start, limit):
     """Index of the brace closing the one at `start`, or -1.  Linear; `\\{` and `\\}` do not count."""
@@ -139,16 +138,14 @@ def extract_answer(response):
     return None if close < 0 else last_box(response[close + len("</think>"):])
 
 
-# ------------------------------------------------------------------------------------------------
-# Tokens.  A token is a string: '12.5' number, '\\frac' command, 'abc' letters, '"cm' word, or one character.
-# ------------------------------------------------------------------------------------------------
+# ---- Tokens.  A token is a string: '12.5' number, '\\frac' command, 'abc' letters, '"cm' word, or one character.
 
 UNICODE = str.maketrans({
     "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": "/",
     "π": r"\pi ", "°": r"\degree ", "√": r"\sqrt ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ",
     "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ", "∓": r"\mp ", "∅": r"\emptyset ",
     "ℝ": r"\mathbb{R}", "²": "^2", "³": "^3", "′": "'", "’": "'", "，": ",", "；": ";", "：": ":", "（": "(",
-    "）": ")", "。": ".", "\u00a0": " ", "\u2009": " ", "\u202f": " ", "€": r"\$", "£": r"\$", "α": r"\alpha ",
+    "）": ")", "。": ".", "\u00a0": " ", "\u2009": " ", "\u202f": " ", "⁄": "/", "€": r"\$", "£": r"\$", "α": r"\alpha ",
     "β": r"\beta ", "γ": r"\gamma ", "θ": r"\theta ", "λ": r"\lambda ", "φ": r"\phi ", "ω": r"\omega ",
 })
 TOKEN = re.compile(r"(?P<space>[\s~]+)|(?P<num>(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][0-9]{1,5}(?![0-9.]))?)"
@@ -254,7 +251,7 @@ def math_tokens(source, depth=0):
                     out += command_text(t, source[i + 1:close], depth)
                     i = close + 1
                 continue
-            if t in ("\\phantom", "\\hspace", "\\vspace", "\\tag", "\\label"):
+            if t in ("\\phantom", "\\hspace", "\\vspace", "\\tag", "\\label", "\\color", "\\textcolor"):
                 close = closing_brace(source, i, n) if source[i:i + 1] == "{" else i - 1
                 if close < 0:
                     raise Unparsed("unclosed " + t)
@@ -278,7 +275,7 @@ def degrees(tokens):
         elif tokens[i] == "^" and tokens[i + 1:i + 4] == ["{", "\\circ", "}"]:
             out.append("\\degree")
             i += 4
-        elif tokens[i] == "^" and len(tokens) > i + 2 and tokens[i + 2] in ('"th', '"st', '"nd', '"rd'):
+        elif tokens[i] == "^" and len(tokens) > i + 2 and tokens[i + 2].lstrip('"') in ("th", "st", "nd", "rd"):
             i += 4
         else:
             out.append(tokens[i])
@@ -326,6 +323,7 @@ def tokenize(source):
         source = last_box(source) or ""
     if "\\begin" not in source:
         source = DOUBLED.sub(r"\\", source)
+    source = source.replace("{:}", ":")
     source = CLOCK.sub(r"\\text{\1m}", source)
     source = source.replace("\\$", " ").replace("$", " ")
     if "." in source:
@@ -339,10 +337,8 @@ def tokenize(source):
     return tuple(unwrap(degrees(tokens)))
 
 
-# ------------------------------------------------------------------------------------------------
-# Parser: tokens to a small tree.  Trees are tuples: ('n', Fraction) ('v', name) ('c', 'pi')
+# ---- Parser: tokens to a small tree.  Trees are tuples: ('n', Fraction) ('v', name) ('c', 'pi')
 # ('+', ...) ('*', ...) ('/', a, b) ('^', a, b) ('f', name, args...) ('big', kind, var, low, high, body)
-# ------------------------------------------------------------------------------------------------
 
 OPEN = {"(": ")", "[": "]", "{": "}", "\\{": "\\}", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil",
         "\\langle": "\\rangle", "\\begin": "\\end"}
@@ -350,6 +346,9 @@ CLOSE = frozenset(OPEN.values())
 GREEK = frozenset("\\" + g for g in """alpha beta gamma delta epsilon zeta eta theta vartheta iota kappa lambda mu nu xi
     rho sigma tau upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar mho odot
     aleph partial nabla""".split())
+BIG = ("\\sum", "\\prod", "\\int", "\\lim")
+DIGITS = tuple("0123456789")
+ATOMS = GREEK | FUNCTIONS | MARKS | {"\\frac", "\\sqrt", "\\binom", "\\pi", "\\infty", "\\angle", "\\triangle", *BIG}
 ONE = ("n", Fraction(1))
 MINUS_ONE = ("n", Fraction(-1))
 
@@ -365,6 +364,10 @@ def match_at(tokens, start):
             if depth == 0:
                 return i
     return -1
+
+
+def is_number(token):
+    return token[:1] in DIGITS or token[:1] == "." and len(token) > 1
 
 
 def number(token):
@@ -385,7 +388,10 @@ def letters(run):
 
 
 class Parser:
-    """Recursive descent over one element (no commas, no relations at the top)."""
+    """Recursive descent over one element (no commas, no relations at the top).
+
+    expression = term (+- term)*      term = signed ([*/] signed | power)*      power = primary [!'°]* [^ exponent]
+    """
 
     def __init__(self, tokens):
         self.tokens = list(itertools.chain.from_iterable(letters(t) if t[0].isalpha() else [t] for t in tokens))
@@ -408,177 +414,135 @@ class Parser:
         self.at += 1
         return token
 
-    def expression(self):
+    def accept(self, *wanted):
+        return self.take() if self.peek() in wanted else ""
+
+    def nested(self, rule, *args):
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise Unparsed("too deep")
-        terms = [self.term()]
-        while self.peek() in ("+", "-"):
-            sign = self.take()
-            term = self.term()
-            terms.append(term if sign == "+" else ("*", MINUS_ONE, term))
+        tree = rule(*args)
         self.depth -= 1
+        return tree
+
+    def expression(self):
+        return self.nested(self.sum)
+
+    def sum(self):
+        terms = [self.term()]
+        while sign := self.accept("+", "-"):
+            terms.append(self.term() if sign == "+" else ("*", MINUS_ONE, self.term()))
         return terms[0] if len(terms) == 1 else ("+", *terms)
 
-    def signed(self):
+    def signed(self, rule=None):
         sign = 1
-        while self.peek() in ("+", "-"):
-            sign = -sign if self.take() == "-" else sign
-        factor = self.power()
+        while t := self.accept("+", "-"):
+            sign = -sign if t == "-" else sign
+        factor = (rule or self.power)()
         return factor if sign > 0 else ("*", MINUS_ONE, factor)
 
     def term(self):
-        """Products and quotients, left to right; juxtaposition multiplies."""
+        """Products and quotients, left to right; juxtaposition multiplies, except of two numbers."""
         tree = self.signed()
         while True:
-            t = self.peek()
-            if t == "*":
-                self.take()
-                if self.peek() == "*":           # Python's ** for a power
-                    raise Unparsed("**")
-                tree = ("*", tree, self.signed())
-            elif t == "/":
-                self.take()
-                tree = ("/", tree, self.signed())
-            elif self.starts_factor(t):
-                if t[0] in "0123456789." and self.tokens[self.at - 1][0] in "0123456789.":
+            if op := self.accept("*", "/"):
+                tree = (op, tree, self.signed())
+            elif self.starts_factor(self.peek()):
+                if is_number(self.peek()) and is_number(self.tokens[self.at - 1]):
                     raise Unparsed("two numbers side by side")
                 tree = ("*", tree, self.power())
             else:
                 return tree
 
     def starts_factor(self, t):
-        if not t or t in CLOSE or t in "+-*/^_,;:=<>!'&":
-            return False
         if t == "|":
             return self.bars == 0
-        return t[0].isalnum() or t[0] == "." and len(t) > 1 or t in OPEN or t in GREEK or t in FUNCTIONS or t in MARKS \
-            or t in ("\\frac", "\\sqrt", "\\binom", "\\pi", "\\infty", "\\sum", "\\prod", "\\int", "\\lim", "\\angle",
-                     "\\triangle")
+        return t[:1].isalnum() or is_number(t) or t in OPEN or t in ATOMS
 
     def power(self):
-        base = self.postfix(self.primary())
-        if self.peek() == "^" or self.peek() == "*" and self.peek(1) == "*":
-            self.take()
-            if self.peek() == "*":
-                self.take()
-            if self.peek() == "'" or self.peek() == "{" and self.peek(1) == "'":
-                return self.primes(base)
-            return self.postfix(("^", base, self.exponent()))
-        return base
+        base = self.postfix(self.nested(self.primary))
+        double_star = self.peek() == self.peek(1) == "*"
+        if self.peek() != "^" and not double_star:
+            return base
+        self.at += 1 + double_star
+        if self.peek() == "'" or self.peek() == "{" and self.peek(1) == "'":
+            return self.primes(base)
+        return self.postfix(("^", base, self.nested(self.exponent)))
 
     def primes(self, base):
-        braces = self.peek() == "{"
-        if braces:
-            self.take()
-        n = 0
-        while self.peek() == "'":
-            self.take()
+        """y' and y^{\\prime\\prime} are names; behind a number they are minutes and seconds, and dropped."""
+        braces, n = self.accept("{"), 0
+        while self.accept("'"):
             n += 1
         if braces:
             self.take("}")
         return ("v", base[1] + "'" * n) if base[0] == "v" else base
 
     def exponent(self):
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise Unparsed("too deep")
         if self.peek() in ("+", "-"):
-            sign = self.take()
-            tree = self.exponent()
-            tree = tree if sign == "+" else ("*", MINUS_ONE, tree)
-        else:
-            tree = self.primary()
-            if self.peek() == "^":
-                self.take()
-                tree = ("^", tree, self.exponent())
-        self.depth -= 1
-        return tree
+            return self.signed(lambda: self.nested(self.exponent))
+        tree = self.nested(self.primary)
+        return ("^", tree, self.nested(self.exponent)) if self.accept("^") else tree
 
     def postfix(self, tree):
-        while True:
-            t = self.peek()
+        while t := self.accept("!", "\\degree", "'"):
             if t == "!":
-                self.take()
-                double = self.peek() == "!"
-                if double:
-                    self.take()
-                tree = ("f", "!!" if double else "!", tree)
-            elif t == "\\degree":
-                self.take()
-                if self.in_trig:                 # elsewhere a degree sign is a unit and is dropped
-                    tree = ("/", ("*", tree, ("c", "pi")), ("n", Fraction(180)))
+                tree = ("f", "!!" if self.accept("!") else "!", tree)
             elif t == "'":
+                self.at -= 1
                 tree = self.primes(tree)
-            else:
-                return tree
+            elif self.in_trig:                   # elsewhere a degree sign is a unit and is dropped
+                tree = ("/", ("*", tree, ("c", "pi")), ("n", Fraction(180)))
+        return tree
 
     def group(self, open_):
         """Inside of a bracket pair whose opening token was just taken."""
-        bars, self.bars = self.bars, 0
+        bars, self.bars = self.bars, open_ == "|"
         tree = self.expression()
-        if open_ == "{" and self.peek() == "\\choose":
-            self.take()
+        if open_ == "{" and self.accept("\\choose"):
             tree = ("f", "binom", tree, self.expression())
         self.bars = bars
-        close = self.take()
-        if close != OPEN[open_]:
-            raise Unparsed(close)
+        self.take("|" if open_ == "|" else OPEN[open_])
         return tree
 
-    def argument(self):
-        """Argument of \\frac, \\sqrt, \\binom: a group, else one digit or one symbol as TeX reads it."""
+    def argument(self, whole_number=False):
+        """Argument of \\frac, \\binom, \\sqrt: a group, else one digit or one symbol as TeX reads it (\\sqrt12 is whole)."""
         t = self.peek()
-        if t == "{":
-            return self.group(self.take())
-        if t.isdigit() and len(t) > 1:
+        if t.isdigit() and len(t) > 1 and not whole_number:
             self.tokens[self.at] = t[1:]
             return ("n", Fraction(int(t[0])))
-        if t[:1].isdigit():
+        if is_number(t):
             return ("n", number(self.take()))
-        return self.primary()
+        return self.group(self.take()) if t == "{" else self.nested(self.primary)
 
     def primary(self):
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise Unparsed("too deep")
-        tree = self.primary_inner()
-        self.depth -= 1
-        return tree
-
-    def primary_inner(self):
         t = self.take()
-        if t[0] in "0123456789" or t[0] == "." and len(t) > 1:
-            return self.mixed(("n", number(t + "0" if t.endswith(".") else t)), t)
-        if t[0].isalpha():
+        if is_number(t):
+            return self.mixed(("n", number(t)), t)
+        if t[0].isalpha() or t in GREEK:
             return self.symbol(t)
         if t in ("(", "[", "{"):
             return self.group(t)
-        if t in ("\\lfloor", "\\lceil"):
-            return ("f", "floor" if t == "\\lfloor" else "ceil", self.group(t))
-        if t == "|":
-            return self.absolute()
+        if t in ("\\lfloor", "\\lceil", "|"):
+            return ("f", {"|": "abs", "\\lfloor": "floor", "\\lceil": "ceil"}[t], self.group(t))
         if t == "\\frac":
             return ("/", self.argument(), self.argument())
         if t == "\\binom":
             return ("f", "binom", self.argument(), self.argument())
         if t == "\\sqrt":
-            return self.root()
+            index = self.group(self.take()) if self.peek() == "[" else ("n", Fraction(2))
+            return ("f", "root", self.argument(whole_number=True), index)
         if t in FUNCTIONS:
-            return self.function(t)
+            return self.function(t[1:])
         if t in ("\\pi", "\\infty"):
             return ("c", "pi" if t == "\\pi" else "inf")
-        if t in ("\\sum", "\\prod", "\\int", "\\lim"):
+        if t in BIG:
             return self.big(t[1:])
-        if t in GREEK:
-            return self.symbol(t)
         if t in MARKS:
             inner = self.argument()
-            if self.peek() == "_":
-                self.take()
-                inner = ("v", f"{inner[1]}_{self.subscript()}")
-            return inner if t in ("\\vec", "\\overrightarrow", "\\overline", "\\underline") else \
-                ("v", f"{t}{{{inner}}}")
+            name = f"{inner[1]}_{self.subscript()}" if self.accept("_") else None
+            inner = ("v", name) if name else inner
+            return inner if t in ("\\vec", "\\overrightarrow", "\\overline", "\\underline") else ("v", f"{t}{{{inner}}}")
         if t in ("\\angle", "\\triangle"):
             return ("v", t + str(self.power()))
         raise Unparsed(t)
@@ -589,11 +553,8 @@ class Parser:
             return tree
         start, saved = self.at, list(self.tokens)
         self.take()
-        try:
-            top, bottom = self.argument(), self.argument()
-        except Unparsed:
-            top = bottom = None
-        if top and top[0] == bottom[0] == "n" and 0 < top[1] < bottom[1] and self.peek() != "^":
+        top, bottom = self.argument(), self.argument()
+        if top[0] == bottom[0] == "n" and 0 < top[1] < bottom[1] and self.peek() != "^":
             return ("n", tree[1] + top[1] / bottom[1])
         self.at, self.tokens = start, saved
         return tree
@@ -602,8 +563,7 @@ class Parser:
         if t in ("i", "e") and self.peek() != "_":
             return ("c", t)
         name = t.lower() if len(t) > 3 and t[0] != "\\" else t
-        if self.peek() == "_":
-            self.take()
+        if self.accept("_"):
             name += "_" + self.subscript()
         inner = self.peek(1)
         if self.peek() == "(" and self.peek(2) == ")" and (inner[:1].isalnum() or inner in GREEK):
@@ -615,69 +575,40 @@ class Parser:
         if self.peek() != "{":
             return self.take().lstrip('"')
         end = match_at(self.tokens, self.at)
+        inside, self.at = self.tokens[self.at + 1:end], end + 1
         if end < 0:
             raise Unparsed("subscript")
-        inside = self.tokens[self.at + 1:end]
-        self.at = end + 1
         return "".join(t.lstrip('"') for t in inside)
 
-    def absolute(self):
-        bars, self.bars = self.bars, 1
-        tree = self.expression()
-        self.bars = bars
-        self.take("|")
-        return ("f", "abs", tree)
-
-    def root(self):
-        index = None
-        if self.peek() == "[":
-            index = self.group(self.take())
-        t = self.peek()
-        if t[:1].isdigit():
-            radicand = ("n", number(self.take()))
-        elif t in ("(", "["):
-            radicand = self.group(self.take())
-        else:
-            radicand = self.argument()
-        return ("f", "root", radicand, index or ("n", Fraction(2)))
-
-    def function(self, t):
-        name, base, power = t[1:], None, None
-        for _ in range(2):
-            if self.peek() == "_" and name == "log" and base is None:
-                self.take()
-                base = self.argument() if self.peek() == "{" or not self.peek()[:1].isdigit() else \
-                    ("n", number(self.take()))
-            elif self.peek() == "^" and power is None:
-                self.take()
-                power = self.exponent()
-        trig = name not in ("ln", "log", "lg", "exp", "floor", "ceil", "abs", "gcd", "lcm", "max", "min")
+    def function(self, name):
+        """sin, log_2, ln^2 and the like with their argument; \\sin^{-1} is the inverse."""
+        base = self.argument(whole_number=True) if name == "log" and self.accept("_") else None
+        power = self.nested(self.exponent) if self.accept("^") else None
+        if name == "log" and self.accept("_"):
+            base = self.argument(whole_number=True)
+        trig = name in ("sin", "cos", "tan", "cot", "sec", "csc")
         self.in_trig += trig
         args = self.function_arguments()
         self.in_trig -= trig
-        if power == ("*", MINUS_ONE, ONE) and name in ("sin", "cos", "tan", "cot", "sec", "csc"):
-            name, power = "arc" + name, None
-        if name == "log" and base is not None:
-            tree = ("/", ("f", "ln", *args), ("f", "ln", base))
-        elif name == "lg":
-            tree = ("/", ("f", "ln", *args), ("f", "ln", ("n", Fraction(10))))
-        elif name == "exp":
-            tree = ("^", ("c", "e"), *args)
-        else:
-            tree = ("f", "ln" if name == "log" else name, *args)
         if len(args) > 1 and name not in ("gcd", "lcm", "max", "min"):
             raise Unparsed(name)
+        if power == ("*", MINUS_ONE, ONE) and trig:
+            name, power = "arc" + name, None
+        base = ("n", Fraction(10)) if name == "lg" else base
+        if name == "exp":
+            tree = ("^", ("c", "e"), *args)
+        else:
+            tree = ("f", "ln" if name in ("log", "lg") else name, *args)
+        tree = ("/", tree, ("f", "ln", base)) if base else tree
         return tree if power is None else ("^", tree, power)
 
     def function_arguments(self):
         """A bracket, or the factors up to the next sign, function or bracket: \\sin 2x \\cos y."""
-        if self.peek() == "{":                   # sympy prints \\log{\\left(3 \\right)}^{2} for the square of log 3
-            return [self.group(self.take())]
-        if self.peek() in ("(", "["):
-            open_ = self.take()
+        if open_ := self.accept("{"):            # sympy prints \log{\left(3 \right)}^{2} for the square of log 3
+            return [self.group(open_)]
+        if open_ := self.accept("(", "["):
             args = [self.expression()]
-            while self.peek() == ",":
-                self.take()
+            while self.accept(","):
                 args.append(self.expression())
             self.take(OPEN[open_])
             return args
@@ -689,33 +620,28 @@ class Parser:
     def big(self, kind):
         """\\sum_{k=a}^{b} body, \\int_a^b body dx, \\lim_{x \\to a} body.  Only built; sympy evaluates."""
         low = high = var = None
-        if self.peek() == "_":
-            self.take()
-            if kind != "int" and self.peek() == "{":
-                self.take()
+        if self.accept("_"):
+            if kind != "int" and self.accept("{"):
                 var = self.primary()
-                if self.take() not in ("=", "\\to", "\\rightarrow"):
+                if not self.accept("=", "\\to", "\\rightarrow"):
                     raise Unparsed(kind)
                 low = self.expression()
                 self.take("}")
             else:
-                low = self.exponent()
-        if self.peek() == "^":
-            self.take()
-            high = self.exponent()
+                low = self.nested(self.exponent)
+        if self.accept("^"):
+            high = self.nested(self.exponent)
         if kind == "int":
-            marks = [i for i in range(self.at, len(self.tokens) - 1) if self.tokens[i] == "d"]
-            if not marks:
-                raise Unparsed("int")
-            inner = Parser(self.tokens[self.at:marks[-1]] or ["1"])
+            end = max((i for i in range(self.at, len(self.tokens) - 1) if self.tokens[i] == "d"), default=-1)
+            inner = Parser(self.tokens[self.at:end] or ["1"])
             inner.depth = self.depth
-            body, self.at = inner.parse(), marks[-1] + 1
-            var = self.primary()
+            body, self.at = inner.parse(), end + 1
+            var = self.primary() if end >= 0 else None
         else:
             body = self.term()
-        if var is None or var[0] not in "vc" or (kind in ("sum", "prod") and high is None):
+        if var is None or var[0] not in "vc" or kind in ("sum", "prod") and high is None:
             raise Unparsed(kind)
-        bound = ("v", f"#{str(body).count('big')}")      # renamed: \\sum_i and \\sum_k are one tree
+        bound = ("v", f"#{str(body).count('big')}")      # renamed: \sum_i and \sum_k are one tree
         return ("big", kind, bound, low, high, substitute(body, var, bound))
 
 
@@ -749,9 +675,7 @@ def variables(tree):
     return frozenset(names), frozenset(flags)
 
 
-# ------------------------------------------------------------------------------------------------
-# Tiers exact and numeric
-# ------------------------------------------------------------------------------------------------
+# ---- Tiers exact and numeric
 
 LOW, HIGH, MAX_DIGITS = 50, 120, 20_000      # digits to refute, to confirm, and at most
 _contexts = {}
@@ -778,16 +702,6 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def bits(value):
-    return max(value.numerator.bit_length(), value.denominator.bit_length())
-
-
-def exact(value):
-    if bits(value) > MAX_BITS:
-        raise Undecided("number too long")
-    return value
-
-
 class Evaluator:
     """Value of a tree: a Fraction while everything is rational, else a number of `ctx`.
 
@@ -809,114 +723,82 @@ class Evaluator:
         if kind == "v":
             return self.point[tree[1]]
         if kind == "c":
-            return self.constant(tree[1])
-        if kind == "f":
-            return getattr(self, "f_" + NAMES.get(tree[1], tree[1]))(*map(self, tree[2:]))
+            if tree[1] == "inf":
+                raise Unparsed("infinity in an expression")
+            return {"pi": self.ctx.pi, "e": self.ctx.e, "i": self.ctx.j}[tree[1]] * 1
         if kind == "big":
             raise Undecided("sum, product, integral or limit")
+        values = [self(t) for t in tree[2 if kind == "f" else 1:]]
+        if kind == "f":
+            return getattr(self, NAMES.get(tree[1], tree[1]), functools.partial(self.elementary, tree[1]))(*values)
         if kind == "^":
-            return self.power(self(tree[1]), self(tree[2]), not variables(tree[2])[0])
-        values = [self(t) for t in tree[1:]]
+            return self.power(*values, real_root=tree[2][0] in "n/*" and not variables(tree[2])[0])
         rational = all(isinstance(v, Fraction) for v in values)
         if not rational:
             values = [self.inexact(v) for v in values]
-        if kind == "+":
-            if not rational:
+            if kind == "+":
                 self.peak = max(self.peak, *(int(self.ctx.mag(v) * 0.302) for v in values if v))
-            total = values[0]
-            for v in values[1:]:
-                total = exact(total + v) if rational else total + v
-            return total
-        a, b = values
-        if kind == "*":
-            return exact(a * b) if rational else a * b
-        return exact(a / b) if rational else a / b
+        result = functools.reduce({"+": operator.add, "*": operator.mul, "/": operator.truediv}[kind], values)
+        if rational and max(result.numerator.bit_length(), result.denominator.bit_length()) > MAX_BITS:
+            raise Undecided("number too long")
+        return result
 
-    def constant(self, name):
-        if name == "inf":
-            raise Unparsed("infinity in an expression")
-        return {"pi": self.ctx.pi, "e": self.ctx.e, "i": self.ctx.j}[name] * 1
-
-    def power(self, base, exponent, constant_exponent):
+    def power(self, base, exponent, real_root=True):
         if isinstance(exponent, Fraction) and exponent.denominator == 1:
-            n = exponent.numerator
-            if isinstance(base, Fraction):
-                if abs(n) * bits(base) > MAX_BITS and base not in (0, 1, -1):
-                    raise Undecided("power too large")
-                return base ** n
-            if abs(n) > MAX_BITS:
+            size = max(base.numerator.bit_length(), base.denominator.bit_length()) if isinstance(base, Fraction) else 1
+            if abs(exponent) * size > MAX_BITS and base not in (0, 1, -1):
                 raise Undecided("power too large")
-            return base ** n
+            return base ** exponent.numerator
         if isinstance(base, Fraction) and isinstance(exponent, Fraction):
-            if constant_exponent and exponent.denominator % 2 and base < 0:
-                root = self.f_root(base, Fraction(exponent.denominator))     # the real cube root of -8
-                return self.power(root, Fraction(exponent.numerator), True)
-            if exponent.denominator == 2:
-                return self.power(self.f_root(base, Fraction(2)), Fraction(exponent.numerator), True)
+            if exponent.denominator == 2 or real_root and exponent.denominator % 2 and base < 0:
+                return self.power(self.root(base, Fraction(exponent.denominator)), Fraction(exponent.numerator))
         if base == 0:
             if self.ctx.re(self.inexact(exponent)) > 0:
                 return Fraction(0)
             raise ZeroDivisionError
-        return self.exp(self.inexact(exponent) * self.ctx.ln(self.inexact(base)))
-
-    def exp(self, x):
+        x = self.inexact(exponent) * self.ctx.ln(self.inexact(base))
         if abs(x) > 1e6:
             raise Undecided("exponent too large")
         return self.ctx.exp(x)
 
-    def f_root(self, x, n):
-        if isinstance(n, Fraction) and n.denominator == 1 and isinstance(x, Fraction) and 0 < n < 1000:
-            n = int(n)
-            if n == 2 and x >= 0:
-                top, bottom = math.isqrt(x.numerator), math.isqrt(x.denominator)
-                if top * top == x.numerator and bottom * bottom == x.denominator:
-                    return Fraction(top, bottom)
-            if x < 0 and n % 2:
-                return -self.f_root(-x, Fraction(n))
-            return self.ctx.root(self.inexact(x), n) if x else Fraction(0)
-        if n == 2:
-            return self.ctx.sqrt(x)
-        if isinstance(n, Fraction) and n.denominator == 1 and n % 2 and self.ctx.im(x) == 0 and x < 0:
-            return -self.power(-x, 1 / n, True)
-        if not n:
-            raise ZeroDivisionError
-        return self.power(x, 1 / n, False)
+    def root(self, x, n):
+        """The n-th root; odd roots of negative numbers are real, as in school and unlike in sympy."""
+        if not isinstance(n, Fraction) or n.denominator != 1 or not 0 < n < 1000:
+            return self.power(x, 1 / n, False)
+        if isinstance(x, Fraction) and x >= 0 and n == 2:
+            top, bottom = math.isqrt(x.numerator), math.isqrt(x.denominator)
+            if (top * top, bottom * bottom) == (x.numerator, x.denominator):
+                return Fraction(top, bottom)
+        if n % 2 and not self.ctx.im(self.inexact(x)) and x < 0:
+            return -self.root(-x, n)
+        return self.ctx.root(self.inexact(x), int(n)) if x else Fraction(0)
 
-    def integer(self, x, limit):
+    def natural(self, x, limit):
         if not isinstance(x, Fraction) or x.denominator != 1 or x < 0:
             raise ValueError("not a natural number")
         if x > limit:
-            raise Undecided("factorial too large")
+            raise Undecided("argument too large")
         return int(x)
 
-    def f_factorial(self, x):
-        return Fraction(math.factorial(self.integer(x, MAX_FACTORIAL)))
+    def factorial(self, x):
+        return Fraction(math.factorial(self.natural(x, MAX_FACTORIAL)))
 
-    def f_factorial2(self, x):
-        return Fraction(math.prod(range(self.integer(x, MAX_FACTORIAL), 0, -2)))
+    def factorial2(self, x):
+        return Fraction(math.prod(range(self.natural(x, MAX_FACTORIAL), 0, -2)))
 
-    def f_binom(self, n, k):
-        n, k = self.integer(n, 10 ** 9), self.integer(k, 10 ** 9)
+    def binom(self, n, k):
+        n, k = self.natural(n, 10 ** 9), self.natural(k, 10 ** 9)
         if min(k, abs(n - k)) * n.bit_length() > MAX_BITS:
             raise Undecided("binomial too large")
         return Fraction(math.comb(n, k))
 
-    def f_gcd(self, *xs):
-        return Fraction(math.gcd(*(self.integer(abs(x), 10 ** 1000) for x in xs)))
+    def gcd(self, *xs):
+        return Fraction(math.gcd(*(self.natural(abs(x), 10 ** 100) for x in xs)))
 
-    def f_lcm(self, *xs):
-        return Fraction(math.lcm(*(self.integer(abs(x), 10 ** 100) for x in xs)))
+    def lcm(self, *xs):
+        return Fraction(math.lcm(*(self.natural(abs(x), 10 ** 100) for x in xs)))
 
-    def f_max(self, *xs):
-        return max(xs)
-
-    def f_min(self, *xs):
-        return min(xs)
-
-    def f_abs(self, x):
-        return abs(x)
-
-    def f_floor(self, x):
+    def floor(self, x):
         if isinstance(x, Fraction):
             return Fraction(math.floor(x))
         if abs(x) > 1e30:
@@ -924,35 +806,23 @@ class Evaluator:
         near = int(self.ctx.nint(x))                 # log_2 8 comes out a hair below 3
         return Fraction(near if abs(x - near) < 1e-30 else int(self.ctx.floor(x)))
 
-    def f_ceil(self, x):
-        return -self.f_floor(-x)
+    def ceil(self, x):
+        return -self.floor(-x)
 
-    def f_ln(self, x):
-        if x == 1:
-            return Fraction(0)
-        if x == 0:
-            raise ZeroDivisionError
-        return self.ctx.ln(self.inexact(x))
-
-    def __getattr__(self, name):
-        """sin, cos, ... : the mpmath function of that name."""
-        function = MPMATH.get(name)
-        if function is None:
-            raise Unparsed(name)
-
-        def apply(x):
-            x = self.inexact(x)
-            if abs(x) > 1e12:
-                raise Undecided("argument too large")    # argument reduction would need as many digits
-            if function.endswith("h") and abs(x) > 1e6:
-                raise Undecided("argument too large")
-            return getattr(self.ctx, function)(x)
-        return apply
+    def elementary(self, name, *xs):
+        if name in ("abs", "max", "min"):
+            return {"abs": abs, "max": max, "min": min}[name](*xs)
+        x, = map(self.inexact, xs)
+        if name == "ln":
+            if x == 0:
+                raise ZeroDivisionError
+            return self.ctx.ln(x) if x != 1 else Fraction(0)
+        if abs(x) > (1e6 if name.endswith("h") else 1e12):   # reducing the argument would need as many digits
+            raise Undecided("argument too large")
+        return getattr(self.ctx, name.replace("arc", "a"))(x)
 
 
 NAMES = {"!": "factorial", "!!": "factorial2"}
-MPMATH = {"f_" + n: n.replace("arc", "a") for n in "sin cos tan cot sec csc sinh cosh tanh coth arcsin arccos arctan "
-          "arccot arcsec arccsc asinh acosh atanh".split()}
 
 # Sample points.  Positive, of several magnitudes, with large odd denominators: far from any round number.
 REAL_POINTS = [[Fraction(a + 197 * k * k + 71 * k, b) for k in range(40)] for a, b in
@@ -1110,9 +980,7 @@ def is_tower(b):
     return False
 
 
-# ------------------------------------------------------------------------------------------------
-# Tier sympy: a worker process that can be killed
-# ------------------------------------------------------------------------------------------------
+# ---- Tier sympy: a worker process that can be killed
 
 class Worker:
     """`python reward.py --worker KIND`, one JSON line in, one out.
@@ -1282,9 +1150,7 @@ def limit_process(kind):
         pass                           # not on this platform: the parent's wall-clock limit remains
 
 
-# ------------------------------------------------------------------------------------------------
-# Tier structure: tokens to a Node
-# ------------------------------------------------------------------------------------------------
+# ---- Tier structure: tokens to a Node
 
 class Node(NamedTuple):
     """kind   value
@@ -1677,9 +1543,7 @@ def build_base(tokens):
     return None
 
 
-# ------------------------------------------------------------------------------------------------
-# Sets of real numbers
-# ------------------------------------------------------------------------------------------------
+# ---- Sets of real numbers
 
 def position(scalar):
     """Sort key of an end point; raises if it is not a real constant."""
@@ -1837,9 +1701,7 @@ def half_line(op, left, right, name):
             "=": [point], "!=": complement([point])}[op]
 
 
-# ------------------------------------------------------------------------------------------------
-# Comparing two Nodes.  a is always the answer, b the gold.
-# ------------------------------------------------------------------------------------------------
+# ---- Comparing two Nodes.  a is always the answer, b the gold.
 
 def same(a, b):
     if a.words and b.words and not same_words(set(a.words), set(b.words)):
@@ -1995,9 +1857,7 @@ def same_list(a, b):
     return True
 
 
-# ------------------------------------------------------------------------------------------------
-# Public interface
-# ------------------------------------------------------------------------------------------------
+# ---- Public interface
 
 @functools.lru_cache(maxsize=20_000)
 def read(text):
@@ -2217,9 +2077,7 @@ def grade_remotely(chunk, strict, graders):
     return result[0]
 
 
-# ------------------------------------------------------------------------------------------------
-# strict: the original DeepScaleR verdicts
-# ------------------------------------------------------------------------------------------------
+# ---- strict: the original DeepScaleR verdicts
 
 def strict_extract(response):
     """The original cuts at the first and second </think>.  (It also wanted <think>, which the prompt may hold.)"""
@@ -2363,9 +2221,7 @@ def replace_constants(tree):
     return tuple(replace_constants(t) for t in tree)
 
 
-# ------------------------------------------------------------------------------------------------
-# Command line
-# ------------------------------------------------------------------------------------------------
+# ---- Command line
 
 def grade_file(path, strict):
     """Grade the rows of a file; print how many were decided where, and the speed."""
