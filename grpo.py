@@ -825,7 +825,9 @@ def main(argv=None):
     except (torch.OutOfMemoryError, MemoryError) as e:
         raise SystemExit(f"out of memory ({str(e).splitlines()[0]}): lower --token_budget (now {args.token_budget}), "
                          f"--gpu_memory ({args.gpu_memory}) or --max_len, or use more ranks") from e
-    dist.destroy_process_group()
+    run.engine.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -88,11 +88,11 @@ class _TokenLogprobs(torch.autograd.Function):
             s = slice(i, i + chunk)
             z = _tile_logits(hidden[s], head_weight).div_(temperature)
             top = z.amax(-1, keepdim=True)
-            e = (z - top).exp_()
-            total = e.sum(-1)
-            lse[s] = top[:, 0] + total.log()
-            logp[s] = z.gather(-1, targets[s, None])[:, 0] - lse[s]
-            entropy[s] = lse[s] - torch.einsum("tv,tv->t", e, z) / total
+            e = z.sub_(top).exp()  # shifted: the entropy below is then a sum of small terms
+            log_total = e.sum(-1).log()
+            lse[s] = top[:, 0] + log_total
+            logp[s] = z.gather(-1, targets[s, None])[:, 0] - log_total
+            entropy[s] = log_total - e.mul_(z).sum(-1) / log_total.exp()
             del z, e  # else the next tile is allocated while this one is alive
         ctx.save_for_backward(hidden, head_weight, targets, lse, entropy)
         ctx.temperature, ctx.chunk = temperature, chunk

@@ -4,7 +4,7 @@
     samples = engine.generate(prompts, seeds, max_tokens=8192, temperature=0.6)   # one Sample per (prompt, seed)
     engine.push(policy.full_weights())                                            # after every update
 
-Two engines, one small interface: generate, push, sleep, wake.
+Two engines, one small interface: generate, push, sleep, wake, close.
 
   VllmEngine    vLLM inside this very process, one engine a rank, on GPUs and on vLLM's CPU backend.
   TorchEngine   transformers and a KV cache of slots, anywhere torch runs: finished rows leave the batch at once,
@@ -18,8 +18,10 @@ bits of the kernels.
 Left out on purpose: tensor-parallel engines (a 1.5B model fits one GPU), asynchronous rollouts, tools and turns.
 """
 import hashlib
+import logging
 import os
 import time
+import warnings
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -115,6 +117,8 @@ def vllm_problem(device_type):
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # in-process: weights can be pushed without copies
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # "Triton not available" on every CPU run
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
     try:
         from vllm.platforms import current_platform
     except Exception as e:
@@ -211,6 +215,10 @@ class VllmEngine:
         """Take the KV cache's memory again; weights came with the push."""
         if self.sleeps:
             self.llm.wake_up(tags=["kv_cache"])
+
+    def close(self):
+        """Shut down while the process group still exists; at interpreter exit it would be too late."""
+        self.llm.llm_engine.engine_core.shutdown()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -375,6 +383,9 @@ class TorchEngine:
 
     def wake(self):
         """Nothing to take back."""
+
+    def close(self):
+        """Nothing to shut down."""
 
 
 def stop_token_ids(model, config):
