@@ -664,7 +664,7 @@ BARE_LETTER = re.compile(r"\$?(?:\\(?:text|textbf|textrm|mathrm|mathbf)\s*\{)?\s
 PHRASE = re.compile(
     r"\banswer\b(?:\s+(?:to|for|of)\s[^.$\n]{1,60}?)?\s*(?:is|are|:|=|equals|becomes|(?:must|will|should|would) be)"
     r"(?:\s*(?:therefore|thus|then|also|simply|just|hence|exactly|choice|option|\*\*|,|:))*\s*"
-    r"(\$\$.+?\$\$|\$.+?\$|\\\(.+?\\\)|\\\[.+?\\\]|[^\n]+?(?=\.(?:\s|$)|\n|$|[,;]\s|\s(?:because|since|which|as|so)\b))",
+    r"(\$\$.+?\$\$|\$.+?\$|\\\(.+?\\\)|\\\[.+?\\\]|[^\n]+?(?=(?<!\.)\.(?:\s|$)|\n|$|[,;]\s|\s(?:because|since|which|as|so)\b))",
     re.I | re.S)
 SAID = re.compile(  # "is $V$", "= V \\]", "equals 14": what a solution says before it boxes a bare letter
     r"(?:\b(?:is|are|equals|to)\s+|=\s*)(?:(?:approximately|about|exactly)\s+)?"
@@ -715,8 +715,8 @@ def tidy_answer(text):
         if text.endswith("$") and text.count("$") == 1:
             text = text[:-1]
     left, equals, right = text.rpartition("=")
-    if equals and right.strip() and "," not in text and not re.search("[A-Za-z<>]", re.sub(r"\\[A-Za-z]+", "", left)):
-        return right.strip()  # 25+312 = 337, but not 2x+y = 7
+    if equals and right.strip() and not re.search("[A-Za-z<>,]", re.sub(r"\\[A-Za-z]+", "", text)):
+        return right.strip()  # 25+312 = 337, but neither 2x+y = 7 nor 3 = x
     return text
 
 
@@ -872,7 +872,7 @@ def normal_text(text):
     text = re.sub(r"\\(?:left|right|displaystyle|[,;:! ])|\$|\\[()\[\]]", " ", text)
     text = re.sub(r"\\[dt]frac", r"\\frac", text)
     text = re.sub(r"\s+", " ", text)
-    return re.sub(r" ?([^\w ]) ?", r"\1", text).strip(" .?!:")
+    return re.sub(r" ?([^\w ]) ?", r"\1", text).strip(" .?:")
 
 
 def numbers(text):
@@ -928,7 +928,7 @@ def merge_near(rows, rank, vectors, threshold):
     """
     order = sorted(range(len(rows)), key=lambda i: trust(rows[i], rank))
     match, cosine = keep_first(vectors[order], threshold)
-    dropped, gone = [], set()
+    dropped, gone = [], {}
     for k in np.flatnonzero(match >= 0):
         row, best = rows[order[k]], rows[order[match[k]]]
         about = brief(best, problem=best["problem"], cosine=round(float(cosine[k]), 4))
@@ -938,10 +938,9 @@ def merge_near(rows, rank, vectors, threshold):
             reason = "conflict, other source kept"
             if trust(row, rank) == trust(best, rank):
                 reason = "conflict unresolved"
-                gone.add(match[k])
+                gone[match[k]] = brief(row, problem=row["problem"], cosine=about["cosine"])
         dropped.append(drop(row, "near", reason, match=about))
-    for k in sorted(gone):
-        dropped.append(drop(rows[order[k]], "near", "conflict unresolved"))
+    dropped += [drop(rows[order[k]], "near", "conflict unresolved", match=about) for k, about in sorted(gone.items())]
     stay = {order[k] for k in np.flatnonzero(match < 0) if k not in gone}
     return [row for i, row in enumerate(rows) if i in stay], dropped
 
@@ -959,9 +958,10 @@ def word_ngrams(text, word=r"[a-z0-9]+", n=10):
 def overlaps(rows, tests, share=0.5):
     """For each row the benchmark problem whose 10-grams it holds most of: (share [N], index [N]).
 
-    The share is of the smaller of both sets, so that a benchmark problem cut short or wrapped
-    in more text is found too; below `share` the index is -1. Words are cut in two ways: with
-    formulas taken apart (other spacing is found) and at spaces only (short formulas weigh less).
+    The share is of the benchmark problem's 10-grams; with 5 or more in common also of the row's,
+    if those are fewer, so that a benchmark problem cut short is found too. Below `share` the index
+    is -1. Words are cut in two ways: with formulas taken apart (other spacing is found) and at
+    spaces only (short formulas weigh less).
     """
     best, where = np.zeros(len(rows)), np.full(len(rows), -1)
     for word in (r"[a-z0-9]+", r"\S+"):
@@ -973,7 +973,7 @@ def overlaps(rows, tests, share=0.5):
         for i, row in enumerate(tqdm(rows, desc="10-gram overlap", disable=len(rows) < 2000)):
             mine = word_ngrams(row["problem"], word)
             for k, count in Counter(k for gram in mine for k in index.get(gram, ())).items():
-                part = count / min(len(mine), len(grams[k]))
+                part = count / (min(len(mine), len(grams[k])) if count >= 5 else len(grams[k]))
                 if part >= share and part > best[i]:
                     best[i], where[i] = part, k
     return best, where
@@ -1202,8 +1202,6 @@ def build(sources, out, against=(), strict=False, priority=PRIORITY, threshold=0
     DataError; what was done until then is kept.
     """
     out = Path(out)
-    report = Path(report or out.parent / "dropped.jsonl.gz")
-    datasheet = Path(datasheet or out.parent / "DATASHEET.md")
     work = Path(work or out.parent / f".{out.name}.work")
     write_atomic(work / ".gitignore", b"*\n")  # the folder keeps itself out of the repository
     if isinstance(extractor, str):
@@ -1230,7 +1228,9 @@ def build(sources, out, against=(), strict=False, priority=PRIORITY, threshold=0
     if not rows:
         raise DataError("no usable row in " + ", ".join(map(str, sources)))
     rank = {s: k for k, s in enumerate(dict.fromkeys([*priority, *(r["source"] for r in rows)]))}
+    without = sum(not r["answer"] for r in rows)
     rows = step("extract", lambda r: fill_answers(r, work, extractor), rows, extractor and extractor[0])
+    extracted = without - sum(not r["answer"] for r in rows)
     rows = step("exact", lambda r: merge_exact(r, rank), rows, rank)
     if embed:
         rows = step("near", lambda r: merge_near(r, rank, vectors(r), threshold), rows, rank, model_name, threshold)
@@ -1238,22 +1238,31 @@ def build(sources, out, against=(), strict=False, priority=PRIORITY, threshold=0
         rows = step("decontaminate", lambda r: decontaminate(r, tests, vectors(r), vectors(tests), threshold),
                     rows, [asdict(t) for t in tests], model_name, threshold)
     rows = step("gradable", lambda r: keep_gradable(r, work), rows)
+    settings = {
+        "sources": " ".join(re.sub(r"^(\w+=)?.*/", r"\1", str(s)) for s in sources),
+        "benchmarks": " ".join(Path(b).name for b in against) or "none",
+        "priority": " > ".join(s for s in rank if any(r["source"] == s for r in [*rows, *dropped])),
+        "answers read out of solutions": f"{extracted} of {without} missing",
+        "embedder": model_name, "cosine threshold": threshold}
+    return write_result(rows, dropped, counts, settings, out, measure, notes, report, datasheet)
+
+
+def write_result(rows, dropped, counts, settings, out, measure, notes, report, datasheet):
+    """Write training set, report and datasheet; returns the rows as written. See build."""
+    report = Path(report or out.parent / "dropped.jsonl.gz")
+    datasheet = Path(datasheet or out.parent / "DATASHEET.md")
     result = sorted(({"id": text_id(r["problem"]), "problem": r["problem"], "answer": r["answer"],
-                      "source": r["source"]} for r in rows), key=lambda r: (r["id"], r["problem"]))
+                      "source": r["source"]} for r in rows), key=lambda r: r["id"])
     data = jsonl_bytes(result, out)
     if not dropped and report.exists() and out.exists() and out.read_bytes() == data:
         # Built from its own output: the report and the datasheet of the real build stay.
         print(f"{out}: unchanged, {len(result):,d} problems", file=sys.stderr)
         return result
-    settings = {"sources": " ".join(Path(s).name if "=" not in s else f"{s.split('=')[0]}={Path(s).name}"
-                                    for s in map(str, sources)),
-                "benchmarks": " ".join(Path(b).name for b in against) or "none",
-                "priority": " > ".join(rank), "embedder": model_name,
-                "cosine threshold": threshold, "report": report.name}
-    sheet = describe(result, dropped, counts, settings, [measure_extraction(m) for m in measure])
-    write_atomic(report, jsonl_bytes(dropped, report))
+    sheet = describe(result, dropped, counts, settings | {"report": report.name},
+                     [measure_extraction(m) for m in measure])
     if notes:
         sheet += "\n" + Path(notes).read_text(encoding="utf-8")
+    write_atomic(report, jsonl_bytes(dropped, report))
     write_atomic(datasheet, sheet.encode())
     write_atomic(out, data)  # last: if it is there, the build is complete
     print(f"{out}: {len(result):,d} problems, {len(dropped):,d} rows dropped (listed in {report})", file=sys.stderr)

@@ -265,7 +265,7 @@ LIST = "Pick one. $\\textbf{(A)}\\ 12 \\qquad \\textbf{(B)}\\ \\frac{1}{2} \\qqu
     ("So \\boxed{\\{1, 2\\}}", "", "\\{1, 2\\}"),
     ("\\fbox{7} is it", "", "7"),
     ("\\boxed{25+312 = 337}", "", "337"),
-    ("\\boxed{2x+y = 7}", "", "2x+y = 7"),
+    ("\\boxed{2x+y = 7}", "", "2x+y = 7"), ("\\boxed{3 = x}", "", "3 = x"), ("The answer is 0.333...", "", "0.333..."),
     ("\\boxed{\\textbf{(C)}\\ 6.5}", "", "6.5"),
     ("\\boxed{\\frac{n^2}{4}\\textbf{ (E)}}", "", "\\frac{n^2}{4}"),
     ("\\boxed{\\textbf{(051)}}", "", "051"),
@@ -323,8 +323,9 @@ def test_exact_duplicates_and_conflicts():
     assert len(kept) + len(dropped) == len(rows)
 
 
-def test_spaces_between_numbers_matter():
+def test_spaces_between_numbers_and_factorials_matter():
     assert data.normal_text("digits 1 23") != data.normal_text("digits 12 3")
+    assert data.normal_text("Compute $5!$") != data.normal_text("Compute $5$")
 
 
 def unit_rows(seed, n, d=4):
@@ -386,10 +387,11 @@ def test_benchmark_problems_are_removed_and_their_match_listed():
     text = "A train leaves the station at noon and travels at sixty miles per hour toward the coast until sunset"
     tests = [Problem("b1", text + ". How far?", "1", source="bench"), Problem("b2", "Evaluate $\\sin 60$.", "2", source="bench")]
     rows = [row("Yesterday, " + text.upper() + "! Where does it stop?", "7"), row("Reworded beyond words", "2"),
-            row("evaluate  $\\sin 60$", "2"), row("A train leaves at noon. Find its speed.", "3")]
+            row("evaluate  $\\sin 60$", "2"), row("A train leaves at noon. Find its speed.", "3"),
+            row("A train leaves the station at noon and travels at sixty miles", "3")]  # 3 of 9 10-grams: a phrase
     v = np.eye(4, dtype=np.float32)
-    kept, dropped = data.decontaminate(rows, tests, v[[2, 0, 2, 2]], v[[0, 1]], 0.9)
-    assert [r["problem"] for r in kept] == ["A train leaves at noon. Find its speed."]
+    kept, dropped = data.decontaminate(rows, tests, v[[2, 0, 2, 2, 2]], v[[0, 1]], 0.9)
+    assert kept == rows[3:]
     assert [(d["match"]["id"], d["reason"]) for d in dropped] == [
         ("b1", "benchmark, 10-grams"), ("b1", "benchmark, embedding"), ("b2", "benchmark, 10-grams")]
     assert dropped[0]["match"]["problem"] == tests[0].problem
