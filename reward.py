@@ -969,6 +969,20 @@ def same_scalar(a, b):
             raise
 
 
+def is_literal(tree):
+    """7, -7, 7/2: what a plain number looks like."""
+    while tree[:2] == ("*", MINUS_ONE):
+        tree = tree[2]
+    return tree[0] == "n" or tree[0] == "/" and is_literal(tree[1]) and is_literal(tree[2])
+
+
+def is_unfinished(tree):
+    """37*41 or 3+4 for a plain number, while 2^{10}, 8.7*10^8 and \\binom52 are accepted ways to write one."""
+    def arithmetic(t):
+        return t[0] == "n" or t[0] in ("+", "*", "/") and all(map(arithmetic, t[1:]))
+    return arithmetic(tree) and not is_literal(tree)
+
+
 def is_tower(b):
     """Is the gold itself beyond the bounds?  (If only the answer is, it is wrong, and not worth a second.)"""
     try:
@@ -1164,7 +1178,6 @@ class Node(NamedTuple):
     matrix    [[Scalar]]
     ratio     [Scalar]
     base      (digits, base)
-    opaque    tokens                 equal only to itself
     """
     kind: str
     value: object
@@ -1259,14 +1272,14 @@ def build_list(parts, found, depth):
         if not part and 0 < i < len(parts) - 1 and found[i - 1] in (",", ";") and found[i] in ("\\and", "\\or"):
             continue
         node = build(part, depth + 1)
-        items += node.value if node.kind == "list" and "\\pm" in part + ["\\pm"] * ("\\mp" in part) else [node]
+        items += node.value if node.kind == "list" and {"\\pm", "\\mp"} & set(part) else [node]
     sets = [to_real(n) if n.kind in ("real", "relation") else None for n in items]
     if all(s is not None for s in sets) and (len({n.words for n in items}) == 1):
         return Node("real", combine(sets, "\\or" in found), items[0].words)
     if "\\or" in found and all(n.kind == "scalar" and not n.value.names for n in items) and \
             all(same_scalar(n.value, items[0].value) for n in items[1:]):
         return items[0]                          # a gold such as `0.09 OR 9/100` is one value
-    return Node("list", items, (), "".join(n.key for n in items) if all(n.key for n in items) else "")
+    return Node("list", items)
 
 
 def combine(sets, union):
@@ -1479,10 +1492,10 @@ def strip_units(tokens):
     for k in range(1, len(tokens)):
         t = tokens[k]
         if t[0] == '"' or t[0].isalpha() and (len(t) > 3 or len(t) > 1 and t.lower() in UNITS or t.lower() in ("am", "pm")
-                                              or tokens[k - 1] == "\\degree"):
+                                              or t in "CFK" and tokens[k - 1] == "\\degree"):
             words = unit_tail(tokens[k:])
-            if words is not None and not MEANINGFUL & set(words):
-                return tokens[:k], tuple(words)
+            if words is not None:
+                return (tokens, ()) if MEANINGFUL & set(words) else (tokens[:k], tuple(words))
     return tokens, ()
 
 
@@ -1893,9 +1906,10 @@ def compare(answer, gold):
         return False, "parse", "unparsed_gold"
     if a is None:
         return False, "parse", "unparsed_answer"
-    tier = "structure" if (a.kind, b.kind) != ("scalar", "scalar") else \
-        "exact" if not a.value.names | b.value.names and all(isinstance(x, Fraction) for x in peek(a, b)) else "numeric"
-    tier = "text" if "text" in (a.kind, b.kind) else tier
+    tier = "text" if "text" in (a.kind, b.kind) else "structure" if (a.kind, b.kind) != ("scalar", "scalar") else "numeric"
+    left, right = (n.value[1] if n.kind == "assign" else n for n in (a, b))
+    if left.kind == right.kind == "scalar" and is_literal(right.value.tree) and is_unfinished(left.value.tree):
+        return False, "exact", "unfinished arithmetic"
     _used.sympy = False
     try:
         equal = same(a, b)
@@ -1903,32 +1917,23 @@ def compare(answer, gold):
         return False, "bound", "timeout" if "timeout" in str(e) else str(e)
     except (Unparsed, ArithmeticError, ValueError, TypeError, RecursionError):
         return False, tier, "not comparable"
+    if tier == "numeric" and not a.value.names | b.value.names and (a.value.tree == b.value.tree or all(
+            isinstance(n.value.cache.get(LOW, (None,))[0], Fraction) for n in (a, b))):
+        tier = "exact"
     return equal, "sympy" if _used.sympy else tier, "equal" if equal else "different"
-
-
-def peek(a, b):
-    """Constant values already computed or cheap to compute, to name the tier."""
-    for node in (a, b):
-        try:
-            yield node.value.value()[0]
-        except (Undecided, Unparsed, ArithmeticError, ValueError):
-            yield None
 
 
 def gold_texts(gold):
     """The accepted texts of a gold: a text, a number, or a list of them (any counts)."""
     if isinstance(gold, str):
         return [gold]
-    if isinstance(gold, bool) or gold is None:
-        return []
     if isinstance(gold, (list, tuple)):
-        return [t for g in gold for t in (gold_texts(g) if not isinstance(g, (list, tuple)) else [])]
-    if isinstance(gold, numbers.Number) and not isinstance(gold, complex):
-        try:
-            return [str(gold)] if math.isfinite(gold) else []
-        except (ValueError, OverflowError, TypeError):
-            return []
-    return []
+        return [text for g in gold if not isinstance(g, (list, tuple)) for text in gold_texts(g)]
+    try:
+        real = isinstance(gold, numbers.Real) and not isinstance(gold, bool) and math.isfinite(gold)
+        return [str(gold)] if real else []
+    except (ValueError, OverflowError):          # more digits than Python converts
+        return []
 
 
 def judge(answer, gold, strict=False):
@@ -2210,15 +2215,9 @@ def strict_element(a, b):
 def strict_scalar(text):
     """Lower-cased `e` and `i` were plain symbols to the original."""
     tree = Parser(math_tokens(text)).parse()
-    return Scalar(replace_constants(tree))
-
-
-def replace_constants(tree):
-    if not isinstance(tree, tuple):
-        return tree
-    if tree[0] == "c" and tree[1] in ("e", "i"):
-        return ("v", tree[1])
-    return tuple(replace_constants(t) for t in tree)
+    for letter in "ei":
+        tree = substitute(tree, ("c", letter), ("v", letter))
+    return Scalar(tree)
 
 
 # ---- Command line

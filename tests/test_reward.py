@@ -157,7 +157,7 @@ def test_gold_of_any_listed_form():
     ("2^{1009}+1", "2^{1009}"), ("\\frac{1}{2004!}", "\\frac{1}{2006!}"), ("e^{-200}", "0"), ("\\sqrt{2}+10^{-40}", "\\sqrt{2}"),
     ("\\binom{4025}{2013}+\\frac{\\sqrt2}{100}", "\\binom{4025}{2013}"), ("10^{99}+\\pi", "10^{99}"), ("1.41421356237309504880", "\\sqrt2"),
     ("\\lceil n/2 \\rceil", "\\lceil n/3 \\rceil"), ("x+10^{-50}", "x"), ("9^{9^{9}}+1", "9^{9^{9}}"), ("0", "I(0)e^{-t}"),
-    ("\\frac{355}{113}", "\\pi"), ("LRAC", "SRAC=LRAC"), ("3x-6<0", "x<2"), ("\\sum_{k=1}^{3} k", "6"), ("\\text{odd}", "\\text{even}"),
+    ("\\frac{355}{113}", "\\pi"), ("LRAC", "SRAC=LRAC"), ("3x-6<0", "x<2"), ("\\sum_{k=1}^{3} k", "6"), ("37 \\cdot 41", "1517"), ("3+4", "7"), ("\\text{odd}", "\\text{even}"),
 ])
 def test_near_misses(answer, gold):
     assert not reward.grade(answer, gold)
