@@ -155,7 +155,8 @@ GROUPS = re.compile(r"(?<![0-9.,}])[1-9][0-9]{0,2}(?:,[0-9]{3}){1,7}(?![0-9])(?!
 SPACED = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:(?:\{,\}|,?\\[,!;: ]|,\\!\s+| )[0-9]{3})+(?![0-9])")
 DOUBLED = re.compile(r"\\\\(?=[A-Za-z])")                    # `\\\\frac`: escaped twice on its way into the data
 CLOCK = re.compile(r"(?<=[0-9 ])([aApP])\. ?[mM]\.?")
-SCIENTIFIC = re.compile(r"(?:(?<![0-9.(a-zA-Z])[0-9]|[0-9]*\.[0-9]+)[eE][+-][0-9]{1,5}(?![0-9.])")   # 1e-5, but 24e-32 is 24e - 32
+# 1e-5 and 3.61e-10 are numbers, 24e-32 is 24e - 32.
+SCIENTIFIC = re.compile(r"(?:(?<![0-9.(a-zA-Z])[0-9]|[0-9]*\.[0-9]+)[eE][+-][0-9]{1,5}(?![0-9.])")
 MIXED_ASCII = re.compile(r"(?<![0-9./^_a-zA-Z})])([0-9]{1,9}) +([0-9]{1,9})/([0-9]{1,9})(?![0-9./^])")
 REPEATING = re.compile(r"([0-9]{0,200})\.([0-9]{0,200})\\(?:overline|bar|dot)\s*\{?([0-9]{1,200})\}?")
 
@@ -1009,8 +1010,9 @@ class Worker:
         self.kind, self.process, self.lock = kind, None, threading.Lock()
 
     def start(self):
-        self.process = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--worker", self.kind],
-                                        start_new_session=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(
+            [sys.executable, os.path.abspath(__file__), "--worker", self.kind], start_new_session=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         if self.read(60) != b"ready\n":
             raise OSError("worker did not start")
 
@@ -1248,16 +1250,13 @@ def adjacent_tuples(tokens):
     """(2,3)(2,7) in a gold is a list of two points."""
     if "," not in tokens or ")" not in tokens:
         return tokens
-    out, i = [], 0
+    out, i, tuple_ended = [], 0, -1
     while i < len(tokens):
         end = match_at(tokens, i) if tokens[i] == "(" else -1
         if end > 0 and len(split(tokens[i + 1:end], ",")[0]) > 1:
-            if out and out[-1] == ")" and i and previous_tuple:
-                out.append(",")
-            out += tokens[i:end + 1]
-            previous_tuple, i = True, end + 1
+            out += [","] * (tuple_ended == i) + tokens[i:end + 1]
+            i = tuple_ended = end + 1
         else:
-            previous_tuple = False
             out.append(tokens[i])
             i += 1
     return out
@@ -1779,7 +1778,7 @@ def sides(node):
         return Scalar(("+", left.tree, ("*", MINUS_ONE, right.tree)))
     if node.kind == "assign" and node.value[1].kind == "scalar":
         name = node.value[0]
-        if re.fullmatch(r"\\?[A-Za-z]+(_.+)?'*", name) and (len(name) == 1 or name[0] == "\\" or "_" in name or "'" in name):
+        if re.fullmatch(r"[A-Za-z](_.+)?'*|\\[A-Za-z]+(_.+)?'*", name):
             return Scalar(("+", node.value[1].value.tree, ("*", MINUS_ONE, ("v", name))))
     return None
 
@@ -1801,7 +1800,10 @@ def same_assign(a, b):
 
 
 def is_quantity(node):
-    return node.kind == "scalar" and bool(node.value.names) and all(n.isupper() or len(n) > 3 for n in node.value.names) and \
+    """A product of capitals or words, such as PV or LRAC."""
+    if node.kind != "scalar" or not node.value.names:
+        return False
+    return all(n.isupper() or len(n) > 3 for n in node.value.names) and \
         set(re.sub(r"[(),']", " ", str(node.value.tree)).split()) <= {"*", "v", *node.value.names}
 
 
@@ -1960,7 +1962,7 @@ def grade(answer, gold, strict=False):
     []
     >>> check(False, ("3.14", r"\pi"), ("0.33", r"\frac13"), ("10001", "10000"))             # no tolerance
     []
-    >>> check(True, (r"1,\!000", "1000"), ("1{,}000", r"1\,000"), ("025", "25"), ("142", 142.0), ("8.7e8", r"8.7 \times 10^8"))
+    >>> check(True, (r"1,\!000", "1000"), ("1{,}000", r"1\,000"), ("025", "25"), ("142", 142.0), ("87e7", r"8.7 \times 10^8"))
     []
     >>> check(True, (r"50\%", "50"), (r"90^\circ", "90"), (r"\$36", r"36 \text{ dollars}"), (r"5 \text{ cm}^2", "5"))
     []
