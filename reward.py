@@ -789,7 +789,8 @@ class Evaluator:
 
     def binom(self, n, k):
         n, k = self.natural(n, 10 ** 9), self.natural(k, 10 ** 9)
-        if min(k, abs(n - k)) * n.bit_length() > MAX_BITS:
+        self.natural(Fraction(n - k), n)             # k > n: 0, but n!/(k!(n-k)!) is undefined there
+        if min(k, n - k) * n.bit_length() > MAX_BITS:
             raise Undecided("binomial too large")
         return Fraction(math.comb(n, k))
 
@@ -1529,7 +1530,8 @@ def build_scalar(tokens):
             return node
     key = "".join(t.lstrip('"').lower() for t in tokens if t not in ("{", "}", "(", ")"))
     key = key if key.replace("-", "").replace("'", "").isalpha() else ""
-    if any(t[0] == '"' for t in tokens):
+    prose = len(tokens) > 1 and all(t.isalpha() for t in tokens) and max(map(len, tokens)) > 3   # infinitely many
+    if prose or any(t[0] == '"' for t in tokens):
         if all(t[0] == '"' or t in ("(", ")", ".", "!", "?", "{", "}") or t[0].isalpha() for t in tokens):
             words = " ".join(t.lstrip('"').lower() for t in tokens if t[0] == '"' or t[0].isalpha())
             return Node("text", words, (), key)
