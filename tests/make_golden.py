@@ -90,7 +90,7 @@ def make_batches():
     short = [3, MAX_LEN, 1, 6, 2, 9, 4, 5]
     batches = {"usual": make_batch(0, groups, lengths, usual)}
     for i, name in enumerate(("ratio", "ref", "engine")):
-        wild = {**usual, {"ratio": "old"}.get(name, name): 25.0}
+        wild = {**usual, {"ratio": "old"}.get(name, name): 60.0}  # some beyond 89: exp is inf in float32
         batches[f"wild_{name}"] = make_batch(i + 1, [groups[0], groups[2]], short, wild)
     return batches
 
@@ -143,16 +143,17 @@ def trl_trainer(b, loss_type="dapo", scale_rewards="group", on_policy=False, cli
     alone = SimpleNamespace(device=torch.device("cpu"), num_processes=1, process_index=0, is_main_process=True,
                             sync_gradients=True, gather=lambda x: x, gather_for_metrics=lambda x: x,
                             reduce=lambda x, reduction: x)
-    # num_iterations 2 makes TRL keep the old log-probs; 1 makes it take the policy's own (the first update)
     args = SimpleNamespace(steps_per_generation=1, gradient_accumulation_steps=1, per_device_train_batch_size=None,
                            gradient_checkpointing_kwargs=None, report_to=[], delta=None, use_bias_correction_kl=False)
     model = SimpleNamespace(training=True, is_gradient_checkpointing=False)
+    # num_iterations below: 2 makes TRL keep the old log-probs, 1 makes it take the policy's own (the first update)
     return SimpleNamespace(
         accelerator=alone, args=args, model=model, ref_model=object(), state=SimpleNamespace(global_step=0),
         _tokenizer=SimpleNamespace(pad_token_id=0), eos_token_ids=[2], pad_to_multiple_of=None, tools=None,
         environment_factories=None, environments=None, mask_truncated_completions=False, _is_vlm=False,
         num_generations=b.rewards.shape[1], num_iterations=1 if on_policy else 2,
-        multi_objective_aggregation="sum_then_normalize", scale_rewards=scale_rewards, reward_weights=torch.ones(1), reward_func_names=["r"], reward_funcs=[None],
+        multi_objective_aggregation="sum_then_normalize", scale_rewards=scale_rewards,
+        reward_weights=torch.ones(1), reward_func_names=["r"], reward_funcs=[None],
         _metrics=defaultdict(lambda: defaultdict(list)), _pending_extra_logs={}, _pending_metrics={},
         _logs=defaultdict(list, rewards=defaultdict(list), extra=defaultdict(list)), log_multimodal=False,
         use_vllm=tis_cap > 0, vllm_importance_sampling_correction=True, vllm_importance_sampling_mode="token_truncate",

@@ -32,7 +32,7 @@ GOLDEN = json.loads(peers.GOLDEN.read_text())
 # it is up to e^20 = 5e8, and the loss a difference of such numbers. In float64 what remains is verl's (length + 1e-8)
 # under "seq", and the float32 in which 1 / length (ours), advantages and statistics (theirs) are computed
 TOLERANCE = {("usual", torch.float64): (1e-8, 1e-9), ("usual", torch.float32): (1e-6, 1e-8),
-             ("wild", torch.float64): (1e-8, 5e-8), ("wild", torch.float32): (5e-6, 2e-7)}
+             ("wild", torch.float64): (5e-8, 5e-8), ("wild", torch.float32): (5e-6, 2e-7)}
 MICRO_BATCHES = {"one": [20], "uneven": [1, 11, 3, 5], "single": [1] * 20}  # sequences of each
 EVERY = [(peer, case, agg) for peer in peers.VERSIONS for case, agg in peers.comparisons(peer)]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
@@ -149,7 +149,7 @@ def test_the_cases_reach_every_branch():
                        ("wild_engine", "old_logp", "engine_logp")):
         wild = peers.tensors(GOLDEN["batches"][name], torch.float64)
         d = (getattr(wild, a) - getattr(wild, c)).detach()
-        assert (d > 20).sum() >= 3 and (d < -20).sum() >= 3
+        assert (d > 20).sum() >= 3 and (d < -20).sum() >= 3 and (d > 89).any()  # exp(89) is inf in float32
         assert ((d > 3) & (d < 20)).any() and ((d > -8) & (d < 0)).any()  # k3 clamped at 10 by either end, and not
 
 
