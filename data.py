@@ -13,7 +13,7 @@ was; a second build changes nothing, and building from the output gives the same
 
 `select` converts or filters, `difficulty` measures solve rates, `measure` tells how well answers
 are read out of solutions. Training uses load_problems, select_problems, encode_problems and
-batch_indices.
+batch_indices; the first third of this file and select_problems are all it needs.
 
 Left out on purpose: rewriting problems with a paid model (the original turned multiple choice into
 open questions with Gemini), guessing difficulty with a model (solve rates are measured instead),
@@ -48,6 +48,7 @@ import reward
 INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
 PRIORITY = ("aime", "math", "amc", "omni_math", "still")  # official answers, written by hand, scraped
 MAX_ROW = 16 * 2**20  # bytes; a longer line is not a maths problem but a broken file
+MAX_TEXT = 200_000  # characters of one field; the longest problem of the recipe has 5,154
 
 # Field names seen in the sources of the recipe, best first; compared in lower case.
 FIELDS = {
@@ -207,6 +208,8 @@ def clean_text(value, name):
     """A field as stripped text; DataError unless it is a string without broken characters."""
     if not isinstance(value, str):
         raise DataError(f"{name} is a {type(value).__name__}, expected text")
+    if len(value) > MAX_TEXT:
+        raise DataError(f"{name} has {len(value):,d} characters, more than {MAX_TEXT:,d}")
     if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
         raise DataError(f"{name} holds bytes that are not UTF-8 text")
     return value.strip()
@@ -698,7 +701,7 @@ def tidy_answer(text):
     if len(text) > 2000:
         return text.strip()  # no answer is that long, and the patterns below are not made for it
     found = boxes(text)
-    text = found[-1][0] if found else text
+    text = (found[-1][0] if found else text).replace("{-}", "-").replace("\\textdollar", "")
     previous = None
     while text != previous:
         previous = text
@@ -1104,13 +1107,15 @@ def describe(rows, dropped, counts, settings, measured):
     def tally(values):
         return Counter(values).most_common()
 
+    def at(share):
+        return lengths[min(len(lengths) - 1, int(share * len(lengths)))]
+
     lengths = sorted(len(r["problem"]) for r in rows) or [0]
     edges = [0, 100, 200, 300, 400, 600, 800, 1200, 2000, 10**9]
     spans = [(f"{a}-{b - 1}" if b < 10**9 else f"{a} and more", sum(a <= n < b for n in lengths))
              for a, b in zip(edges, edges[1:])]
     widest = max(n for _, n in spans) or 1
     bench = Counter((d["match"]["benchmark"], d["reason"]) for d in dropped if d["step"] == "decontaminate")
-    at = lambda share: lengths[min(len(lengths) - 1, int(share * len(lengths)))]  # noqa: E731
     parts = [
         "# Datasheet\n",
         "Written by `python data.py build`; do not edit, build again. One row is a JSON object with "

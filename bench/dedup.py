@@ -12,12 +12,12 @@ What grows: embedding is linear and dominates; the search does N^2 / 2 cosines, 
 for twice the rows, but only one 2,048 x 2,048 tile of them exists at a time (16 MB), whatever N is.
 
 At 10 million rows, in this order. (1) Exact and 10-gram duplicates go first by hash, which is linear.
-(2) Embedding is 10 million x 6 layers: about 4 days on the two cores here, an hour or less on one GPU.
-(3) The vectors are 15 GB in float32, 7.7 GB in float16: on disk, read by blocks. (4) All pairs are
-10^14 / 2 cosines = 4 x 10^16 FLOP: some minutes of one GPU's matrix units with this very tiling, but
-weeks of two cores; without a GPU, cluster the vectors (k-means with some 3,000 centres) and search each
-row in its nearest ten cells, 300 times less work, at the price of missing a per cent or so of the
-pairs. (5) "Kept before" is then decided per cell in the order of trust, and cells in parallel.
+(2) Embedding takes days on two cores and less than an hour on one GPU. (3) The vectors are 15 GB in
+float32, 7.7 GB in float16: on disk, read by blocks. (4) All pairs are 10^14 / 2 cosines, 4 x 10^16 FLOP:
+with this very tiling about a week of two cores at the rate above, minutes of one GPU. Without a GPU,
+cluster the vectors (k-means with some 3,000 centres) and search each row in its nearest ten cells: 300
+times less work, at the price of some missed pairs, to be counted on a sample searched in full. (5)
+"Kept before" is then decided in order of trust along the list of pairs found, which is short.
 """
 
 import argparse

@@ -161,6 +161,12 @@ def test_hundred_megabyte_line_is_reported_and_passed_over(tmp_path):
     assert good == ["a", "b"] and bad == ["line is longer than 16 MB"]
     with pytest.raises(DataError, match="line 2: line is longer"):
         data.load_problems(path)
+    (tmp_path / "f.csv").write_text('problem,answer\na,1\n"' + "x" * 20 * 2**20 + '",1\nb,2\n')
+    good, bad = outcomes(tmp_path / "f.csv")
+    assert good == ["a", "b"] and len(bad) == 1
+    (tmp_path / "f.json").write_text(json.dumps([{"problem": "x" * 10**6, "answer": "1"}, {"problem": "b", "answer": "2"}]))
+    good, bad = outcomes(tmp_path / "f.json")
+    assert good == ["b"] and "1,000,000 characters" in bad[0]
 
 
 def test_binary_and_invalid_text_are_reported_and_passed_over(tmp_path):
