@@ -14,7 +14,7 @@ exploitable, it must be right, it must be fast.  Each tier below answers only wh
     structure   lists, tuples, intervals, equations, matrices ...   unordered, ordered, as sets, up to a factor
     exact       rational arithmetic (Fraction)                      no tolerance: 10001 is not 10000
     numeric     50 and 120 digits at several points                 \\sqrt{8} = 2\\sqrt{2}, factored = expanded
-    sympy       sums, integrals, limits, towers of the gold         in a worker process that can be killed
+    sympy       sums, integrals and limits of the gold              in a worker process that can be killed
 
 Left out on purpose: tolerance, per cent as a factor (50% is not 0.5), unit conversion, answers outside
 the box, and evaluating a \\sum or \\int the gold does not have (else restating the problem would pay).
@@ -958,17 +958,22 @@ def same_scalar(a, b):
         return False
     if "big" in a.flags and "big" not in b.flags:
         return False                       # the problem restated is not its answer
+    try:
+        return same_value(a, b)
+    except Undecided:
+        if "big" in b.flags:
+            return ask_sympy(a, b)
+        if not is_tower(b):
+            raise
+        return same_value(Scalar(hide_towers(a.tree)), Scalar(hide_towers(b.tree)))
+
+
+def same_value(a, b):
     with _mp_lock:
         try:
-            if not a.names and not b.names:
-                return not differ(a, b)
-            return same_symbolic(a, b)
+            return same_symbolic(a, b) if a.names | b.names else not differ(a, b)
         except (ArithmeticError, ValueError):
             return False
-        except Undecided:
-            if "big" in b.flags or is_tower(b):
-                return ask_sympy(a, b)
-            raise
 
 
 def is_literal(tree):
@@ -986,14 +991,22 @@ def is_unfinished(tree):
 
 
 def is_tower(b):
-    """Is the gold itself beyond the bounds?  (If only the answer is, it is wrong, and not worth a second.)"""
+    """Is the gold itself beyond the bounds?  (If only the answer is, it is wrong.)"""
+    return hide_towers(b.tree) != b.tree
+
+
+def hide_towers(tree):
+    """Replace what is too large to compute, such as 9^{9^9}, by a name of its own: equal names, equal values."""
+    if tree[0] in ("n", "v", "c"):
+        return tree
+    tree = tuple(hide_towers(t) if isinstance(t, tuple) else t for t in tree)
     try:
-        b.value(LOW, dict.fromkeys(b.names, Fraction(3)))
+        Evaluator(LOW, dict.fromkeys(variables(tree)[0], Fraction(3)))(tree)
     except Undecided:
-        return True
+        return ("v", f"#{tree}")
     except (ArithmeticError, ValueError):
         pass
-    return False
+    return tree
 
 
 # ---- Tier sympy: a worker process that can be killed
@@ -1014,7 +1027,7 @@ class Worker:
         self.process = subprocess.Popen(
             [sys.executable, os.path.abspath(__file__), "--worker", self.kind], start_new_session=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        if self.read(60) != b"ready\n":
+        if self.read(20) != b"ready\n":
             raise OSError("worker did not start")
 
     def read(self, seconds):
@@ -1076,11 +1089,8 @@ def ask_sympy(a, b):
     return verdict
 
 
-def sympy_tree(node, sp, held):
-    """The sympy expression of a JSON tree.  Built node by node: sympy never sees a string to parse.
-
-    Powers and factorials beyond the bounds are held back unevaluated and noted in `held`.
-    """
+def sympy_tree(node, sp):
+    """The sympy expression of a JSON tree.  Built node by node: sympy never sees a string to parse."""
     kind = node[0]
     if kind == "n":
         top, _, bottom = node[1].partition("/")
@@ -1090,52 +1100,27 @@ def sympy_tree(node, sp, held):
     if kind == "c":
         return {"pi": sp.pi, "e": sp.E, "i": sp.I, "inf": sp.oo}[node[1]]
     if kind == "big":
-        return sympy_big(node, sp, held)
-    *parts, = (sympy_tree(t, sp, held) for t in node[2 if kind == "f" else 1:])
-    if kind == "f":
-        return sympy_function(node[1], parts, sp, held)
-    if kind == "+":
-        return sp.Add(*parts)
-    if kind == "*":
-        return parts[0] * parts[1]
+        _, kind, var, low, high, body = (t and sympy_tree(t, sp) if isinstance(t, list) else t for t in node)
+        if kind == "lim":
+            return sp.Limit(body, var, low).doit()
+        limits = var if low is None else (var, low, high)
+        return {"sum": sp.Sum, "prod": sp.Product, "int": sp.Integral}[kind](body, limits).doit()
+    parts = [sympy_tree(t, sp) for t in node[2 if kind == "f" else 1:]]
+    if kind == "f" and node[1] == "root":
+        return parts[0] ** (1 / parts[1])
+    names = {"!": "factorial", "!!": "factorial2", "binom": "binomial", "ceil": "ceiling", "abs": "Abs", "ln": "log",
+             "max": "Max", "min": "Min", "+": "Add", "*": "Mul", "^": "Pow"}
     if kind == "/":
         return parts[0] / parts[1]
-    large = parts[1].is_number and (held or abs(parts[1]) > 10_000)
-    if large:
-        held.append("power")
-    return sp.Pow(*parts, evaluate=not large)
-
-
-def sympy_function(name, args, sp, held):
-    if name == "root":
-        return args[0] ** (1 / args[1])
-    large = name in ("!", "!!", "binom") and args[0].is_number and (held or abs(args[0]) > MAX_FACTORIAL)
-    if large:
-        held.append(name)
-    table = {"!": "factorial", "!!": "factorial2", "binom": "binomial", "ceil": "ceiling", "abs": "Abs", "ln": "log",
-             "max": "Max", "min": "Min"}
-    function = getattr(sp, table.get(name) or name.replace("arc", "a"))
-    return function(*args, evaluate=False) if large else function(*args)
-
-
-def sympy_big(node, sp, held):
-    _, kind, var, low, high, body = node
-    x = sympy_tree(var, sp, held)
-    low, high = (t and sympy_tree(t, sp, held) for t in (low, high))
-    body = sympy_tree(body, sp, held)
-    if kind == "lim":
-        return sp.Limit(body, x, low).doit()
-    if kind == "int" and low is None:
-        return sp.Integral(body, x).doit()
-    return {"sum": sp.Sum, "prod": sp.Product, "int": sp.Integral}[kind](body, (x, low, high)).doit()
+    name = node[1] if kind == "f" else kind
+    return getattr(sp, names.get(name) or name.replace("arc", "a"))(*parts)
 
 
 def prove_equal(job):
     """Equal after sympy's canonical ordering, or with the difference simplified to 0."""
     import sympy as sp
-    held = []
-    a, b = (sympy_tree(t, sp, held) for t in job)
-    return bool(a == b or not held and (sp.expand(a - b) == 0 or sp.simplify(a - b) == 0))
+    a, b = (sympy_tree(t, sp) for t in job)
+    return bool(a == b or sp.expand(a - b) == 0 or sp.simplify(a - b) == 0)
 
 
 def worker_main(kind):

@@ -153,7 +153,7 @@ def generate(path, n, seed=0):
         if node is None or node.kind != "scalar" or node.value.tree[0] == "n" or "big" in node.value.flags:
             continue
         try:
-            expression = reward.sympy_tree(reward.plain(node.value.tree), sp, [])
+            expression = reward.sympy_tree(reward.plain(node.value.tree), sp)
             if len(sp.latex(expression)) > 1000:
                 continue
         except ValueError:                      # 2018! has more digits than Python prints
