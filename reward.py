@@ -1261,9 +1261,6 @@ def build_list(parts, found, depth):
     sets = [to_real(n) if n.kind in ("real", "relation") else None for n in items]
     if all(s is not None for s in sets) and (len({n.words for n in items}) == 1):
         return Node("real", combine(sets, "\\or" in found), items[0].words)
-    if "\\or" in found and all(n.kind == "scalar" and not n.value.names for n in items) and \
-            all(same_scalar(n.value, items[0].value) for n in items[1:]):
-        return items[0]                          # a gold such as `0.09 OR 9/100` is one value
     return Node("list", items)
 
 
@@ -1896,11 +1893,13 @@ def compare(answer, gold):
     if a is None:
         return False, "parse", "unparsed_answer"
     tier = "text" if "text" in (a.kind, b.kind) else "structure" if (a.kind, b.kind) != ("scalar", "scalar") else "numeric"
-    left, right = (n.value[1] if n.kind == "assign" else n for n in (a, b))
-    if left.kind == right.kind == "scalar" and is_literal(right.value.tree) and is_unfinished(left.value.tree):
-        return False, "exact", "unfinished arithmetic"
     _used.sympy = False
     try:
+        if b.kind == "list" and "\\or" in gold_tokens and all(same(n, b.value[0]) for n in b.value[1:]):
+            b = b.value[0]               # the gold gives one value in two forms: 30.4 or 152/5
+        left, right = (n.value[1] if n.kind == "assign" else n for n in (a, b))
+        if left.kind == right.kind == "scalar" and is_literal(right.value.tree) and is_unfinished(left.value.tree):
+            return False, "exact", "unfinished arithmetic"
         equal = same(a, b)
     except Undecided as e:
         return False, "bound", "timeout" if "timeout" in str(e) else str(e)
@@ -1915,7 +1914,8 @@ def compare(answer, gold):
 def gold_texts(gold):
     """The accepted texts of a gold: a text, a number, or a list of them (any counts)."""
     if isinstance(gold, str):
-        return [gold]
+        forms = re.split(r"\\text\s*\{\s*OR\s*\}", gold)      # the data's way to list accepted forms
+        return [gold, *forms] if len(forms) > 1 else [gold]
     if isinstance(gold, (list, tuple)):
         return [text for g in gold if not isinstance(g, (list, tuple)) for text in gold_texts(g)]
     try:
