@@ -76,6 +76,7 @@ class Undecided(Exception):
 
 
 def count(reason):
+    """One more of a reason the trainer logs."""
     with _counter_lock:
         counters[reason] += 1
 
@@ -1873,14 +1874,15 @@ def read(text):
         return tokens, None
 
 
-PLAIN_INTEGER = re.compile(r"\s*(-?)\s*0*([0-9]+)\s*")
+PLAIN_INTEGER = re.compile(r"(-?)([0-9]+)")          # no optional parts side by side: matching stays linear
 
 
 def compare(answer, gold):
     """(equal, tier, reason) for two texts."""
-    m, g = PLAIN_INTEGER.fullmatch(answer), PLAIN_INTEGER.fullmatch(gold)
+    m, g = PLAIN_INTEGER.fullmatch(answer.strip()), PLAIN_INTEGER.fullmatch(gold.strip())
     if m and g:
-        equal = m.groups() == g.groups() or m[2] == g[2] == "0"
+        digits, gold_digits = m[2].lstrip("0"), g[2].lstrip("0")
+        equal = digits == gold_digits and (m[1] == g[1] or not digits)
         return equal, "integer", "equal" if equal else "different"
     tokens, a = read(answer)
     gold_tokens, b = read(gold)
@@ -1940,7 +1942,8 @@ def judge(answer, gold, strict=False):
 def grade(answer, gold, strict=False):
     r"""Does `answer` (the text inside the box) equal `gold`?  Never raises; what cannot be read is wrong.
 
-    `gold` is a text, a number, or a list of which any element counts.  The conventions, by example:
+    `gold` is a text, a number, or a list of which any element counts.  `strict` gives the verdict of
+    DeepScaleR's own grader.  The conventions, by example:
 
     >>> def check(right, *pairs):
     ...     return [pair for pair in pairs if grade(*pair) is not right]

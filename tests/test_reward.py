@@ -135,6 +135,13 @@ def test_attacks(tmp_path, monkeypatch, strict):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("text", ["0" * 10 ** 6 + "x", " " * 10 ** 6 + "x", "-" * 10 ** 6, "1," * 10 ** 6, "$" * 10 ** 6])
+def test_grade_is_linear_in_the_length(text):
+    start = time.perf_counter()
+    assert not reward.grade(text, "7") and not reward.grade("7", text)
+    assert time.perf_counter() - start < 2
+
+
 def test_attack_as_gold_and_answer():
     """Unreadable golds, and the same attack on both sides, must not hang or raise either."""
     for attack in ATTACKS:
