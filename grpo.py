@@ -747,7 +747,7 @@ def metrics_file(run, report):
         with open(path) as f:
             for text in f:
                 try:
-                    if json.loads(text)["step"] <= run.step:
+                    if run.step and json.loads(text)["step"] <= run.step:  # from step 0 everything is done again
                         kept.append(text)
                 except json.JSONDecodeError:
                     break
