@@ -344,33 +344,37 @@ def load_problems(path, limit=None):
 # --- serving training ---------------------------------------------------------------------
 
 
-def encode_prompt(tokenizer, problem_text, instruction=INSTRUCTION, chat=True):
+def encode_prompt(tokenizer, problem_text, instruction=INSTRUCTION, chat=True, examples=()):
     """Token ids [T] of one prompt: problem, one space, instruction, in the model's chat format.
 
     The template writes the special tokens itself, so none are added a second time. chat=False
     encodes the plain text for base models. DataError if the tokenizer has no template.
+    examples: Problems put before it as finished turns, answer in its box, for models that do not
+    know the format (the recipe uses none).
     """
-    text = f"{problem_text} {instruction}" if instruction else problem_text
+    ask = lambda text: f"{text} {instruction}" if instruction else text
+    turns = [(ask(e.problem), f"\\boxed{{{e.answer}}}") for e in examples]
+    text = ask(problem_text)
     if not chat:
-        return list(tokenizer(text)["input_ids"])
+        return list(tokenizer("\n\n".join([f"{q}\n{a}" for q, a in turns] + [text]))["input_ids"])
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
             "this tokenizer has no chat template: use an instruction-tuned model, put a "
             "chat_template in its tokenizer_config.json, or pass --no_chat (chat=False) to "
             "encode the plain problem text")
+    messages = [{"role": role, "content": said} for turn in turns for role, said in zip(("user", "assistant"), turn)]
     return list(tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True,
-        return_dict=False))
+        messages + [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True, return_dict=False))
 
 
-def encode_problems(problems, tokenizer, max_prompt_len, instruction=INSTRUCTION, chat=True):
+def encode_problems(problems, tokenizer, max_prompt_len, instruction=INSTRUCTION, chat=True, examples=()):
     """Encode every problem and leave out those longer than max_prompt_len tokens.
 
     Returns (kept problems, their token ids, number left out). DataError if nothing is left.
     """
     kept, ids = [], []
     for item in tqdm(problems, desc="encode prompts", disable=len(problems) < 2000, leave=False):
-        tokens = encode_prompt(tokenizer, item.problem, instruction, chat)
+        tokens = encode_prompt(tokenizer, item.problem, instruction, chat, examples)
         if len(tokens) <= max_prompt_len:
             kept.append(item)
             ids.append(tokens)
@@ -1338,7 +1342,8 @@ def select(source, out, difficulty=None, **limits):
     print(f"{out}: {len(kept)} of {len(problems)} problems {left or ''}", file=sys.stderr)
 
 
-def make_sampler(model, engine="auto", max_len=8192, max_prompt_len=1024, temperature=0.6, seed=0, no_chat=False):
+def make_sampler(model, engine="auto", max_len=8192, max_prompt_len=1024, temperature=0.6, seed=0, no_chat=False,
+                 examples=None):
     """A function (list of texts, n) -> n response texts for each, by an engine of rollout.py.
 
     A text whose prompt is too long gets no responses. Seeds come from the text and the sample's
@@ -1348,17 +1353,18 @@ def make_sampler(model, engine="auto", max_len=8192, max_prompt_len=1024, temper
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
+    shots = load_problems(examples) if examples else ()
     generator = rollout.make_engine(engine, model, max_model_len=max_prompt_len + max_len, load_weights=True)
 
     def sample(texts, n):
-        prompts = [encode_prompt(tokenizer, text, chat=not no_chat) for text in texts]
+        prompts = [encode_prompt(tokenizer, text, chat=not no_chat, examples=shots) for text in texts]
         fits = [k for k, prompt in enumerate(prompts) if len(prompt) <= max_prompt_len]
         samples = generator.generate(
             [prompts[k] for k in fits for _ in range(n)],
             [rollout.sample_seed(seed, 0, texts[k], j) for k in fits for j in range(n)], max_len, temperature)
         replies = [[] for _ in texts]
         for i, one in enumerate(samples):
-            replies[fits[i // n]].append(tokenizer.decode(one.response_ids, skip_special_tokens=True))
+            replies[fits[i // n]].append(tokenizer.decode(one.response_ids))
         return replies
 
     return sample
@@ -1377,11 +1383,12 @@ def model_extractor(model):
     return Path(model).name, extract
 
 
-def difficulty(model, data, out, n=8, batch=128, limit=None, sample=None, **options):
+def difficulty(model, data, out, n=8, batch=128, limit=None, style="r1", sample=None, **options):
     """Write the solve rate of every problem: JSON lines of id, solve_rate, solved, n, model.
 
     data: a file for load_problems. out is continued if it exists: problems in it are not asked
-    again. sample: (list of texts, n) -> n responses each; made from rollout.py if None. Problems
+    again. style "plain" grades the whole response, for models that do not write </think>, as
+    in grpo.py. sample: (list of texts, n) -> n responses each; made from rollout.py if None. Problems
     with a prompt above max_prompt_len are left out.
     """
     problems, out, name = load_problems(data, limit), Path(out), Path(model).name
@@ -1400,7 +1407,8 @@ def difficulty(model, data, out, n=8, batch=128, limit=None, sample=None, **opti
             for item, replies in zip(part, sample([p.problem for p in part], n)):
                 if not replies:
                     continue
-                solved = int(sum(reward.compute_rewards(replies, [item.answer] * n)))
+                graded = replies if style == "r1" else ["</think>" + reply for reply in replies]
+                solved = int(sum(reward.compute_rewards(graded, [item.answer] * n)))
                 row = {"id": item.id, "solve_rate": solved / n, "solved": solved, "n": n, "model": name}
                 file.write(json.dumps(row) + "\n")
             file.flush()
@@ -1458,6 +1466,8 @@ def main(argv=None):
     p.add_argument("--limit", type=int, help="only the first so many problems")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--no_chat", action="store_true", help="plain prompts for a model without chat template")
+    p.add_argument("--style", choices=["r1", "plain"], default="r1", help="as in grpo.py (%(default)s)")
+    p.add_argument("--examples", metavar="FILE", help="solved problems shown before each, as in grpo.py")
 
     p = commands.add_parser("measure", help="extraction rate and agreement on solved problems")
     p.add_argument("files", nargs="+")

@@ -522,6 +522,12 @@ def parse_args(argv=None):
     add("--style", choices=["r1", "plain"], default="r1", help="r1: only the text after </think> is graded; plain: all "
         "of it, for models that do not think in tags")
     add("--no_chat", action="store_true", help="prompt with the plain problem, for base models without a chat template")
+    add("--examples", default=None, help="file of solved problems shown as finished turns before each problem, for models "
+        "that do not know the format; the recipe uses none")
+    add("--difficulty", default=None, help="solve rates written by data.py difficulty: keeps --min_rate < rate < --max_rate")
+    add("--min_rate", type=float, default=0.0, help="with --difficulty: lower end, excluded")
+    add("--max_rate", type=float, default=1.0, help="with --difficulty: upper end, excluded")
+    add("--max_chars", type=int, default=0, help="longest problem text trained on; 0: any")
     add("--max_prompt_len", type=int, default=1024, help="tokens; longer prompts are dropped and counted")
     add("--max_len", type=int, default=8192, help="tokens of a response: the stage's context")
     # algorithm
@@ -588,7 +594,8 @@ def check_options(p, args):
         if not (getattr(args, name) > 0 and math.isfinite(getattr(args, name))):
             p.error(f"--{name} must be a finite number above 0")
     for name in ("clip_low", "clip_high", "kl_coef", "entropy_coef", "tis_cap", "grad_clip", "weight_decay",
-                 "eval_temperature", "eval_every", "show_every", "warmup_steps", "max_seqs", "token_budget"):
+                 "eval_temperature", "eval_every", "show_every", "warmup_steps", "max_seqs", "token_budget", "max_chars",
+                 "min_rate"):
         if not (getattr(args, name) >= 0 and math.isfinite(getattr(args, name))):
             p.error(f"--{name} must not be negative")
     default_data = p.get_default("data")
@@ -677,8 +684,14 @@ def encode(run, path, positions):
     """Problems and their prompts; those longer than the limit, or than the model has room for, are dropped."""
     args = run.args
     room = min(args.max_prompt_len, positions - args.max_len) if positions else args.max_prompt_len
-    problems, prompts, dropped = data.encode_problems(data.load_problems(path), run.tokenizer, room,
-                                                      chat=not args.no_chat)
+    problems = data.load_problems(path)
+    if path == args.data:
+        rates = data.load_solve_rates(args.difficulty) if args.difficulty else {}
+        problems, left = data.select_problems(problems, rates, args.min_rate, args.max_rate, max_chars=args.max_chars or None)
+        if left:
+            run.say(f"{path}: {len(problems)} problems kept; left out: {', '.join(f'{n} {why}' for why, n in left.items())}")
+    examples = data.load_problems(args.examples) if args.examples else ()
+    problems, prompts, dropped = data.encode_problems(problems, run.tokenizer, room, chat=not args.no_chat, examples=examples)
     if dropped:
         run.say(f"{path}: {dropped} of {dropped + len(problems)} prompts are longer than {room} tokens and were dropped")
     return problems, prompts

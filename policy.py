@@ -28,6 +28,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
                                                      set_state_dict)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -375,8 +376,8 @@ def save_checkpoint(folder, step, policy, optimizer, tokenizer, state, keep=2):
             with open(os.path.join(tmp, "trainer.json"), "w") as f:
                 json.dump(state, f, indent=1)
             _fsync_tree(tmp)
-    except Exception as e:  # a full disk surfaces as OSError, RuntimeError or CheckpointException, by who writes
-        error = f"{type(e).__name__}: {e}"
+    except (Exception, CheckpointException) as e:  # which is no Exception; a full disk surfaces as either
+        error = f"{type(e).__name__}: {str(e).strip().splitlines()[-1][:300]}"
     errors = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
     if any(errors):
@@ -428,8 +429,8 @@ def load_checkpoint(path, policy, optimizer):
             torch.set_rng_state(saved["cpu"])
             if saved["cuda"] and len(saved["cuda"]) == torch.cuda.device_count():
                 torch.cuda.set_rng_state_all(saved["cuda"])
-    except Exception as e:
-        raise OSError(f"checkpoint {path} cannot be read ({type(e).__name__}: {e}). Delete that folder to resume "
+    except (Exception, CheckpointException) as e:
+        raise OSError(f"checkpoint {path} cannot be read ({type(e).__name__}). Delete that folder to resume "
                       f"from the one before it") from e
     return state
 
