@@ -77,7 +77,7 @@ class Undecided(Exception):
     """The value exists perhaps, but computing it would break a work bound."""
 
 
-# What reading or comparing may raise on bad input (infinite recursion is bounded, but deep trees are not free).
+# What reading or comparing may raise on bad input, and nothing else: a name misspelt in this file shall surface.
 REFUSALS = (Unparsed, Undecided, ArithmeticError, ValueError, IndexError, TypeError, RecursionError)
 
 
@@ -134,6 +134,7 @@ def extract_answer(response):
 # ---- Tokens.  A token is a string: '12.5' number, '\\frac' command, 'abc' letters, '"cm' word, or one character.
 
 def table(text):
+    """`a=b c=d` as a dict."""
     return dict(pair.split("=") for pair in text.split())
 
 
@@ -209,6 +210,7 @@ REWRITES = compiled(
     (r"\{:\}", ":"),
     (r"(?<=[0-9 ])([aApP])\. ?[mM]\.?", r"\\text{\1m}"),                                        # 5 p.m.
     (r"\\?\$", " "),
+    (r"(?<=[0-9])\s+([kc]?m/(?:s|h|min|hr)(?:\^2|\^\{2\})?)(?=\W*$)", r"\\text{\1}"),                # 6 m/s
     (r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})", r"\\degree "),
     (r"\^\{(?:\\text\{)?(?:st|nd|rd|th)\}{1,2}", ""),                                          # 5^{th}
     (r"<\s*=", r"\\le "), (r">\s*=", r"\\ge "), (r"(?:!|\\not)\s*=", r"\\ne "),
@@ -246,6 +248,7 @@ def text_tokens(command, inner, depth):
 
 
 def math_tokens(source, depth=0):
+    r"""Tokens of a formula; commands that only format disappear, \text{...} becomes words."""
     if depth > 8:
         raise Unparsed("nested text")
     out, i = [], 0
@@ -341,13 +344,15 @@ def minus(a, b):
     return ("+", a, negative(b))
 
 
+LEADING_FUNCTION = re.compile("(arcsin|arccos|arctan|sqrt|sin|cos|tan|log|ln|pi)(.{0,2})")
+
+
 def letters(run):
     """`abc` is a product, `sinx` a function, `parabola` one opaque name."""
     function = LEADING_FUNCTION.fullmatch(run)
     return [NAMED[function[1]], *function[2]] if function else list(run) if len(run) < 4 else [run]
 
 
-LEADING_FUNCTION = re.compile("(arcsin|arccos|arctan|sqrt|sin|cos|tan|log|ln|pi)(.{0,2})")
 SUM, PRODUCT, POWER, EXPONENT, ATOM = range(5)       # how tightly an operator binds
 
 
@@ -801,7 +806,7 @@ def differ(a, b, point=None):
     if exact(x[0], y[0]):
         return x[0] != y[0]
     rough, size, peak = gap(x, y, LOW)
-    if peak < 25 and rough > 1e-8 * size and size > 1e-25:
+    if peak < 25 and rough > 1e-8 * size and size > 1e-25:       # half of the 50 digits are to spare
         return True
     digits = HIGH if peak < 25 else HIGH + peak
     if digits > MAX_DIGITS:
@@ -1126,6 +1131,7 @@ def build_list(parts, found, depth):
 
 
 def build_element(tokens, depth):
+    """What has no comma at the top, tried from the outside in: braces, signs, relations, sets, brackets, values."""
     enclosed = match_at(tokens, 0) == len(tokens) - 1
     if enclosed and tokens[0] == "\\{":
         return build_braces(tokens, depth)
@@ -1141,7 +1147,7 @@ def build_element(tokens, depth):
         parts, found = split(tokens, {*RELATIONS, "\\in"})
         if found:
             return build_relation(parts, found, depth)
-    if present & {"\\cup", "\\cap", "\\setminus", "\\mathbb", '"u'}:
+    if present & {"\\cup", "\\cap", "\\setminus", "\\mathbb"}:
         found = build_set(tokens, depth)
         if found is not None:
             return Node("real", found)
@@ -1296,6 +1302,7 @@ def unit_words(tokens):
 
 
 def letter_key(tokens):
+    r"""`(C)`, `\text{C}` and `C` in one form; empty if there is more than letters."""
     key = bare(tokens).lower()
     return key if key.replace("-", "").replace("'", "").isalpha() else ""
 
@@ -1440,7 +1447,7 @@ def half_line(op, left, right, name):
 
 def build_set(tokens, depth):
     r"""\cup, \cap and \setminus of intervals and finite sets, left to right; None if it is something else."""
-    parts, found = split(tokens, ("\\cup", "\\cap", "\\setminus", '"u'))
+    parts, found = split(tokens, ("\\cup", "\\cap", "\\setminus"))
     result = []
     for op, part in zip(["\\cup", *found], parts):
         if bare(part, "{}") == "\\mathbbR":
@@ -1463,6 +1470,7 @@ def build_set(tokens, depth):
 # ---- Comparing two Nodes.  a is always the answer, b the gold.
 
 def same(a, b):
+    """Do two Nodes say the same?  What is of another kind is different, except where a convention joins kinds."""
     kinds = {a.kind, b.kind}
     x, y = set(a.words), set(b.words)
     if not (x <= UNITS and y <= UNITS or x <= y or y <= x) and x and y:
@@ -1798,7 +1806,8 @@ MATHD = compiled(
     (r"^((?:(?!\\text\{ ).)*)\\text\{ (?!.*\\text\{ ).*", r"\1"), (r"\\%", ""),
     (r" \.", " 0."), (r"\{\.", "{0."), (r"^\s*\.", "0."), (r"^\s*[^=]{0,2}=([^=]*)$", r"\1"),
     (r"\\sqrt([^{\s])", r"\\sqrt{\1}"), (r" ", ""), (r"\\frac([^{\\])([^{\\])", r"\\frac{\1}{\2}"),
-    (r"\\frac([^{\\])\{", r"\\frac{\1}{"), (r"^0\.5$", r"\\frac{1}{2}"), (r"^(-?[0-9]+)/(-?[0-9]+)$", r"\\frac{\1}{\2}"))
+    (r"\\frac([^{\\])\{", r"\\frac{\1}{"), (r"^0\.5$", r"\\frac{1}{2}"),
+    (r"^(-?[0-9]+)/(-?[0-9]+)$", r"\\frac{\1}{\2}"))
 PRM800K = compiled(
     (r"^\s*\\text\{(.+?)\}\s*$", r"\1"), (r"\\?[%$]", ""), (r" (?:or|and) ", " , "),
     (r"million", "*10^6"), (r"billion", "*10^9"), (r"trillion", "*10^12"),
