@@ -45,7 +45,7 @@ import sys
 import threading
 import time
 from fractions import Fraction
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 MAX_CHARS = 4_000        # longer answers are refused unread; also keeps int(str) under Python's 4,300-digit error
 MAX_TOKENS = 1_500
@@ -65,7 +65,7 @@ class Verdict(NamedTuple):
     reward: float
     tier: str
     reason: str
-    answer: Optional[str]
+    answer: str | None
     gold: object
 
 
@@ -1197,8 +1197,6 @@ def build_tuple(tokens, depth):
         return Node("tuple", (tokens[0] + tokens[-1], [build(p, depth + 1) for p in parts]))
     if inside[:1] == ["\\begin"] and match_at(inside, 0) >= len(inside) - 4:
         return build_matrix(inside)
-    if len(inside) == 1 and (inside[0][0].isalpha() or inside[0][0] == '"'):
-        return build_scalar(inside)
     return None
 
 
@@ -1556,7 +1554,9 @@ def same_relation(a, b):
     if len(ops) != 1 or len(gold_ops) != 1 or pieces(b) is not None:
         return False                     # x < 2 is asked for: 3x - 6 < 0 is the problem, not the answer
     factor = proportional(*(Scalar(minus(*(t.tree for t in s))) for s in (xs, ys)))
-    if factor is None or not exact(factor) and context(LOW).im(factor):
+    if factor is None or ops[0] in ("=", "!="):
+        return factor is not None and ops == gold_ops
+    if not exact(factor) and context(LOW).im(factor):
         return False
     return (ops[0] if factor > 0 else FLIP[ops[0]]) == gold_ops[0]
 
@@ -1608,7 +1608,7 @@ def compare(answer, gold):
     if m and g:
         digits, gold_digits = m[2].lstrip("0"), g[2].lstrip("0")
         return result(digits == gold_digits and (m[1] == g[1] or not digits), "integer")
-    (tokens, a), (gold_tokens, b) = read(answer), read(gold)
+    (tokens, a), (gold_tokens, b) = read(answer), read(gold)         # cached: a gold is read once
     if tokens == gold_tokens is not None:
         return result(True, "same")
     if b is None or a is None:
@@ -1627,9 +1627,9 @@ def compare(answer, gold):
         return False, "bound", "timeout" if "timeout" in str(e) else str(e)
     except REFUSALS:
         return False, tier, "not comparable"
-    if tier == "numeric" and (a.value.tree == b.value.tree or all(
-            exact(n.value.cache.get(LOW, [None])[0]) for n in (a, b))) and not a.value.names | b.value.names:
-        tier = "exact"
+    if tier == "numeric" and not a.value.names | b.value.names:
+        rational = all(exact(n.value.cache.get(LOW, [None])[0]) for n in (a, b))
+        tier = "exact" if rational or a.value.tree == b.value.tree else tier
     return result(equal, "sympy" if _used.sympy else tier)
 
 
@@ -1754,9 +1754,10 @@ def grade_remotely(worker, rows, strict):
     """Grade rows in a worker; what cannot be sent (a gold that is no JSON) is graded here."""
     try:
         rewards, seen = worker.ask([rows, strict], 30 + len(rows)) or (None, {})
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         rewards, seen = None, {}
-    worker.stop()
+    finally:
+        worker.stop()
     with _counter_lock:
         counters.update(seen)
     return rewards or [compute_reward(r, g, strict) for r, g in rows]
