@@ -27,9 +27,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -222,13 +224,13 @@ class Run:
         """This rank's micro-batches of one mini-batch, each with its advantages [S] and engine log-probs [R], and
         the mini-batch's global count, which every rank knows because every rank has seen all samples."""
         args, device = self.args, self.policy.device
-        rows = [(int(p) * args.group + j, advantages[p, j]) for p in prompt_rows for j in range(args.group)
+        rows = [(p * args.group + j, a) for p in prompt_rows.tolist() for j, a in enumerate(advantages[p].tolist())
                 if not args.drop_zero_variance or advantages[p].any()]
         chosen = [samples[i] for i, _ in rows]
         micro = policy_lib.pack([(s.prompt_ids, s.response_ids) for s in chosen], args.token_budget, self.rank,
                                 self.world, device)
         for m in micro:
-            m.advantages = torch.stack([rows[i][1] for i in m.rows]).to(device) if m.rows else torch.zeros(1, device=device)
+            m.advantages = torch.tensor([rows[i][1] for i in m.rows] or [0.0], device=device)
             m.engine_logp = torch.tensor([x for i in m.rows for x in chosen[i].logprobs], device=device)
             m.old_logp = m.ref_logp = None
         tokens = sum(len(s.response_ids) for s in chosen)
@@ -307,7 +309,10 @@ class Run:
             sys.stdout.flush()
 
     def save(self):
-        """A checkpoint; a disk that is full costs the checkpoint, not the run."""
+        """A checkpoint; a disk that is full costs the checkpoint, not the run. Nothing is saved while updates fail:
+        the weights may be damaged already, and must not push out the last good ones."""
+        if self.skipped_in_a_row:
+            return self.say(f"no checkpoint at step {self.step}: the last update was not finite")
         state = dict(step=self.step, data_position=self.step * self.args.prompts, generated=self.generated,
                      skipped=self.skipped, skipped_in_a_row=self.skipped_in_a_row, reward_seen=self.reward_seen,
                      world=self.world, config=vars(self.args))
@@ -369,7 +374,7 @@ class Run:
         self.engine.wake()
         samples, rewards, _ = generate(self, self.eval_problems, self.eval_prompts, n, self.args.eval_temperature,
                                        "eval", desc="evaluate")
-        self.engine.sleep()
+        self.engine.sleep(keep_weights=True)
         reward.reset_counters()
         if samples is None:
             return {}
@@ -469,19 +474,15 @@ class Clock:
     """Seconds by phase of one step."""
 
     def __init__(self):
-        self.start, self.phases, self.phase = time.time(), Counter(), None
+        self.start, self.phases = time.time(), Counter()
 
+    @contextmanager
     def __call__(self, phase):
-        self.phase, self.began = phase, time.time()
-        return self
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
+        began = time.time()
+        yield
         if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.add(self.phase, time.time() - self.began)
+            torch.cuda.synchronize()  # else the time of a phase is that of launching its kernels
+        self.add(phase, time.time() - began)
 
     def add(self, phase, seconds):
         self.phases[phase] += seconds
@@ -566,7 +567,7 @@ def parse_args(argv=None):
     add("--engine", choices=["auto", "vllm", "torch"], default="auto", help="who generates; auto: vLLM if it can")
     add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="compute; auto: bf16 on GPU, fp32 on CPU")
     add("--token_budget", type=int, default=0, help="packed tokens of a micro-batch: memory against speed; 0: 32,768 on "
-        "a GPU, 4,096 on a CPU, at least one full sequence")
+        "a GPU, 2,048 on a CPU, at least one full sequence")
     add("--logit_chunk", type=int, default=1024, help="tokens of one tile of logits")
     add("--recompute", type=int, choices=[0, 1], default=-1, help="activation checkpointing; -1: on a GPU yes, else no")
     add("--gpu_memory", type=float, default=0.6, help="vLLM's share of each GPU")
@@ -622,7 +623,7 @@ def setup(args):
     gpu = device.type == "cuda"
     args.dtype = ("bfloat16" if gpu else "float32") if args.dtype == "auto" else args.dtype
     args.recompute = int(gpu) if args.recompute < 0 else args.recompute
-    args.token_budget = args.token_budget or max(32768 if gpu else 4096, longest)
+    args.token_budget = args.token_budget or max(32768 if gpu else 2048, longest)
     if args.token_budget < longest:
         raise ValueError(f"--token_budget {args.token_budget} holds no full sequence of {longest} tokens: raise it, or "
                          f"lower --max_len or --max_prompt_len")
@@ -739,16 +740,7 @@ def write_config(run):
               "command": sys.argv}
     if run.rank == 0:
         policy_lib.write_atomic(run.folder("config.json"), json.dumps(config, indent=1))
-    run.say("\n".join(wrap(f"{k}={v}" for k, v in vars(run.args).items())))
-
-
-def wrap(words, width=118):
-    lines = [""]
-    for w in words:
-        if len(lines[-1]) + len(w) >= width:
-            lines.append("")
-        lines[-1] += w + "  "
-    return lines
+    run.say(textwrap.fill("  ".join(f"{k}={v}" for k, v in vars(run.args).items()), 118, break_on_hyphens=False))
 
 
 def metrics_file(run, report):
@@ -834,6 +826,8 @@ def main(argv=None):
             if run.rank == 0 and len(line) > 1:
                 run.log(line)
                 run.say(f"before training: eval reward {line['eval_reward']:.3f} +- {line['eval_se'] or 0:.3f}")
+        if run.step >= args.steps:
+            run.say(f"{args.out} has done its {args.steps} steps: nothing left to do (raise --steps to go on)")
         train(args, run)
     except (torch.OutOfMemoryError, MemoryError) as e:
         raise SystemExit(f"out of memory ({str(e).splitlines()[0]}): lower --token_budget (now {args.token_budget}), "

