@@ -166,7 +166,7 @@ TEXT_COMMANDS = LETTER_COMMANDS.union(
 UNITS = frozenset(unit + "s" * (plural and len(unit) > 2) for plural in (0, 1) for unit in """
     degree deg percent pct cent dollar usd yuan euro pound rupee yen unit square sq cubic cm mm km m dm nm inch inche
     in foot feet ft yard yd yds mile mi meter metre centimeter centimetre millimeter kilometer kilometre second sec
-    minute min hour hr hrs h day week month year yr yrs gram g kg kilogram mg lb lbs ounce oz ton liter litre l ml mph
+    s minute min hour hr hrs h day week month year yr yrs gram g kg kilogram mg lb lbs ounce oz ton liter litre l ml mph
     kmh kph per radian rad hz hertz joule j kj cal kcal watt w kw newton n volt v k c f kelvin celsius fahrenheit mol
     mole pa atm acre hectare piece people person student way point time apiece each th st nd rd""".split())
 # Words that may not be dropped behind a number, because they change what was said.
@@ -1235,7 +1235,9 @@ def is_name(tokens):
     tokens, depth = re.sub(r" _ (?:\{[^{}]*\}|[^ ]+)", "", " ".join(tokens)).split(), 0
     for t in tokens:
         depth += (t in OPEN) - (t in CLOSE)
-        if t[0] in DIGITS and depth == 0 or t[0].isalpha() and len(t) > 1 and not t.isupper():
+        if t[0] in DIGITS and (depth == 0 or tokens[0] == "\\frac"):
+            return False
+        if t[0].isalpha() and len(t) > 1 and not t.isupper():
             return False
     if tokens[0] == "(" or tokens[1:2] == ["("]:
         return True
