@@ -711,7 +711,9 @@ def build_policy(model, args, device, frozen=False):
     dtype = getattr(torch, args.dtype)
     policy = policy_lib.Policy(model, recompute=bool(args.recompute) and not frozen, chunk=args.logit_chunk)
     if frozen:
-        policy = policy.to(dtype).requires_grad_(False)
+        policy.requires_grad_(False)
+        for p in policy.parameters():  # not policy.to(dtype): that would round the rotary frequencies as well
+            p.data = p.data.to(dtype)
     if device.type == "cuda" or dist.get_world_size() > 1 or dtype != torch.float32:
         policy = policy.shard(dtype, device)
     return policy

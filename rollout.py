@@ -99,10 +99,12 @@ def make_engine(kind, model, *, max_model_len, dtype="auto", device=None, max_se
         problem = vllm_problem(device.type)
         if problem is None:
             try:
-                return VllmEngine(model, max_model_len, dtype, device, max_seqs, gpu_memory, seed, load_weights,
-                                  enable_sleep, enforce_eager)
+                engine = VllmEngine(model, max_model_len, dtype, device, max_seqs, gpu_memory, seed, load_weights,
+                                    enable_sleep, enforce_eager)
+                engine.generate([[0, 0]], [0], 2, 1.0)  # a model may load and still find no kernel for its heads
+                return engine
             except Exception as e:  # its reasons are many and its own: a head size, an architecture, memory
-                problem = f"vLLM could not load the model ({type(e).__name__}: {str(e).splitlines()[0][:200]})"
+                problem = f"vLLM cannot run the model ({type(e).__name__}: {str(e).splitlines()[0][:200]})"
                 if kind == "vllm":
                     raise RuntimeError(f"{problem}. --engine torch works without vLLM") from e
         elif kind == "vllm":

@@ -45,7 +45,7 @@ def make_model(kind="qwen2", tied=False, seed=0, **changes):
     if kind == "llama":
         return LlamaForCausalLM(LlamaConfig(**shape))
     # both kinds of layer, a window shorter than the documents, a head_dim that is not hidden / heads
-    return Gemma3ForCausalLM(Gemma3TextConfig(**{**shape, "head_dim": 16}, sliding_window=8,
+    return Gemma3ForCausalLM(Gemma3TextConfig(**{"head_dim": 64, **shape}, sliding_window=8,
                                               layer_types=["sliding_attention", "full_attention"]))
 
 

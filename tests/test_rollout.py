@@ -187,8 +187,20 @@ def test_auto_falls_back_and_says_why(tiny):
         print("ENGINE", e.name, len(e.generate([[1, 2]], [0], 5, 1.0)))
         rollout.make_engine("vllm", sys.argv[2], max_model_len=64)"""
     done = run([sys.executable, "-c", code, str(ROOT), tiny], check=False, timeout=600)
-    assert "engine: torch (vLLM could not load the model (ValueError: no kernel for this head size))" in done.stdout
+    assert "engine: torch (vLLM cannot run the model (ValueError: no kernel for this head size))" in done.stdout
     assert "ENGINE torch 1" in done.stdout and "--engine torch works without vLLM" in done.stderr
+
+
+def test_auto_tries_a_token_before_it_trusts_vllm(tmp_path):
+    """vLLM's CPU backend loads this model (windows, head_dim 16) and fails at its first forward; a run must not."""
+    path = save_model(tmp_path, "gemma3", tied=True, head_dim=16)
+    code = """if 1:
+        import sys; sys.path.insert(0, sys.argv[1])
+        import rollout
+        e = rollout.make_engine("auto", sys.argv[2], max_model_len=64)
+        print("ENGINE", e.name, len(e.generate([[1, 2]], [0], 5, 1.0)))"""
+    done = run([sys.executable, "-c", code, str(ROOT), path], timeout=600)
+    assert "engine: torch (vLLM cannot run the model" in done.stdout and "ENGINE torch 1" in done.stdout
 
 
 def test_unknown_engine():
