@@ -670,7 +670,7 @@ def prepare_folder(run):
 def open_model(args):
     """(tokenizer, positions, parameters) without loading a weight."""
     try:
-        positions, _, parameters = policy_lib.model_limits(args.model)
+        positions, parameters = policy_lib.model_limits(args.model)
         tokenizer = AutoTokenizer.from_pretrained(args.model)
     except (OSError, ValueError, KeyError) as e:
         raise ValueError(f"--model {args.model} cannot be opened: {str(e).splitlines()[0]} (a folder written by "

@@ -454,10 +454,9 @@ def _fsync_tree(folder):
 
 
 def model_limits(model):
-    """(positions, vocabulary, parameters) read from a model's config without loading a weight."""
+    """(positions, parameters) read from a model's config without loading a weight."""
     config = AutoConfig.from_pretrained(model)
     config = config.get_text_config()
     with torch.device("meta"):
         shell = AutoModelForCausalLM.from_config(config)
-    return (getattr(config, "max_position_embeddings", None), config.vocab_size,
-            sum(p.numel() for p in shell.parameters()))
+    return getattr(config, "max_position_embeddings", None), sum(p.numel() for p in shell.parameters())

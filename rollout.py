@@ -153,7 +153,7 @@ class VllmEngine:
             enable_chunked_prefill=False, max_num_batched_tokens=max(8192, max_model_len), enforce_eager=True)
         gpu_options = dict(max_num_batched_tokens=8192, gpu_memory_utilization=gpu_memory,
                            enforce_eager=enforce_eager, enable_sleep_mode=enable_sleep)
-        num_threads = torch.get_num_threads(), torch.set_num_threads
+        set_num_threads = torch.set_num_threads
         try:
             self.llm = LLM(
                 model, dtype=dtype, max_model_len=max_model_len, tensor_parallel_size=1, seed=seed,
@@ -165,7 +165,7 @@ class VllmEngine:
                 hf_overrides=None if load_weights else {"tie_word_embeddings": False},
                 **(cpu_options if on_cpu else gpu_options))
         finally:
-            torch.set_num_threads = num_threads[1]  # its CPU worker replaces the function by a warning
+            torch.set_num_threads = set_num_threads  # its CPU worker replaces the function by a warning
         self.sleeps, self.asleep = enable_sleep and not on_cpu, set()
         self.dtype = getattr(torch, dtype)
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import ROOT, make_model, run, save_model, sequences
 from policy import Policy, pack_row
-from rollout import TorchEngine, make_engine, sample_seed, sample_tokens, uniform
+from rollout import make_engine, sample_seed, sample_tokens, uniform
 
 PROMPTS = [p for p, _ in sequences(10, seed=2)]
 SEEDS = [sample_seed(0, 1, f"p{i}", 0) for i in range(len(PROMPTS))]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import ROOT, command, make_model, metrics, run, save_model
+from conftest import ROOT, command, metrics, run, save_model
 
 import grpo
 
