@@ -1,0 +1,319 @@
+"""update.py - the training half of a step on a saved rollout file: TRL, plain loops, ours, and the limit.
+
+    python bench/update.py --model models/smollm2 --peer_python PEERS/bin/python      # everything, an hour on two cores
+    python bench/update.py --workloads tiny                                           # no model folder needed
+    python bench/update.py --quick                                                    # seconds; what CI runs
+
+Timed: advantages, packing or padding, old log-probs, loss, backward, clipping, AdamW, from the samples in hand to the
+last optimizer step. The recipe's two updates a rollout (--updates): the second one needs old log-probs. TRL scores all
+samples for that; ours and the plain loops only the second half, because at the first update the policy is the old one.
+
+  ours     grpo.py's own Run.pack, Run.score and Run.update, default token budget; computes the entropy as well
+  trl      GRPOTrainer.train with the samples handed in through `rollout_func`; its shuffling of samples is switched
+           off so that its two mini-batches are ours; computes the entropy as well
+  padded   the plain loop: micro-batches in file order, padded to their longest, full logits
+  sorted   samples sorted by length, no attention mask (right-padding needs none), head on response tokens only
+  limit    as many tokens forward and backward through the bare model as ours, in full rows of one length without any
+           padding: body, head matmul on response tokens, cross-entropy. No loss, no entropy, no optimizer
+
+Micro-batch sizes of trl, padded and sorted are scanned first (--micro), each plays with its best. The workloads: `tiny`,
+a random Qwen2 of 1.6 M parameters, 32 x 8 samples of 82 tokens on average, at most 208 (the ratio of the 16K stage);
+`smollm2`, 2 x 8 samples of 133 tokens. Checked: gradient norm of each update against ours (an on-policy GRPO loss is
+about 0 whatever the log-probs are, its gradient is not) and the mean entropy.
+"""
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import common  # noqa: E402
+
+WORKLOADS = {  # prompts, group, mean, max_len, prompt_len, micro-batch sizes to scan
+    "tiny": dict(prompts=32, group=8, mean=83, max_len=208, prompt_len=32, micro=[8, 16, 32, 64]),
+    "smollm2": dict(prompts=2, group=8, mean=155, max_len=336, prompt_len=64, micro=[1, 2, 4, 8]),
+    "quick": dict(prompts=4, group=4, mean=24, max_len=60, prompt_len=8, micro=[4]),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The sides: spec in, {"seconds", "memory_mb", "grad_norm": [of each update], ...} out
+# ---------------------------------------------------------------------------------------------------------------
+
+def ours(spec):
+    """As grpo.train does it between `generate` and `push`."""
+    import torch
+    import grpo
+    from rollout import Sample
+    run = common.grpo_run(spec, dtype=spec["dtype"], group=spec["group"], prompts=spec["prompts"], updates=spec["updates"],
+                          max_len=spec["max_len"], temperature=1.0, lr=1e-6, token_budget=spec["token_budget"])
+    rows = common.read_rollouts(spec["rollouts"])
+    samples = [Sample(r["prompt"], r["response"], r["logprobs"], r["finish_reason"]) for r in rows]
+    rewards = torch.tensor([r["reward"] for r in rows]).view(spec["prompts"], spec["group"])
+    warm_up(lambda: run.policy(run.pack(samples[:spec["group"]], rewards[:1], torch.arange(1))[0][0])[0].sum(), run.optimizer)
+    norms, entropies = [], []
+    with common.meter() as m:
+        advantages = grpo.group_advantages(rewards)
+        minibatches = [run.pack(samples, advantages, p) for p in torch.arange(spec["prompts"]).chunk(spec["updates"])]
+        for mini in minibatches[1:]:
+            run.score(run.policy, mini, "old_logp")
+        for mini in minibatches:
+            stats = Counter()
+            run.update(mini, stats)
+            norms.append(float(stats["grad_norm"]))
+            entropies.append(float(stats["entropy"]) / float(stats["tokens"]))
+    return {"seconds": m.seconds, "memory_mb": m.memory_mb, "grad_norm": norms, "entropy": entropies,
+            "token_budget": run.args.token_budget}
+
+
+def trl(spec):
+    """GRPOTrainer's own loop; the clock runs from the return of rollout_func to the end of the last optimizer step."""
+    import torch
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    import trl.trainer.grpo_trainer as module
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    module.shuffle_sequence_dict = lambda batch: batch
+    rows, cuda = common.read_rollouts(spec["rollouts"]), torch.cuda.is_available()
+    n, k, updates, stack = len(rows), spec["micro"], spec["updates"], ExitStack()
+
+    def rollout_func(prompts, trainer):
+        box.append(stack.enter_context(common.meter()))
+        return {"prompt_ids": [r["prompt"] for r in rows], "completion_ids": [r["response"] for r in rows], "logprobs": None}
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == updates:
+                stack.close()
+
+    box, rewards = [], [r["reward"] for r in rows]
+    model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(spec["model"])
+    with tempfile.TemporaryDirectory() as folder:
+        args = module.GRPOConfig(
+            folder, per_device_train_batch_size=k, gradient_accumulation_steps=n // updates // k, steps_per_generation=n // k,
+            num_generations=spec["group"], max_completion_length=spec["max_len"], max_steps=updates, learning_rate=1e-6,
+            weight_decay=0.01, max_grad_norm=1.0, lr_scheduler_type="constant", loss_type="dapo", epsilon=0.2,
+            epsilon_high=0.28, beta=0.0, temperature=1.0, bf16=spec["dtype"] == "bfloat16", use_cpu=not cuda,
+            gradient_checkpointing=cuda, shuffle_dataset=False, logging_steps=1, report_to=[], save_strategy="no",
+            disable_tqdm=True, dataloader_pin_memory=cuda)
+        trainer = module.GRPOTrainer(
+            model, args=args, reward_funcs=lambda completions, **_: rewards, processing_class=tokenizer,
+            train_dataset=Dataset.from_dict({"prompt": [f"t{r['problem'] + 1}" for r in rows[::spec["group"]]]}),
+            rollout_func=rollout_func, callbacks=[Stop()])
+        warm_up(lambda: plain_logp(trainer.model, rows[:2], spec["dtype"], logits=True).sum(), trainer.model)
+        trainer.train()
+    log = [line for line in trainer.state.log_history if "grad_norm" in line]
+    return {"seconds": box[0].seconds, "memory_mb": box[0].memory_mb, "grad_norm": [line["grad_norm"] for line in log],
+            "entropy": [line["entropy"] for line in log], "micro": k}
+
+
+def plain_logp(model, rows, dtype, logits):
+    """Log-probs [R] of the response tokens of a padded micro-batch; full logits, or the head on response tokens only."""
+    import torch
+    import torch.nn.functional as F
+    device, longest = next(model.parameters()).device, max(len(r["prompt"]) + len(r["response"]) for r in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+    scored = torch.zeros(len(rows), longest, dtype=torch.bool)  # positions that predict a response token
+    mask = torch.zeros_like(ids)
+    for i, r in enumerate(rows):
+        p, t = len(r["prompt"]), len(r["prompt"]) + len(r["response"])
+        ids[i, :t], mask[i, :t], scored[i, p - 1:t - 1] = torch.tensor(r["prompt"] + r["response"]), 1, True
+    ids, mask, scored = ids.to(device), mask.to(device), scored.to(device)
+    targets = ids.roll(-1, 1)[scored]
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        if logits:
+            z = model(ids, attention_mask=mask, use_cache=False).logits.float()
+            return torch.log_softmax(z, -1).gather(-1, ids.roll(-1, 1)[..., None])[..., 0][scored]
+        hidden = model.base_model(ids, use_cache=False).last_hidden_state[scored]
+        tiles = [-F.cross_entropy(model.lm_head(h).float(), t, reduction="none")
+                 for h, t in zip(hidden.split(1024), targets.split(1024))]
+        return torch.cat(tiles)
+
+
+def plain(spec, by_length):
+    """A loop as one would write it in an afternoon, on the loss function of grpo.py."""
+    import torch
+    import grpo
+    from transformers import AutoModelForCausalLM
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.01, fused=True)
+    rows, k, norms = common.read_rollouts(spec["rollouts"]), spec["micro"], []
+    rewards = torch.tensor([r["reward"] for r in rows]).view(spec["prompts"], spec["group"])
+    warm_up(lambda: plain_logp(model, rows[:2], spec["dtype"], not by_length).sum(), optimizer)
+    with common.meter() as m:
+        for r, a in zip(rows, grpo.group_advantages(rewards).view(-1).tolist()):
+            r["advantage"], r["old"] = a, None
+        half = len(rows) // spec["updates"]
+        minis = [rows[i:i + half] for i in range(0, len(rows), half)]
+        if by_length:
+            minis = [sorted(mini, key=lambda r: len(r["prompt"]) + len(r["response"])) for mini in minis]
+        minis = [[mini[i:i + k] for i in range(0, half, k)] for mini in minis]
+        with torch.no_grad():
+            old = {id(batch): plain_logp(model, batch, spec["dtype"], not by_length) for mini in minis[1:] for batch in mini}
+        for mini in minis:
+            total = sum(len(r["response"]) for batch in mini for r in batch)
+            for batch in mini:
+                logp = plain_logp(model, batch, spec["dtype"], not by_length)
+                loss, _ = grpo.grpo_loss(logp, old.get(id(batch)), torch.tensor([r["advantage"] for r in batch], device=device),
+                                         torch.tensor([len(r["response"]) for r in batch], device=device), clip_high=0.28, total=total)
+                loss.backward()
+            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
+            optimizer.step()
+            optimizer.zero_grad()
+    return {"seconds": m.seconds, "memory_mb": m.memory_mb, "grad_norm": norms, "micro": k}
+
+
+def limit(spec):
+    """The same numbers of tokens through the bare model, in micro-batches [B, L] without a single padded token."""
+    import torch
+    import torch.nn.functional as F
+    from transformers import AutoModelForCausalLM
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, spec["dtype"])
+    model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=dtype).to(device).train()
+    rows = common.read_rollouts(spec["rollouts"])
+    half = len(rows) // spec["updates"]
+    batches = []
+    for i in range(0, len(rows), half):
+        mini = rows[i:i + half]
+        tokens, scored = sum(len(r["prompt"]) + len(r["response"]) for r in mini), sum(len(r["response"]) for r in mini)
+        length = round(tokens / len(mini))
+        pieces = -(-tokens // spec["token_budget"])  # as many micro-batches as ours, at least
+        for j in range(pieces):
+            b = (len(mini) * (j + 1)) // pieces - (len(mini) * j) // pieces
+            batches.append((torch.randint(5, model.config.vocab_size, (b, length), device=device), scored * b // len(mini), i > 0))
+
+    def loss(ids, n):
+        hidden = model.base_model(ids, use_cache=False).last_hidden_state.flatten(0, 1)[:n]
+        return F.cross_entropy(hidden @ model.get_output_embeddings().weight.T, ids.flatten()[:n])
+
+    warm_up(lambda: loss(batches[0][0][:2], 8), model)
+    with common.meter() as m:
+        with torch.no_grad():
+            for ids, n, old in batches:
+                if old:
+                    loss(ids, n)
+        for ids, n, _ in batches:
+            loss(ids, n).backward()
+    return {"seconds": m.seconds, "memory_mb": m.memory_mb, "tokens": sum(ids.numel() for ids, _, _ in batches)}
+
+
+def warm_up(loss, optimizer):
+    """One small forward and backward before the clock starts: kernels are chosen and loaded then, for every side."""
+    loss().backward()
+    optimizer.zero_grad(set_to_none=True)
+
+
+SIDES = {"ours": ours, "trl": trl, "padded": lambda s: plain(s, False), "sorted": lambda s: plain(s, True), "limit": limit}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The script
+# ---------------------------------------------------------------------------------------------------------------
+
+def scan(side, settings, sizes, python):
+    """The micro-batch size with which a side is fastest -> (size, {size: seconds or error})."""
+    seen = {}
+    for k in sizes:
+        a = common.measure(__file__, side, {**settings, "micro": k}, python)
+        seen[k] = a.get("error") or a["seconds"]
+        print(f"  scan {side}, micro-batch {k}: {seen[k] if 'error' in a else round(seen[k], 2)}", flush=True)
+    good = {k: s for k, s in seen.items() if not isinstance(s, str)}
+    return min(good, key=good.get) if good else sizes[0], seen
+
+
+def one_workload(name, dtype, args):
+    """Rows of one workload: make the rollout file, scan, alternate, check."""
+    shape = dict(WORKLOADS["quick" if args.quick else name])
+    sizes = args.micro or shape.pop("micro")
+    shape.pop("micro", None)
+    work = Path(args.work)
+    work.mkdir(parents=True, exist_ok=True)
+    model = common.tiny_model(work / "tiny") if name == "tiny" else args.model
+    vocab = 4096 if name == "tiny" else vocabulary(model)
+    path = work / f"rollouts-{'quick' if args.quick else name}.jsonl"
+    holds = common.rollouts(path, vocab, **shape, seed=args.seed)
+    longest = max(len(r["prompt"]) + len(r["response"]) for r in common.read_rollouts(path))
+    settings = {**shape, "model": str(model), "rollouts": str(path), "dtype": dtype, "updates": args.updates,
+                "token_budget": max(args.token_budget, longest), "longest": longest}
+    print(f"{name} {dtype}: {holds}", flush=True)
+    jobs, scans = {}, {}
+    for side in args.sides:
+        python = args.peer_python if side == "trl" else None
+        micro = None
+        if side in ("trl", "padded", "sorted"):
+            micro, scans[side] = scan(side, settings, sizes, python) if len(sizes) > 1 else (sizes[0], {})
+        jobs[side] = (side, {**settings, "micro": micro}, python)
+    rows = common.rows_of(common.alternate(__file__, jobs, args.repeats), workload=name, dtype=dtype)
+    compare(rows, holds)
+    for row in rows:
+        row["scan"] = scans.get(row["side"])
+    return rows, holds
+
+
+def vocabulary(model):
+    from transformers import AutoConfig
+    return AutoConfig.from_pretrained(model).vocab_size
+
+
+def compare(rows, holds):
+    """Tokens a second, times against ours, and how far the gradient norms are from ours."""
+    ours = next((r for r in rows if r["side"] == "ours" and "error" not in r), None)
+    for row in rows:
+        if "error" in row:
+            continue
+        row["tokens_per_second"] = holds["tokens_response"] / row["seconds"]["median"]
+        if ours is None:
+            continue
+        row["times_ours"] = row["seconds"]["median"] / ours["seconds"]["median"]
+        if "grad_norm" in row:
+            row["grad_norm_off"] = max(abs(a / b - 1) for a, b in zip(row["grad_norm"], ours["grad_norm"], strict=True))
+        if "entropy" in row:
+            row["entropy_off"] = max(abs(a - b) for a, b in zip(row["entropy"], ours["entropy"], strict=True))
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common.add_common(p, "update")
+    add = p.add_argument
+    add("--workloads", nargs="+", default=None, help="tiny, smollm2:float32, smollm2:bfloat16; default: tiny, and both with --model")
+    add("--model", default=None, help="SmolLM2 folder (python toy.py smollm2 --out FOLDER) or any other causal LM")
+    add("--sides", nargs="+", choices=list(SIDES), default=None, help="default: all; trl only where it can be imported")
+    add("--micro", type=int, nargs="+", default=None, help="micro-batch sizes (samples) to scan")
+    add("--updates", type=int, default=2, help="optimizer updates for the rollout batch, as in the recipe")
+    add("--token_budget", type=int, default=2048, help="packed tokens of our micro-batch (grpo.py's default on a CPU)")
+    add("--work", default=str(common.ROOT / "runs" / "bench"), help="folder for the rollout files and the tiny model")
+    add("--seed", type=int, default=0, help="of the rollout file")
+    args = p.parse_args(argv)
+    if args.worker:
+        return common.serve(SIDES, args.worker)
+    common.start(args)
+    if args.quick:
+        args.repeats, args.workloads, args.token_budget = 1, ["tiny"], 256
+        args.sides = args.sides or ["ours", "padded", "sorted", "limit"]
+    args.sides = args.sides or [s for s in SIDES if s != "trl" or args.peer_python or common.has("trl")]
+    workloads = args.workloads or ["tiny"] + ["smollm2:float32", "smollm2:bfloat16"] * bool(args.model)
+    if not args.model and any(w != "tiny" for w in workloads):
+        p.error("smollm2 needs --model FOLDER: python toy.py smollm2 --out FOLDER makes it")
+    load, rows, files, began = os.getloadavg(), [], {}, time.time()
+    for workload in workloads:
+        name, _, dtype = workload.partition(":")
+        more, files[workload] = one_workload(name, dtype or "float32", args)
+        rows += more
+    print()
+    common.table(rows, [("workload", "workload", ""), ("dtype", "dtype", ""), ("side", "side", ""), ("seconds", "seconds", ".2f"),
+                        ("x ours", "times_ours", ".2f"), ("response tokens/s", "tokens_per_second", ",.0f"),
+                        ("memory MiB", "memory_mb", ",.0f"), ("micro", "micro", ""), ("|g| off", "grad_norm_off", ".1e"),
+                        ("H off", "entropy_off", ".1e")])
+    common.write(args.out, "one update phase on a saved rollout file", {k: v for k, v in vars(args).items() if k != "worker"},
+                 rows, load, rollout_files=files, minutes=(time.time() - began) / 60)
+
+
+if __name__ == "__main__":
+    main()
