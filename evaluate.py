@@ -278,20 +278,21 @@ def benchmark_names(results):
 
 
 def table(results, published=False):
-    """Models x benchmarks, pass@1 in percent with standard errors; the average where no benchmark is missing."""
+    """Models x benchmarks, pass@1 in percent with standard errors; with several benchmarks their average as well, for
+    models that lack none of them."""
     names = benchmark_names(results)
     rows = []
-    if published:
-        for model, scores in PUBLISHED.items():
-            known = dict(zip(FIVE, scores))
-            cells = [known.get(n) for n in names]
-            mean = "-" if None in cells or not cells else f"{sum(cells) / len(cells):.1f}"
-            rows.append([f"{model} (published)", *("-" if c is None else f"{c:.1f}" for c in cells), mean])
+    for model, scores in PUBLISHED.items() if published else ():
+        known = dict(zip(FIVE, scores))
+        cells = [known.get(n) for n in names]
+        mean = "-" if None in cells else f"{sum(cells) / len(cells):.1f}"
+        rows.append([f"{model} (published)", *("-" if c is None else f"{c:.1f}" for c in cells), mean])
     for r in results:
         scores = [r["benchmarks"].get(n) for n in names]
         mean = average(r["benchmarks"]) if None not in scores else {"pass@1": None, "se": None}
         rows.append([r["name"], *(percent(s and s["pass@1"], s and s["se"]) for s in scores), percent(mean["pass@1"], mean["se"])])
-    return markdown(["model", *(TITLES.get(n, n) for n in names), "average"], rows)
+    head = ["model", *(TITLES.get(n, n) for n in names), "average"]
+    return markdown(head, rows) if len(names) > 1 else markdown(head[:-1], [r[:-1] for r in rows])
 
 
 def trajectory_table(results):

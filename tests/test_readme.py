@@ -7,6 +7,7 @@ import pytest
 
 from conftest import ROOT, metrics
 
+import evaluate
 import grpo
 
 README = (ROOT / "README.md").read_text()
@@ -18,7 +19,7 @@ def block(name):
 
 def test_the_first_training_as_written(tmp_path):
     """Everything after the installation, in a copy of the repository: a real model, real problems, vLLM on the CPU."""
-    for item in ("toy.py", "grpo.py", "policy.py", "rollout.py", "reward.py", "data.py", "assets"):
+    for item in ("toy.py", "grpo.py", "evaluate.py", "policy.py", "rollout.py", "reward.py", "data.py", "assets"):
         (shutil.copytree if (ROOT / item).is_dir() else shutil.copy)(ROOT / item, tmp_path / item)
     steps = block("first training")
     training = steps[steps.index("python toy.py"):]
@@ -30,11 +31,15 @@ def test_the_first_training_as_written(tmp_path):
     assert (tmp_path / "runs/first/checkpoints/000003/hf/model.safetensors").exists()
 
 
-@pytest.mark.parametrize("line", [x for x in README.splitlines() if re.match(r"(torchrun|python grpo\.py --)", x) and "--help" not in x])
-def test_commands_parse(line):
-    """Every grpo.py line in the README names options that exist."""
-    options = line.split("#")[0].split("grpo.py", 1)[1].split()
-    grpo.parse_args(options)
+def lines(program):
+    found = [x.split("#")[0] for x in README.splitlines() if re.match(rf"(torchrun|python) .*{program}\.py --|torchrun .*{program}\.py", x)]
+    return [x for x in found if "--help" not in x and f"{program}.py" in x]
+
+
+@pytest.mark.parametrize("program, line", [(p, x) for p in (grpo, evaluate) for x in lines(p.__name__)])
+def test_commands_parse(program, line):
+    """Every grpo.py and evaluate.py line in the README names options that exist."""
+    program.parse_args(line.split(f"{program.__name__}.py", 1)[1].split())
 
 
 def test_tests_named_in_the_readme_exist():
