@@ -25,9 +25,11 @@ import os
 import re
 import sys
 import textwrap
+import zlib
 
 import matplotlib
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 from tqdm import tqdm
@@ -61,7 +63,7 @@ AIME24 = {"o1-preview": 40.0, "DeepScaleR-1.5B": 43.1, "R1-Distill-Qwen-1.5B": 2
 TITLES = {
     "pass_at_1": "pass@1 against step",
     "length_and_reward": "Response length and reward",
-    "turning_over": "Reward near the end of a stage",
+    "turning_over": "Reward turning over at the end of a stage",
     "truncation": "Responses cut off at the limit",
     "accuracy_vs_size": "Accuracy against model size",
     "length_distributions": "Lengths of right, wrong and truncated responses",
@@ -229,7 +231,8 @@ def read_results(paths, strict):
 
 
 def result_files(folder):
-    found = [p for where in (folder, os.path.join(folder, "eval")) for p in glob.glob(os.path.join(glob.escape(where), "*.json"))]
+    places = (folder, os.path.join(folder, "eval"))
+    found = [path for place in places for path in glob.glob(os.path.join(glob.escape(place), "*.json"))]
     return sorted(p for p in found if os.path.basename(p) not in ("plan.json", "config.json"))
 
 
@@ -281,8 +284,8 @@ def fit_window(stages, window):
     -> (window, words for the axis label, words for the footer or "")"""
     longest = max([len(s["steps"]) for s in stages], default=0)
     fitted = window if longest > window else max(1, min(window, longest // 4))
-    words = f"line: mean of last {fitted} steps" if fitted > 1 else "every step"
-    least = f"the longest stage has {longest} steps" if len(stages) > 1 else f"the run has {longest} step{'s' * (longest != 1)}"
+    words = f"line: average of {fitted} steps" if fitted > 1 else "every step"
+    least = f"the {'longest stage' if len(stages) > 1 else 'run'} has {longest} step{'s' * (longest != 1)}"
     return fitted, words, "" if fitted == window else f"moving average over {fitted}, not {window}: {least}"
 
 
@@ -309,7 +312,8 @@ def stage_names(axis, stages):
         end = stages[i + 1]["start"] if i + 1 < len(stages) else high
         share = (end - begin) / (high - low)
         limit = tokens_short(stage["limit"])
-        text = f"{label(stage['name'], 12)}\n{limit} tokens" if limit and share > 0.12 else limit or label(stage["name"], 8)
+        name = label(stage["name"], 12)
+        text = f"{name}\n{limit} tokens" if limit and share > 0.12 else limit or name
         if share > 0.04:
             axis.annotate(text, (begin, 1), (3, 3), xycoords=("data", "axes fraction"), textcoords="offset points",
                           fontsize=9.5, color=GREY, va="bottom", linespacing=1.1)
@@ -327,10 +331,10 @@ def draw_series(axis, stages, key, window, style, scale=1.0, name=None):
     """Raw values pale, their moving average strong; what came after the picked step faded."""
     color, marker, dash = style
     for stage in stages:
-        steps = column(stage["steps"], "step")
-        values = scale * column(stage["steps"], key)
+        rows = [r for r in stage["steps"] if not math.isnan(number(r.get(key)))]
+        steps, values = column(rows, "step"), scale * column(rows, key)
         x, mean = stage["start"] + steps, moving_average(values, window)
-        mean[np.isnan(values)] = math.nan
+        mean[:min(window // 10, len(mean) // 4)] = math.nan  # an average of two or three values is still noise
         kept = steps <= stage_end(stage)
         few = len(x) <= 120
         for chosen, strength, named in ((kept, 1.0, name), (~kept, 0.35, None)):
@@ -379,11 +383,11 @@ def reference_lines(axis, lines):
         return
     low, high = axis.get_ylim()
     low, high = min([low, *[v - 1 for v in lines.values()]]), max([high, *[v + 1 for v in lines.values()]])
-    axis.set_ylim(max(low, 0), high)
-    low, high = axis.get_ylim()
+    axis.set_ylim(low, high)
     gap, last = 0.062 * (high - low), -math.inf
     for i, (name, value) in enumerate(sorted(lines.items(), key=lambda x: x[1])):
-        axis.axhline(value, color=GREY, lw=1.1, ls=[(0, (1, 1.5)), (0, (5, 2)), (0, (5, 1.5, 1, 1.5))][i % 3], zorder=1)
+        dash = [(0, (1, 1.5)), (0, (5, 2)), (0, (5, 1.5, 1, 1.5))][i % 3]
+        axis.axhline(value, color=GREY, lw=1.1, ls=dash, zorder=1)
         last = max(value, last + gap)
         axis.annotate(f"{label(name, 22)} {value:g}", (1, value), (1.015, last), xycoords=("axes fraction", "data"),
                       textcoords=("axes fraction", "data"), fontsize=9.5, color=GREY, va="center",
@@ -404,7 +408,7 @@ def pass_at_1(run):
         return need(stages)
     if not during and not dated:
         return "no evaluation: train with --eval_data, or put results of evaluate.py into eval/"
-    figure, [[axis]] = canvas(TITLES["pass_at_1"], 4.6)
+    figure, [[axis]] = canvas(TITLES["pass_at_1"], 5.2)
     xs = [x for x, _ in dated]
     trained_on = {os.path.basename(s["eval_data"]).split(".")[0] for s in during} - {""}
     bench = trained_on.pop() if len(trained_on) == 1 else ""
@@ -417,8 +421,9 @@ def pass_at_1(run):
         for chosen, strength in ((kept, 1.0), (~kept, 0.35)):
             if chosen.any():
                 named = strength == 1 and stage is during[0]
-                axis.errorbar(x[chosen], y[chosen], se[chosen], color=GREY, marker="o", ms=4, lw=1.2, capsize=2,
-                              elinewidth=0.9, alpha=strength, label=f"in training: {label(bench) or 'held-out'}" if named else None)
+                axis.plot(x[chosen], y[chosen], color=GREY, marker="o", ms=3.5, lw=1.2, alpha=strength, zorder=2,
+                          label=f"in training: {label(bench) or 'held-out'}" if named else None)
+                spread(axis, x[chosen], y[chosen], se[chosen], strength)
     benchmarks = list(dict.fromkeys(b for _, r in dated for b in r["benchmarks"]))
     for i, name in enumerate(benchmarks):
         color, marker, dash = SERIES[i % 6]
@@ -437,15 +442,24 @@ def pass_at_1(run):
     low, high = axis.get_ylim()
     axis.set_ylim(max(0, low), max(high, 1))
     measured = benchmarks + [bench]
-    lines = dict(run["references"] if run["references"] is not None else AIME24 if any(map(is_aime24, measured)) else {})
+    published = AIME24 if any(map(is_aime24, measured)) else {}
+    lines = dict(published if run["references"] is None else run["references"])
     main = next((b for b in benchmarks if is_aime24(b)), benchmarks[0] if benchmarks else bench)
     lines |= {r["name"]: round(100 * r["benchmarks"][main]["pass@1"], 1) for x, r in
               placed + [(None, r) for r in run["extra"]] if x is None and main in r["benchmarks"]}
     reference_lines(axis, lines)
-    axis.set_ylabel("pass@1 (%), bars: one standard error")
-    footer(axis, "training step", faded_note(stages))
+    axis.set_ylabel("pass@1 (%)")
+    footer(axis, "training step", "bars and band: one standard error", faded_note(stages))
     legend(figure, axis)
     return figure
+
+
+def spread(axis, x, y, se, strength):
+    """One standard error around points: bars, or a band where bars would run into each other."""
+    if len(x) > 15:
+        axis.fill_between(x, y - se, y + se, color=GREY, alpha=0.18 * strength, lw=0, zorder=1)
+    else:
+        axis.errorbar(x, y, se, fmt="none", ecolor=GREY, capsize=2.5, elinewidth=1, alpha=strength, zorder=2)
 
 
 def length_and_reward(run):
@@ -453,18 +467,26 @@ def length_and_reward(run):
     if reason:
         return reason
     window, note, shrunk = fit_window(run["stages"], run["window"])
-    figure, axes = canvas(TITLES["length_and_reward"], 5.6, 2, sharex=True)
+    figure, axes = canvas(TITLES["length_and_reward"], 6.4, 2, sharex=True)
     for axis, key, style, text in ((axes[0][0], "length_mean", SERIES[0], "response length (tokens)"),
                                    (axes[1][0], "reward", SERIES[1], "mean reward (0 to 1)")):
         draw_series(axis, run["stages"], key, window, (*style[:2], "-"))
         axis.set_ylabel(f"{text}\n{note}")
         step_axis(axis, run["stages"])
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.10g}"))
+        axis.yaxis.set_major_formatter(FuncFormatter(plain_number))
     stage_names(axes[0][0], run["stages"])
     flat_zero(axes[1][0])
     footer(axes[1][0], "training step", shrunk, faded_note(run["stages"]))
     figure.align_ylabels()
     return figure
+
+
+def plain_number(value, _=None):
+    """
+    >>> plain_number(14000.0), plain_number(0.30000000000000004)
+    ('14,000', '0.3')
+    """
+    return f"{value:,.8g}"
 
 
 def flat_zero(axis, floor=0.02):
@@ -474,23 +496,14 @@ def flat_zero(axis, floor=0.02):
         axis.set_ylim(-0.02 * max(high, floor), max(high, floor))
 
 
-def windows_of(evidence, found=None):
-    """Every [first step, last step] pair in a plan's evidence, whatever it is called -> [(name, first, last)].
+def windows_of(evidence):
+    """The windows of steps that schedule.py compared to see the turn -> [(name, first step, last step)].
 
-    >>> windows_of({"rule": "x", "before": {"window": [10, 20]}, "now": [30, 40]})
-    [('window', 10, 20), ('now', 30, 40)]
+    >>> windows_of({"turn": 30, "top": [1, 9], "before": [30, 39], "after": None})
+    [('top', 1, 9), ('before', 30, 39)]
     """
-    found = [] if found is None else found
-    for name, value in evidence.items() if isinstance(evidence, dict) else []:
-        pair = isinstance(value, list) and len(value) == 2 and all(type(v) is int for v in value)
-        if pair and 0 <= value[0] < value[1]:
-            found.append((str(name), *value))
-        elif isinstance(value, dict):
-            windows_of(value, found)
-        elif isinstance(value, list):
-            for entry in value:
-                windows_of(entry if isinstance(entry, dict) else {name: entry}, found)
-    return found[:4]
+    pairs = [(k, (evidence if isinstance(evidence, dict) else {}).get(k)) for k in ("top", "before", "after")]
+    return [(k, *v) for k, v in pairs if isinstance(v, list) and len(v) == 2 and all(type(x) is int for x in v)]
 
 
 def turning_over(run):
@@ -504,7 +517,8 @@ def turning_over(run):
     figure, axes = canvas(TITLES["turning_over"], 6.6, 3, len(shown), sharex="col")
     for k, stage in enumerate(shown):
         end = stage_end(stage)
-        first = max(stage["steps"][0]["step"], end - max(20, int(0.6 * end)))
+        windows = windows_of(stage["evidence"])
+        first = min([max(stage["steps"][0]["step"], end - max(20, int(0.6 * end))), *[low for _, low, _ in windows]])
         local = [stage | {"start": 0}]
         for axis, key, style, text, scale in zip(
                 axes[:, k], ("reward", "truncated", "length_mean"), SERIES,
@@ -512,11 +526,15 @@ def turning_over(run):
             draw_series(axis, local, key, window, (*style[:2], "-"), scale)
             near(axis, stage, key, first, scale)
             axis.axvline(end, color=BLACK, lw=1.3, ls="--", zorder=1)
-            for i, (name, low, high) in enumerate(windows_of(stage["evidence"])):
-                axis.axvspan(low, high, color=(LIGHT, SKY)[i % 2], alpha=0.45, lw=0, zorder=0)
+            for i, (name, low, high) in enumerate(windows):
+                axis.axvspan(low, high, color=(GREY, SKY, ORANGE)[i], alpha=(0.16, 0.3, 0.22)[i], lw=0, zorder=0)
+                if key == "reward":
+                    axis.annotate(name, ((low + high) / 2, 0.03), xycoords=("data", "axes fraction"), rotation=90,
+                                  ha="center", va="bottom", fontsize=9.5, color=BLACK)
             if k == 0:
                 axis.set_ylabel(text)
             axis.yaxis.set_major_locator(MaxNLocator(5))
+            axis.yaxis.set_major_formatter(FuncFormatter(plain_number))
         picked = stage["picked"] is not None
         title = [label(stage["name"], 12), f"{tokens_short(stage['limit'])} tokens" if stage["limit"] else "",
                  f"{'picked' if picked else 'last'} step {end:,}"]
@@ -526,8 +544,8 @@ def turning_over(run):
         pad = max(0.5, 0.03 * (stage["last"] - first))
         axes[-1][k].set_xlim(first - pad, max(stage["last"], end) + pad)
     figure.align_ylabels()
-    parts = [note, shrunk, "dashed: end of the stage"]
-    parts += ["shaded: windows compared"] if any(windows_of(s["evidence"]) for s in shown) else []
+    parts = [f"line: {shrunk}" if shrunk else note, "dashed: end of the stage"]
+    parts += ["shaded: the windows compared to see the turn"] if any(windows_of(s["evidence"]) for s in shown) else []
     parts += ["faded: later steps"] if faded_note(shown) else []
     parts += [f"the last 4 of {len(stages)} stages"] if len(stages) > 4 else []
     figure.supxlabel(textwrap.fill("; ".join(filter(None, parts)), 100), fontsize=9.5, color=GREY)
@@ -552,6 +570,7 @@ def truncation(run):
     window, note, shrunk = fit_window(stages, run["window"])
     figure, [[axis]] = canvas(TITLES["truncation"], 3.9)
     draw_series(axis, stages, "truncated", window, (RED, "o", "-"), 100, "training rollouts")
+    evals = []
     for stage in stages:
         rows = [r for r in stage["rows"] if not math.isnan(number(r.get("eval_truncated")))]
         named = "in-training evaluation" not in axis.get_legend_handles_labels()[1]
@@ -561,7 +580,7 @@ def truncation(run):
                 axis.plot((stage["start"] + column(rows, "step"))[chosen], 100 * column(rows, "eval_truncated")[chosen],
                           color=BLUE, marker="s", ls="none", ms=6, mfc="white", mew=1.6, zorder=4, alpha=strength,
                           label="in-training evaluation" if named and strength == 1 else None)
-    evals = [s["start"] + r["step"] for s in stages for r in s["rows"] if not math.isnan(number(r.get("eval_truncated")))]
+        evals += (stage["start"] + column(rows, "step")).tolist()
     step_axis(axis, stages, evals)
     stage_names(axis, stages)
     flat_zero(axis, 1.0)
@@ -639,7 +658,8 @@ def sized_results(run):
     for r in known:
         scores = [r["benchmarks"][b] for b in common]
         se = math.sqrt(sum(number(s.get("se")) ** 2 for s in scores)) / len(scores)
-        points.append((r["name"], float(r["parameters"]), 100 * sum(s["pass@1"] for s in scores) / len(scores), 100 * se))
+        mean = sum(s["pass@1"] for s in scores) / len(scores)
+        points.append((r["name"], float(r["parameters"]), 100 * mean, 100 * se))
     return points, common[0] if len(common) == 1 else f"mean of {', '.join(common)}"
 
 
@@ -650,22 +670,23 @@ def accuracy_vs_size(run):
     unknown = {name: a for name, size, a in run["sizes"] if size is None}
     points = points + [(name, size, a, math.nan) for name, size, a in run["sizes"] if size]
     if not points:
-        return "no result with a parameter count: give --sizes TABLE (name, parameters, accuracy) or results of evaluate.py"
+        return ("no result with a parameter count: give --sizes TABLE (name, parameters, accuracy) "
+                "or results of evaluate.py")
     figure, [[axis]] = canvas(TITLES["accuracy_vs_size"], 4.8)
     x, y = np.array([p[1] for p in points]), np.array([p[2] for p in points])
     front = pareto(list(zip(x, y)))
     axis.errorbar(x, y, np.nan_to_num([p[3] for p in points]), fmt="none", ecolor=GREY, capsize=3, lw=1, zorder=2)
     others = [i for i in range(len(points)) if i not in front]
     axis.plot(x[front], y[front], color=RED, marker="D", ms=8, drawstyle="steps-post", ls="--", zorder=3,
-              label="Pareto front: none smaller is as good")
+              label="Pareto front")
     if others:
         axis.plot(x[others], y[others], color=BLUE, marker="o", ms=7, mfc="white", mew=1.6, ls="none", zorder=3,
                   label="other models")
     axis.set_xscale("log")
     axis.set_xlim(x.min() / 1.7, x.max() * 1.7)
     size_ticks(axis)
-    spread = max(y.max() - y.min(), 5)
-    axis.set_ylim(max(0, y.min() - 0.15 * spread), y.max() + 0.15 * spread)
+    height = max(y.max() - y.min(), 5)
+    axis.set_ylim(max(-0.04 * y.max() - 0.1, y.min() - 0.15 * height), y.max() + 0.15 * height)
     reference_lines(axis, unknown)
     axis.set_xlabel("parameters (log scale)")
     axis.set_ylabel(f"pass@1 (%)\n{label(measured, 48)}" if measured else "accuracy (%)")
@@ -699,7 +720,7 @@ def name_points(figure, axis, points):
     """Names beside their points, each at the first of twelve places where it covers no point and no other name."""
     figure.draw_without_rendering()  # the layout must be final before boxes are compared
     figure.set_layout_engine("none")
-    renderer, frame = figure.canvas.get_renderer(), axis.get_window_extent()
+    renderer, frame = FigureCanvasAgg(figure).get_renderer(), axis.get_window_extent()
     unit = DPI / 72
     taken = [(px - 6 * unit, py - 6 * unit, px + 6 * unit, py + 6 * unit)
              for px, py in axis.transData.transform([(p[1], p[2]) for p in points])]
@@ -707,7 +728,8 @@ def name_points(figure, axis, points):
               (10, 18, "left"), (10, -18, "left"), (-10, 18, "right"), (-10, -18, "right"), (0, 24, "center"), (0, -24, "center")]
     for name, x, y in points[:40]:
         for dx, dy, side in places:
-            text = axis.annotate(label(name, 26), (x, y), (dx, dy), textcoords="offset points", fontsize=9.5, ha=side, va="center")
+            text = axis.annotate(label(name, 26), (x, y), (dx, dy), textcoords="offset points", fontsize=9.5, ha=side, va="center",
+                                 bbox=dict(facecolor="white", edgecolor="none", pad=0.6, alpha=0.85))
             b = text.get_window_extent(renderer)
             inside = b.x0 > frame.x0 and b.x1 < frame.x1 and b.y0 > frame.y0 and b.y1 < frame.y1
             if inside and all(b.x1 < t[0] or b.x0 > t[2] or b.y1 < t[1] or b.y0 > t[3] for t in taken):
@@ -737,14 +759,12 @@ def evenly(items, most):
     return [items[round(i)] for i in np.linspace(0, len(items) - 1, max(most, 1))]
 
 
-def read_rows(path):
-    """Rows of a rollouts or responses file, one by one; half of a compressed file, or of a line, is an error."""
+def read_lines(path):
+    """(number, text) of the lines of a rollouts or responses file; half of a compressed file is an error."""
     try:
         with open_text(path) as f:
-            for i, text in enumerate(f, 1):
-                if text.strip():
-                    yield parse_line(text, path, i)
-    except (EOFError, gzip.BadGzipFile, OSError) as e:
+            yield from ((i, text) for i, text in enumerate(f, 1) if text.strip())
+    except (EOFError, OSError, zlib.error) as e:
         raise ValueError(f"{path}: cannot be read ({e}); remove the file, or restore it") from None
 
 
@@ -752,13 +772,15 @@ def length_distributions(run, most=40):
     """Per stage, from at most `most` of its rollout files, evenly over the steps."""
     stages = [s for s in run["stages"] if rollout_files(s)]
     if not stages:
-        return need(run["stages"]) if not run["stages"] else "no rollouts folder: only grpo.py's rollouts/*.jsonl.gz hold single lengths"
+        return need(run["stages"]) if not run["stages"] else (
+            "no rollouts folder: only grpo.py's rollouts/*.jsonl.gz hold single lengths")
     counts = []
     for stage in stages:
         files = [(step, p) for step, p in rollout_files(stage) if stage["picked"] is None or step <= stage["picked"]]
         chosen, lengths = evenly(files or rollout_files(stage), most), {name: [] for name, *_ in OUTCOMES}
         for _, path in chosen:
-            for row in read_rows(path):
+            for line, text in read_lines(path):
+                row = parse_line(text, path, line)
                 if not math.isnan(number(row.get("response_tokens"))):
                     lengths[outcome(row)].append(row["response_tokens"])
         counts.append((lengths, len(chosen), len(files or rollout_files(stage))))
@@ -772,8 +794,9 @@ def length_distributions(run, most=40):
         for name, color, dash in OUTCOMES:
             heights, _ = np.histogram(lengths[name], bins)
             share = 100 * heights / total
-            axis.stairs(share, bins, fill=True, color=color, alpha=0.22, lw=0)
-            axis.stairs(np.where(heights > 0, share, math.nan), bins, color=color, ls=dash, lw=1.8, label=name)
+            axis.stairs(share, bins, fill=True, color=color, alpha=0.22, lw=0, zorder=2)
+            axis.stairs(np.where(heights > 0, share, math.nan), bins, color=color, ls=dash, lw=1.8, zorder=3,
+                        label=name)
         shares = ", ".join(f"{name} {100 * len(lengths[name]) / total:.1f} %" for name, *_ in OUTCOMES)
         sampled = f"{some} of {files} steps" if some < files else f"{files} step{'s' * (files > 1)}"
         axis.set_title("   ".join(filter(None, [label(stage["name"], 14), f"{total:,} samples, {sampled}: {shares}"])),
@@ -828,7 +851,8 @@ def time_per_step(run):
                 left += share
             floor = floor + heights
     step_axis(axis, stages, [s["start"] + stage_end(s) for s in stages])
-    axis.set_xlim(min(s["start"] + s["steps"][0]["step"] for s in stages) - 1, max(s["start"] + stage_end(s) for s in stages) + 1)
+    axis.set_xlim(min(s["start"] + s["steps"][0]["step"] for s in stages) - 1,
+                  max(s["start"] + stage_end(s) for s in stages) + 1)
     stage_names(axis, stages)
     axis.set_ylabel("seconds a step" + (f"\nbar: mean of {group} steps" if group > 1 else ""))
     axis.set_xlabel("training step (evaluation and saving not included)")
@@ -904,8 +928,9 @@ def share_out(sizes, total):
 def sample_rows(path, most):
     """At most `most` rows of a file, evenly, in one pass with bounded memory -> (rows, rows there are)."""
     kept, stride, total = [], 1, 0
-    for row in read_rows(path):
+    for line, text in read_lines(path):
         if total % stride == 0:
+            row = parse_line(text, path, line)
             kept.append(row | {"response": shorten(str(row.get("response", "")))})
         total += 1
         if len(kept) > 2 * most:
@@ -914,6 +939,8 @@ def sample_rows(path, most):
 
 
 def shorten(text):
+    """Well formed text (a lone surrogate becomes U+FFFD) of at most about MAX_CHARS characters."""
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if len(text) <= MAX_CHARS:
         return text
     half = MAX_CHARS // 2
@@ -921,14 +948,19 @@ def shorten(text):
 
 
 def collect(found, most, files_each=100):
-    """-> ([(where, step, row)], note): evenly over sources, over the steps of each, over the samples of a step."""
+    """-> ([(where, step, row)], note): evenly over sources, over the steps of each, over the samples of a step.
+    A source's files are opened a hundred at a time, evenly, until there are samples enough."""
     read, unread, seen = [], 0, 0
     for where, files in found.items():
-        chosen = evenly(files, min(files_each, most))
-        cap = min(most, 2 * math.ceil(most / len(chosen)))
-        group = [(where, step, *sample_rows(path, cap)) for step, path in tqdm(chosen, desc=label(where), disable=None, leave=False)]
-        unread, seen = unread + len(files) - len(chosen), seen + sum(total for *_, total in group)
-        read.append(group)
+        group, left = [], list(files)
+        while left and sum(len(kept) for *_, kept, _ in group) < most:
+            chosen = evenly(left, min(files_each, most))
+            left = [f for f in left if f not in chosen]
+            cap = min(most, 2 * math.ceil(most / len(chosen)))
+            bar = tqdm(chosen, desc=label(where), disable=None, leave=False)
+            group += [(where, step, *sample_rows(path, cap)) for step, path in bar]
+        unread, seen = unread + len(left), seen + sum(total for *_, total in group)
+        read.append(sorted(group, key=lambda r: r[1] or 0))
     rows = []
     for group, n in zip(read, share_out([sum(len(r[2]) for r in g) for g in read], most)):
         for (where, step, kept, _), k in zip(group, share_out([len(r[2]) for r in group], n)):
@@ -948,14 +980,15 @@ def page_data(name, rows, note):
     """What the page's script reads. Everything is made text or a number here; problems are stored once."""
     problems, samples = {}, []
     for where, step, row in rows:
-        size, text = number(row.get("response_tokens")), lambda key: "" if row.get(key) is None else str(row[key])
-        inner = number(row.get("step"))
-        samples.append({"where": where, "step": step if step is not None else None if math.isnan(inner) else int(inner),
-                        "id": text("id"), "benchmark": text("benchmark"), "sample": text("sample"), "outcome": outcome(row),
+        size, text = number(row.get("response_tokens")), lambda key: "" if row[key] is None else shorten(str(row[key]))
+        row = dict.fromkeys(("id", "benchmark", "sample", "reward", "finish_reason", "reason", "extracted", "answer",
+                             "problem")) | row
+        samples.append({"where": where, "step": step, "id": text("id"), "benchmark": text("benchmark"),
+                        "sample": text("sample"), "outcome": outcome(row),
                         "reward": text("reward"), "tokens": 0 if math.isnan(size) else int(size),
                         "finish": text("finish_reason"), "reason": text("reason"), "extracted": text("extracted"),
                         "answer": text("answer"), "response": row["response"],
-                        "problem": problems.setdefault(shorten(text("problem")), len(problems))})
+                        "problem": problems.setdefault(text("problem"), len(problems))})
     return {"run": name, "note": note, "problems": list(problems), "samples": samples}
 
 
@@ -975,7 +1008,8 @@ def transcripts(run_dir, out=None, most=2000):
         raise ValueError(f"--max_transcripts must be at least 1, not {most}")
     found = sources(run_dir, read_run(run_dir))
     if not found:
-        raise ValueError(f"{run_dir} holds no samples: no rollouts/*.jsonl.gz of grpo.py, no *.responses.jsonl.gz of evaluate.py")
+        raise ValueError(f"{run_dir} holds no samples: no rollouts/*.jsonl.gz of grpo.py, no *.responses.jsonl.gz "
+                         f"of evaluate.py")
     name = label(os.path.basename(os.path.abspath(run_dir)), 60)
     csp = lambda text: "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
     html = (PAGE.replace("SCRIPT_HASH", csp(PAGE_SCRIPT)).replace("STYLE_HASH", csp(PAGE_STYLE))
@@ -1053,9 +1087,9 @@ li .what { display: block; overflow: hidden; text-overflow: ellipsis; white-spac
 .text { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; background: var(--card); border-radius: .4rem; padding: .6rem .8rem; overflow-x: auto; }
 details { background: var(--card); border-radius: .4rem; margin-bottom: .5rem; } summary { cursor: pointer; padding: .4rem .8rem; color: var(--soft); }
 dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .1rem .8rem; margin: .3rem 0; } dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; unicode-bidi: isolate; white-space: pre-wrap; }
-math { font-size: 1.08em; } math[display=block] { margin: .4em 0; max-width: 100%; overflow-x: auto; overflow-y: hidden; } .boxed { border: 1.5px solid; padding: .1em .25em; }
+math { font-size: 1.2em; } math[display=block] { margin: .4em 0; max-width: 100%; overflow-x: auto; overflow-y: hidden; } .boxed { border: 1.5px solid; padding: .1em .25em; }
 .bold { font-weight: bold; } .unknown, code { font-family: ui-monospace, monospace; font-size: .92em; color: var(--wrong); } mtd.left { text-align: left; } mtd.end { text-align: right; }
-@media (max-width: 50rem) { body { padding: .6rem; } main { grid-template-columns: minmax(0, 1fr); gap: .6rem; } nav { position: static; max-height: 18rem; border-bottom: 1px solid var(--line); } }
+@media (max-width: 50rem) { body { padding: .6rem; } main { grid-template-columns: minmax(0, 1fr); gap: .6rem; } nav { position: relative; max-height: 18rem; border-bottom: 1px solid var(--line); } }
 """
 
 # Text reaches the document by textContent only, elements are made by name: there is no innerHTML in it
@@ -1075,13 +1109,33 @@ function element(tag, className, text) {
 }
 
 // Control characters and those that reorder text are shown as what they are
-const visible = text => text.replace(/[\u0000-\u0008\u000b-\u001f\u007f\u202a-\u202e\u2066-\u2069]/g,
+const CONTROLS = /[\u0000-\u0008\u000b-\u001f\u007f\u202a-\u202e\u2066-\u2069]/g;
+const HALVES = /[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g;  // a slice may cut a pair in two
+const visible = text => text.replace(HALVES, "\ufffd").replace(CONTROLS,
   c => c < " " ? String.fromCharCode(0x2400 + c.charCodeAt(0)) : "[U+" + c.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0") + "]");
 
 // ---- TeX to MathML -------------------------------------------------------------------------------------------
-const WORDS = "alpha \u03b1 beta \u03b2 gamma \u03b3 delta \u03b4 epsilon \u03f5 varepsilon \u03b5 zeta \u03b6 eta \u03b7 theta \u03b8 vartheta \u03d1 iota \u03b9 kappa \u03ba lambda \u03bb mu \u03bc nu \u03bd xi \u03be pi \u03c0 rho \u03c1 sigma \u03c3 tau \u03c4 upsilon \u03c5 phi \u03d5 varphi \u03c6 chi \u03c7 psi \u03c8 omega \u03c9 Gamma \u0393 Delta \u0394 Theta \u0398 Lambda \u039b Xi \u039e Pi \u03a0 Sigma \u03a3 Phi \u03a6 Psi \u03a8 Omega \u03a9 infty \u221e emptyset \u2205 varnothing \u2205 ell \u2113 hbar \u210f partial \u2202 nabla \u2207 angle \u2220 triangle \u25b3 degree \u00b0 prime \u2032 aleph \u2135 Re \u211c Im \u2111 ldots \u2026 dots \u2026 dotsc \u2026 cdots \u22ef dotsb \u22ef vdots \u22ee ddots \u22f1 checkmark \u2713 square \u25a1 blacksquare \u25a0";
-const SIGNS = "cdot \u22c5 times \u00d7 div \u00f7 pm \u00b1 mp \u2213 le \u2264 leq \u2264 leqslant \u2264 ge \u2265 geq \u2265 geqslant \u2265 ne \u2260 neq \u2260 ll \u226a gg \u226b approx \u2248 equiv \u2261 sim \u223c simeq \u2243 cong \u2245 propto \u221d to \u2192 rightarrow \u2192 longrightarrow \u27f6 leftarrow \u2190 gets \u2190 Rightarrow \u21d2 Longrightarrow \u27f9 implies \u27f9 Leftarrow \u21d0 iff \u27fa Leftrightarrow \u21d4 leftrightarrow \u2194 mapsto \u21a6 in \u2208 notin \u2209 ni \u220b subset \u2282 subseteq \u2286 supset \u2283 supseteq \u2287 cup \u222a cap \u2229 setminus \u2216 backslash \\ forall \u2200 exists \u2203 perp \u27c2 parallel \u2225 mid \u2223 nmid \u2224 circ \u2218 bullet \u2022 star \u22c6 ast \u2217 oplus \u2295 otimes \u2297 land \u2227 wedge \u2227 lor \u2228 vee \u2228 neg \u00ac lnot \u00ac langle \u27e8 rangle \u27e9 lfloor \u230a rfloor \u230b lceil \u2308 rceil \u2309 lvert | rvert | vert | lVert \u2016 rVert \u2016 Vert \u2016 lbrace { rbrace } lbrack [ rbrack ] colon : therefore \u2234 because \u2235 uparrow \u2191 downarrow \u2193";
-const LARGE = "sum \u2211 prod \u220f int \u222b iint \u222c oint \u222e bigcup \u22c3 bigcap \u22c2 bigoplus \u2a01 bigotimes \u2a02 coprod \u2210";
+const WORDS = "alpha \u03b1 beta \u03b2 gamma \u03b3 delta \u03b4 epsilon \u03f5 varepsilon \u03b5 zeta \u03b6 eta \u03b7 " +
+  "theta \u03b8 vartheta \u03d1 iota \u03b9 kappa \u03ba lambda \u03bb mu \u03bc nu \u03bd xi \u03be pi \u03c0 " +
+  "rho \u03c1 sigma \u03c3 tau \u03c4 upsilon \u03c5 phi \u03d5 varphi \u03c6 chi \u03c7 psi \u03c8 omega \u03c9 " +
+  "Gamma \u0393 Delta \u0394 Theta \u0398 Lambda \u039b Xi \u039e Pi \u03a0 Sigma \u03a3 Phi \u03a6 Psi \u03a8 " +
+  "Omega \u03a9 infty \u221e emptyset \u2205 varnothing \u2205 ell \u2113 hbar \u210f partial \u2202 nabla \u2207 " +
+  "angle \u2220 triangle \u25b3 degree \u00b0 prime \u2032 aleph \u2135 Re \u211c Im \u2111 ldots \u2026 dots " +
+  "\u2026 dotsc \u2026 cdots \u22ef dotsb \u22ef vdots \u22ee ddots \u22f1 checkmark \u2713 square \u25a1 " +
+  "blacksquare \u25a0";
+const SIGNS = "cdot \u22c5 times \u00d7 div \u00f7 pm \u00b1 mp \u2213 le \u2264 leq \u2264 leqslant \u2264 ge \u2265 geq " +
+  "\u2265 geqslant \u2265 ne \u2260 neq \u2260 ll \u226a gg \u226b approx \u2248 equiv \u2261 sim \u223c simeq " +
+  "\u2243 cong \u2245 propto \u221d to \u2192 rightarrow \u2192 longrightarrow \u27f6 leftarrow \u2190 gets " +
+  "\u2190 Rightarrow \u21d2 Longrightarrow \u27f9 implies \u27f9 Leftarrow \u21d0 iff \u27fa Leftrightarrow " +
+  "\u21d4 leftrightarrow \u2194 mapsto \u21a6 in \u2208 notin \u2209 ni \u220b subset \u2282 subseteq \u2286 " +
+  "supset \u2283 supseteq \u2287 cup \u222a cap \u2229 setminus \u2216 backslash \\ forall \u2200 exists \u2203 " +
+  "perp \u27c2 parallel \u2225 mid \u2223 nmid \u2224 circ \u2218 bullet \u2022 star \u22c6 ast \u2217 oplus " +
+  "\u2295 otimes \u2297 land \u2227 wedge \u2227 lor \u2228 vee \u2228 neg \u00ac lnot \u00ac langle \u27e8 " +
+  "rangle \u27e9 lfloor \u230a rfloor \u230b lceil \u2308 rceil \u2309 lvert | rvert | vert | lVert \u2016 rVert " +
+  "\u2016 Vert \u2016 lbrace { rbrace } lbrack [ rbrack ] colon : therefore \u2234 because \u2235 uparrow \u2191 " +
+  "downarrow \u2193";
+const LARGE = "sum \u2211 prod \u220f int \u222b iint \u222c oint \u222e bigcup \u22c3 bigcap \u22c2 bigoplus \u2a01 " +
+  "bigotimes \u2a02 coprod \u2210";
 const LIMITS = "lim max min sup inf gcd limsup liminf argmax argmin Pr det";
 const NAMES = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp deg dim ker arg lcm hom bmod mod";
 const ACCENTS = {overline: "\u203e", bar: "\u203e", hat: "^", widehat: "^", vec: "\u2192", overrightarrow: "\u2192", dot: "\u02d9", ddot: "\u00a8", tilde: "~", widetilde: "~", overbrace: "\u23de", check: "\u02c7", overarc: "\u2312", wideparen: "\u2312"};
@@ -1129,7 +1183,7 @@ function parseTex(source, display) {
   function argument() {
     blank();
     if (at >= tokens.length || "}&^_".includes(peek())) fail("argument missing");
-    return atom();
+    return /^\d$/.test(peek()) ? m("mn", tokens[at++]) : atom();  // \frac12 is one half
   }
   function optional() {
     blank();
@@ -1197,7 +1251,10 @@ function parseTex(source, display) {
     }
     if (/^\p{L}$/u.test(token)) return m("mi", token);
     if (token === "~") return marked(m("mspace"), "width", ".25em");
-    if (!token.startsWith("\\")) return m("mo", token === "-" ? "\u2212" : token === "*" ? "\u2217" : token);
+    if (!token.startsWith("\\")) {
+      const sign = m("mo", token === "-" ? "\u2212" : token === "*" ? "\u2217" : token);
+      return "()[]|/".includes(token) ? marked(sign, "stretchy", "false") : sign;
+    }
     return command(token.slice(1), token);
   }
   function command(name, token) {
@@ -1237,8 +1294,7 @@ function parseTex(source, display) {
     }
     return marked(m("mtext", token), "class", "unknown");
   }
-  const whole = row([]);
-  return whole;
+  return row([]);
 }
 
 function mathNode(source, tex, display) {
@@ -1414,8 +1470,8 @@ function list() {
     item.append(button);
     return item;
   }));
-  const current = $("rows").querySelector("[aria-current]");
-  if (current && current.offsetTop + current.offsetHeight > $("rows").parentNode.clientHeight) current.scrollIntoView({block: "nearest"});
+  const current = $("rows").querySelector("[aria-current]"), box = $("rows").parentNode;
+  if (current) box.scrollTop = Math.max(0, current.offsetTop - box.clientHeight / 2);  // the list scrolls, not the page
 }
 
 function detail() {
