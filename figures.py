@@ -1,8 +1,8 @@
 """figures.py - pictures of a run, and a page of its transcripts.
 
-    python figures.py RUN                                # every figure the data allows -> RUN/figures/NAME.png, NAME.svg
-    python figures.py RUN --window 20                    # shorter moving average (100 is what was published)
-    python figures.py RUN --transcripts                  # also RUN/transcripts.html: filter, search, read, offline
+    python figures.py RUN                       # every figure the data allows -> RUN/figures/NAME.png, NAME.svg
+    python figures.py RUN --window 20           # shorter moving average (100 is what was published)
+    python figures.py RUN --transcripts         # also RUN/transcripts.html: filter, search, read, offline
     python figures.py RUN --results runs/other/eval/*.json --sizes table.csv --reference "some model=37.5"
 
 RUN is one run of grpo.py, a run of schedule.py (plan.json, stage folders, eval/), or a folder of evaluate.py results.
@@ -724,12 +724,13 @@ def name_points(figure, axis, points):
     unit = DPI / 72
     taken = [(px - 6 * unit, py - 6 * unit, px + 6 * unit, py + 6 * unit)
              for px, py in axis.transData.transform([(p[1], p[2]) for p in points])]
-    places = [(8, 6, "left"), (8, -6, "left"), (-8, 6, "right"), (-8, -6, "right"), (0, 12, "center"), (0, -12, "center"),
-              (10, 18, "left"), (10, -18, "left"), (-10, 18, "right"), (-10, -18, "right"), (0, 24, "center"), (0, -24, "center")]
-    for name, x, y in points[:40]:
+    places = [(dx, dy, "left" if dx > 0 else "right" if dx else "center")
+              for far in (1, 3) for dx, dy in ((8, 6 * far), (8, -6 * far), (-8, 6 * far), (-8, -6 * far), (0, 6 + 6 * far),
+                                               (0, -6 - 6 * far))]
+    for name, x, y in points:
         for dx, dy, side in places:
-            text = axis.annotate(label(name, 26), (x, y), (dx, dy), textcoords="offset points", fontsize=9.5, ha=side, va="center",
-                                 bbox=dict(facecolor="white", edgecolor="none", pad=0.6, alpha=0.85))
+            text = axis.annotate(label(name, 26), (x, y), (dx, dy), textcoords="offset points", fontsize=9.5,
+                                 ha=side, va="center", bbox=dict(facecolor="white", edgecolor="none", pad=0.6, alpha=0.85))
             b = text.get_window_extent(renderer)
             inside = b.x0 > frame.x0 and b.x1 < frame.x1 and b.y0 > frame.y0 and b.y1 < frame.y1
             if inside and all(b.x1 < t[0] or b.x0 > t[2] or b.y1 < t[1] or b.y0 > t[3] for t in taken):
@@ -740,7 +741,9 @@ def name_points(figure, axis, points):
 
 def outcome(row):
     """Each sample is one of three: cut off at the limit, else right, else wrong."""
-    return "truncated" if row.get("finish_reason") == "length" else "right" if number(row.get("reward")) > 0 else "wrong"
+    if row.get("finish_reason") == "length":
+        return "truncated"
+    return "right" if number(row.get("reward")) > 0 else "wrong"
 
 
 def rollout_files(stage):
@@ -865,7 +868,8 @@ def time_per_step(run):
     return figure
 
 
-FIGURES = [pass_at_1, length_and_reward, turning_over, truncation, accuracy_vs_size, length_distributions, time_per_step]
+FIGURES = [pass_at_1, length_and_reward, turning_over, truncation, accuracy_vs_size, length_distributions,
+           time_per_step]
 
 
 def draw(run_dir, window=100, out=None, results=(), references=None, sizes=None):
@@ -1004,8 +1008,6 @@ def embed_json(value):
 
 def transcripts(run_dir, out=None, most=2000):
     """Write the page of transcripts -> its path (default run_dir/transcripts.html). ValueError if there are none."""
-    if most < 1:
-        raise ValueError(f"--max_transcripts must be at least 1, not {most}")
     found = sources(run_dir, read_run(run_dir))
     if not found:
         raise ValueError(f"{run_dir} holds no samples: no rollouts/*.jsonl.gz of grpo.py, no *.responses.jsonl.gz "
@@ -1064,32 +1066,52 @@ PAGE = """<!doctype html>
 """
 
 PAGE_STYLE = """
-:root { color-scheme: light dark; --ink: #1b1b1b; --soft: #595959; --paper: #fff; --card: #f5f5f3; --line: #cfcfcb; --mark: #0072b2; --on: #fff;
+:root { color-scheme: light dark; --ink: #1b1b1b; --soft: #595959; --paper: #fff; --card: #f5f5f3; --line: #cfcfcb;
+  --mark: #0072b2; --on: #fff;
   --right: #005f94; --wrong: #a54800; --truncated: #333; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8e8e6; --soft: #aaa; --paper: #161616; --card: #222; --line: #444; --mark: #56b4e9; --on: #111;
+@media (prefers-color-scheme: dark) { :root { --ink: #e8e8e6; --soft: #aaa; --paper: #161616; --card: #222;
+  --line: #444; --mark: #56b4e9; --on: #111;
   --right: #6cc0ef; --wrong: #f0a850; --truncated: #ccc; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 100rem; padding: .8rem 1rem; font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); }
+body { margin: 0 auto; max-width: 100rem; padding: .8rem 1rem; font: 16px/1.5 system-ui, sans-serif;
+  color: var(--ink); background: var(--paper); }
 h1 { font-size: 1.25rem; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 1rem; margin: 1rem 0 .25rem; }
 header p, .soft { color: var(--soft); margin: .1rem 0 .6rem; font-size: .9rem; }
-form { display: flex; flex-wrap: wrap; gap: .5rem .9rem; align-items: end; border-block: 1px solid var(--line); padding: .5rem 0; }
-fieldset { border: 0; margin: 0; padding: 0; min-width: 0; } legend { color: var(--soft); font-size: .8rem; padding: 0; }
-input, select, button { font: inherit; color: inherit; background: var(--paper); border: 1px solid var(--line); border-radius: .3rem; padding: .2rem .45rem; max-width: 100%; }
+form { display: flex; flex-wrap: wrap; gap: .5rem .9rem; align-items: end; border-block: 1px solid var(--line);
+  padding: .5rem 0; }
+fieldset { border: 0; margin: 0; padding: 0; min-width: 0; }
+legend { color: var(--soft); font-size: .8rem; padding: 0; }
+input, select, button { font: inherit; color: inherit; background: var(--paper); border: 1px solid var(--line);
+  border-radius: .3rem; padding: .2rem .45rem; max-width: 100%; }
 input[type=number] { width: 6.2rem; margin-right: .25rem; } .wide { flex: 1 1 14rem; } .wide input { width: 100%; }
-button { cursor: pointer; } button:disabled { opacity: .45; cursor: default; } fieldset label { margin-right: .7rem; white-space: nowrap; }
+button { cursor: pointer; } button:disabled { opacity: .45; cursor: default; }
+fieldset label { margin-right: .7rem; white-space: nowrap; }
 :focus-visible { outline: 3px solid var(--mark); outline-offset: 1px; }
-main { display: grid; grid-template-columns: minmax(17rem, 25rem) minmax(0, 1fr); gap: 1.2rem; margin-top: .6rem; align-items: start; }
+main { display: grid; grid-template-columns: minmax(17rem, 25rem) minmax(0, 1fr); gap: 1.2rem; margin-top: .6rem;
+  align-items: start; }
 nav { position: sticky; top: 0; max-height: 100vh; overflow: auto; } nav p { margin: .2rem 0; }
-ol { list-style: none; margin: 0; padding: 0; } li button { display: block; width: 100%; text-align: left; border-width: 0 0 1px; border-radius: 0; padding: .3rem .4rem; }
+ol { list-style: none; margin: 0; padding: 0; }
+li button { display: block; width: 100%; text-align: left; border-width: 0 0 1px; border-radius: 0;
+  padding: .3rem .4rem; }
 li button[aria-current] { background: var(--mark); color: var(--on); } li button[aria-current] * { color: inherit; }
-li .what { display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; font-size: .85rem; color: var(--soft); unicode-bidi: isolate; }
-.right { color: var(--right); } .wrong { color: var(--wrong); } .truncated { color: var(--truncated); } .badge { font-weight: 700; }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; background: var(--card); border-radius: .4rem; padding: .6rem .8rem; overflow-x: auto; }
-details { background: var(--card); border-radius: .4rem; margin-bottom: .5rem; } summary { cursor: pointer; padding: .4rem .8rem; color: var(--soft); }
-dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .1rem .8rem; margin: .3rem 0; } dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; unicode-bidi: isolate; white-space: pre-wrap; }
-math { font-size: 1.2em; } math[display=block] { margin: .4em 0; max-width: 100%; overflow-x: auto; overflow-y: hidden; } .boxed { border: 1.5px solid; padding: .1em .25em; }
-.bold { font-weight: bold; } .unknown, code { font-family: ui-monospace, monospace; font-size: .92em; color: var(--wrong); } mtd.left { text-align: left; } mtd.end { text-align: right; }
-@media (max-width: 50rem) { body { padding: .6rem; } main { grid-template-columns: minmax(0, 1fr); gap: .6rem; } nav { position: relative; max-height: 18rem; border-bottom: 1px solid var(--line); } }
+li .what { display: block; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; font-size: .85rem;
+  color: var(--soft); unicode-bidi: isolate; }
+.right { color: var(--right); } .wrong { color: var(--wrong); } .truncated { color: var(--truncated); }
+.badge { font-weight: 700; }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; background: var(--card);
+  border-radius: .4rem; padding: .6rem .8rem; overflow-x: auto; }
+details { background: var(--card); border-radius: .4rem; margin-bottom: .5rem; }
+summary { cursor: pointer; padding: .4rem .8rem; color: var(--soft); }
+dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .1rem .8rem; margin: .3rem 0; }
+dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; unicode-bidi: isolate; white-space: pre-wrap; }
+math { font-size: 1.2em; }
+math[display=block] { margin: .4em 0; max-width: 100%; overflow-x: auto; overflow-y: hidden; }
+.boxed { border: 1.5px solid; padding: .1em .25em; }
+.bold { font-weight: bold; }
+.unknown, code { font-family: ui-monospace, monospace; font-size: .92em; color: var(--wrong); }
+mtd.left { text-align: left; } mtd.end { text-align: right; }
+@media (max-width: 50rem) { body { padding: .6rem; } main { grid-template-columns: minmax(0, 1fr); gap: .6rem;
+  } nav { position: relative; max-height: 18rem; border-bottom: 1px solid var(--line); } }
 """
 
 # Text reaches the document by textContent only, elements are made by name: there is no innerHTML in it
@@ -1115,29 +1137,34 @@ const visible = text => text.replace(HALVES, "\ufffd").replace(CONTROLS,
   c => c < " " ? String.fromCharCode(0x2400 + c.charCodeAt(0)) : "[U+" + c.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0") + "]");
 
 // ---- TeX to MathML -------------------------------------------------------------------------------------------
-const WORDS = "alpha \u03b1 beta \u03b2 gamma \u03b3 delta \u03b4 epsilon \u03f5 varepsilon \u03b5 zeta \u03b6 eta \u03b7 " +
-  "theta \u03b8 vartheta \u03d1 iota \u03b9 kappa \u03ba lambda \u03bb mu \u03bc nu \u03bd xi \u03be pi \u03c0 " +
-  "rho \u03c1 sigma \u03c3 tau \u03c4 upsilon \u03c5 phi \u03d5 varphi \u03c6 chi \u03c7 psi \u03c8 omega \u03c9 " +
-  "Gamma \u0393 Delta \u0394 Theta \u0398 Lambda \u039b Xi \u039e Pi \u03a0 Sigma \u03a3 Phi \u03a6 Psi \u03a8 " +
-  "Omega \u03a9 infty \u221e emptyset \u2205 varnothing \u2205 ell \u2113 hbar \u210f partial \u2202 nabla \u2207 " +
-  "angle \u2220 triangle \u25b3 degree \u00b0 prime \u2032 aleph \u2135 Re \u211c Im \u2111 ldots \u2026 dots " +
-  "\u2026 dotsc \u2026 cdots \u22ef dotsb \u22ef vdots \u22ee ddots \u22f1 checkmark \u2713 square \u25a1 " +
-  "blacksquare \u25a0";
-const SIGNS = "cdot \u22c5 times \u00d7 div \u00f7 pm \u00b1 mp \u2213 le \u2264 leq \u2264 leqslant \u2264 ge \u2265 geq " +
-  "\u2265 geqslant \u2265 ne \u2260 neq \u2260 ll \u226a gg \u226b approx \u2248 equiv \u2261 sim \u223c simeq " +
-  "\u2243 cong \u2245 propto \u221d to \u2192 rightarrow \u2192 longrightarrow \u27f6 leftarrow \u2190 gets " +
-  "\u2190 Rightarrow \u21d2 Longrightarrow \u27f9 implies \u27f9 Leftarrow \u21d0 iff \u27fa Leftrightarrow " +
-  "\u21d4 leftrightarrow \u2194 mapsto \u21a6 in \u2208 notin \u2209 ni \u220b subset \u2282 subseteq \u2286 " +
-  "supset \u2283 supseteq \u2287 cup \u222a cap \u2229 setminus \u2216 backslash \\ forall \u2200 exists \u2203 " +
-  "perp \u27c2 parallel \u2225 mid \u2223 nmid \u2224 circ \u2218 bullet \u2022 star \u22c6 ast \u2217 oplus " +
-  "\u2295 otimes \u2297 land \u2227 wedge \u2227 lor \u2228 vee \u2228 neg \u00ac lnot \u00ac langle \u27e8 " +
-  "rangle \u27e9 lfloor \u230a rfloor \u230b lceil \u2308 rceil \u2309 lvert | rvert | vert | lVert \u2016 rVert " +
-  "\u2016 Vert \u2016 lbrace { rbrace } lbrack [ rbrack ] colon : therefore \u2234 because \u2235 uparrow \u2191 " +
-  "downarrow \u2193";
-const LARGE = "sum \u2211 prod \u220f int \u222b iint \u222c oint \u222e bigcup \u22c3 bigcap \u22c2 bigoplus \u2a01 " +
-  "bigotimes \u2a02 coprod \u2210";
+const WORDS =
+  "alpha \u03b1 beta \u03b2 gamma \u03b3 delta \u03b4 epsilon \u03f5 varepsilon \u03b5 zeta \u03b6 eta " +
+  "\u03b7 theta \u03b8 vartheta \u03d1 iota \u03b9 kappa \u03ba lambda \u03bb mu \u03bc nu \u03bd xi " +
+  "\u03be pi \u03c0 rho \u03c1 sigma \u03c3 tau \u03c4 upsilon \u03c5 phi \u03d5 varphi \u03c6 chi " +
+  "\u03c7 psi \u03c8 omega \u03c9 Gamma \u0393 Delta \u0394 Theta \u0398 Lambda \u039b Xi \u039e Pi " +
+  "\u03a0 Sigma \u03a3 Phi \u03a6 Psi \u03a8 Omega \u03a9 infty \u221e emptyset \u2205 varnothing " +
+  "\u2205 ell \u2113 hbar \u210f partial \u2202 nabla \u2207 angle \u2220 triangle \u25b3 degree \u00b0 " +
+  "prime \u2032 aleph \u2135 Re \u211c Im \u2111 ldots \u2026 dots \u2026 dotsc \u2026 cdots \u22ef " +
+  "dotsb \u22ef vdots \u22ee ddots \u22f1 checkmark \u2713 square \u25a1 blacksquare \u25a0";
+const SIGNS =
+  "cdot \u22c5 times \u00d7 div \u00f7 pm \u00b1 mp \u2213 le \u2264 leq \u2264 leqslant \u2264 ge " +
+  "\u2265 geq \u2265 geqslant \u2265 ne \u2260 neq \u2260 ll \u226a gg \u226b approx \u2248 equiv " +
+  "\u2261 sim \u223c simeq \u2243 cong \u2245 propto \u221d to \u2192 rightarrow \u2192 longrightarrow " +
+  "\u27f6 leftarrow \u2190 gets \u2190 Rightarrow \u21d2 Longrightarrow \u27f9 implies \u27f9 Leftarrow " +
+  "\u21d0 iff \u27fa Leftrightarrow \u21d4 leftrightarrow \u2194 mapsto \u21a6 in \u2208 notin \u2209 " +
+  "ni \u220b subset \u2282 subseteq \u2286 supset \u2283 supseteq \u2287 cup \u222a cap \u2229 setminus " +
+  "\u2216 backslash \\ forall \u2200 exists \u2203 perp \u27c2 parallel \u2225 mid \u2223 nmid \u2224 " +
+  "circ \u2218 bullet \u2022 star \u22c6 ast \u2217 oplus \u2295 otimes \u2297 land \u2227 wedge \u2227 " +
+  "lor \u2228 vee \u2228 neg \u00ac lnot \u00ac langle \u27e8 rangle \u27e9 lfloor \u230a rfloor \u230b " +
+  "lceil \u2308 rceil \u2309 lvert | rvert | vert | lVert \u2016 rVert \u2016 Vert \u2016 lbrace { " +
+  "rbrace } lbrack [ rbrack ] colon : therefore \u2234 because \u2235 uparrow \u2191 downarrow \u2193";
+const LARGE =
+  "sum \u2211 prod \u220f int \u222b iint \u222c oint \u222e bigcup \u22c3 bigcap \u22c2 bigoplus " +
+  "\u2a01 bigotimes \u2a02 coprod \u2210";
 const LIMITS = "lim max min sup inf gcd limsup liminf argmax argmin Pr det";
-const NAMES = "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp deg dim ker arg lcm hom bmod mod";
+const NAMES =
+  "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp deg dim ker arg lcm hom " +
+  "bmod mod";
 const ACCENTS = {overline: "\u203e", bar: "\u203e", hat: "^", widehat: "^", vec: "\u2192", overrightarrow: "\u2192", dot: "\u02d9", ddot: "\u00a8", tilde: "~", widetilde: "~", overbrace: "\u23de", check: "\u02c7", overarc: "\u2312", wideparen: "\u2312"};
 const SPACES = {",": .17, ":": .22, ";": .28, "!": 0, " ": .25, quad: 1, qquad: 2, enspace: .5, thinspace: .17, "~": .25};
 const SKIP = "displaystyle textstyle scriptstyle limits nolimits big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr bigm Bigm middle hline rm bf it nonumber notag hfill centering".split(" ");
@@ -1533,19 +1560,27 @@ def parse_references(pairs):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description="Figures and transcripts of a run.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description="Figures and transcripts of a run.",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("run_dir", help="run of grpo.py or schedule.py, or a folder of evaluate.py results")
-    p.add_argument("--window", type=int, default=100, help="steps of the moving average; a shorter run gets a quarter of its steps")
+    p.add_argument("--window", type=int, default=100, 
+                   help="steps of the moving average; a shorter run gets a quarter of its steps")
     p.add_argument("--transcripts", action="store_true", help="also write the page of transcripts")
-    p.add_argument("--max_transcripts", type=int, default=2000, help="samples on that page at most, taken evenly over the steps")
-    p.add_argument("--results", nargs="+", default=[], metavar="FILE", help="further results of evaluate.py: reference lines, accuracy against size")
+    p.add_argument("--max_transcripts", type=int, default=2000, 
+                   help="samples on that page at most, taken evenly over the steps")
+    p.add_argument("--results", nargs="+", default=[], metavar="FILE",
+                   help="further results of evaluate.py: reference lines, accuracy against size")
     p.add_argument("--reference", nargs="+", metavar="NAME=VALUE",
                    help="reference lines for pass@1, in per cent; without it the published ones, on AIME24 only")
-    p.add_argument("--sizes", metavar="TABLE", help="CSV or JSON with name, parameters (1.5B; empty: a line), accuracy (per cent)")
+    p.add_argument("--sizes", metavar="TABLE",
+                   help="CSV or JSON with name, parameters (1.5B; empty: a line), accuracy (per cent)")
     p.add_argument("--out", help="folder for everything written; default RUN_DIR/figures, the page beside it")
     args = p.parse_args(argv)
     try:
-        written, missing = draw(args.run_dir, args.window, args.out, args.results, parse_references(args.reference), args.sizes)
+        if args.max_transcripts < 1:
+            raise ValueError(f"--max_transcripts must be at least 1, not {args.max_transcripts}")
+        references = parse_references(args.reference)
+        written, missing = draw(args.run_dir, args.window, args.out, args.results, references, args.sizes)
         for path in written:
             print(f"wrote {path}")
         for name, reason in missing.items():
