@@ -541,6 +541,7 @@ def turning_over(run):
         axes[0][k].set_title((",  " if len(shown) == 1 else "\n").join(filter(None, title)), fontsize=10.5)
         axes[-1][k].set_xlabel("step of the stage" if len(shown) > 2 else "step of the stage, from its start")
         axes[-1][k].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=4, min_n_ticks=1))
+        axes[-1][k].xaxis.set_major_formatter(FuncFormatter(plain_number))
         pad = max(0.5, 0.03 * (stage["last"] - first))
         axes[-1][k].set_xlim(first - pad, max(stage["last"], end) + pad)
     figure.align_ylabels()
@@ -722,15 +723,16 @@ def name_points(figure, axis, points):
     figure.set_layout_engine("none")
     renderer, frame = FigureCanvasAgg(figure).get_renderer(), axis.get_window_extent()
     unit = DPI / 72
+    white = dict(facecolor="white", edgecolor="none", pad=0.6, alpha=0.85)
     taken = [(px - 6 * unit, py - 6 * unit, px + 6 * unit, py + 6 * unit)
              for px, py in axis.transData.transform([(p[1], p[2]) for p in points])]
     places = [(dx, dy, "left" if dx > 0 else "right" if dx else "center")
-              for far in (1, 3) for dx, dy in ((8, 6 * far), (8, -6 * far), (-8, 6 * far), (-8, -6 * far), (0, 6 + 6 * far),
-                                               (0, -6 - 6 * far))]
+              for far in (6, 18)
+              for dx, dy in ((8, far), (8, -far), (-8, far), (-8, -far), (0, far + 6), (0, -far - 6))]
     for name, x, y in points:
         for dx, dy, side in places:
             text = axis.annotate(label(name, 26), (x, y), (dx, dy), textcoords="offset points", fontsize=9.5,
-                                 ha=side, va="center", bbox=dict(facecolor="white", edgecolor="none", pad=0.6, alpha=0.85))
+                                 ha=side, va="center", bbox=white)
             b = text.get_window_extent(renderer)
             inside = b.x0 > frame.x0 and b.x1 < frame.x1 and b.y0 > frame.y0 and b.y1 < frame.y1
             if inside and all(b.x1 < t[0] or b.x0 > t[2] or b.y1 < t[1] or b.y0 > t[3] for t in taken):
@@ -1029,7 +1031,8 @@ PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src SCRIPT_HASH; style-src STYLE_HASH; base-uri 'none'; form-action 'none'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src SCRIPT_HASH;
+ style-src STYLE_HASH; base-uri 'none'; form-action 'none'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Transcripts</title>
 <style>/*style*/</style>
@@ -1040,22 +1043,28 @@ PAGE = """<!doctype html>
 <form id="filters" role="search" aria-label="Filter the samples" autocomplete="off">
 <fieldset id="outcomes"><legend>Outcome</legend></fieldset>
 <fieldset><legend>Length (tokens)</legend>
-<input id="min" type="number" aria-label="least tokens" placeholder="from"><input id="max" type="number" aria-label="most tokens" placeholder="to"></fieldset>
+<input id="min" type="number" aria-label="least tokens" placeholder="from">
+<input id="max" type="number" aria-label="most tokens" placeholder="to"></fieldset>
 <fieldset><legend>Step</legend>
-<input id="from" type="number" aria-label="first step" placeholder="from"><input id="to" type="number" aria-label="last step" placeholder="to"></fieldset>
+<input id="from" type="number" aria-label="first step" placeholder="from">
+<input id="to" type="number" aria-label="last step" placeholder="to"></fieldset>
 <fieldset><legend>From</legend><select id="where" aria-label="stage or evaluation"></select></fieldset>
-<fieldset class="wide"><legend>Text, or the id of a problem</legend><input id="q" type="search" aria-label="search text"></fieldset>
+<fieldset class="wide"><legend>Text, or the id of a problem</legend>
+<input id="q" type="search" aria-label="search text"></fieldset>
 <button type="reset">Reset</button>
 </form>
 <main>
 <nav aria-label="Samples">
 <p><output id="count"></output></p>
 <ol id="rows"></ol>
-<p class="pager"><button id="back" type="button">&#8592; page</button> <span id="page"></span> <button id="forth" type="button">page &#8594;</button></p>
+<p class="pager"><button id="back" type="button">&#8592; page</button>
+<span id="page"></span> <button id="forth" type="button">page &#8594;</button></p>
 </nav>
 <article aria-label="Transcript">
-<p class="pager"><button id="prev" type="button" title="key k">&#8593; previous</button> <button id="next" type="button" title="key j">&#8595; next</button>
-<label><input id="source" type="checkbox"> source</label> <label><input id="think" type="checkbox"> open thinking</label></p>
+<p class="pager"><button id="prev" type="button" title="key k">&#8593; previous</button>
+<button id="next" type="button" title="key j">&#8595; next</button>
+<label><input id="source" type="checkbox"> source</label>
+<label><input id="think" type="checkbox"> open thinking</label></p>
 <div id="detail" tabindex="-1" aria-live="polite"></div>
 </article>
 </main>
@@ -1106,6 +1115,14 @@ dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .1re
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; unicode-bidi: isolate; white-space: pre-wrap; }
 math { font-size: 1.2em; }
 math[display=block] { margin: .4em 0; max-width: 100%; overflow-x: auto; overflow-y: hidden; }
+
+.over { border-top: 1.2px solid; padding-top: .12em; } .under { border-bottom: 1.2px solid; }
+mtable { padding-inline: .25em; } .round, .bars, .square { border-inline: 1.4px solid; } .round { border-radius: .9em; }
+.double { border-inline: 4px double; } .brace { border-left: 1.6px solid; border-radius: .7em 0 0 .7em; }
+.brace.both { border-right: 1.6px solid; border-radius: .7em; }
+.square { --tick: linear-gradient(currentColor 0 0) no-repeat;
+  background: var(--tick) 0 0 / .3em 1.4px, var(--tick) 100% 0 / .3em 1.4px, var(--tick) 0 100% / .3em 1.4px,
+  var(--tick) 100% 100% / .3em 1.4px; }
 .boxed { border: 1.5px solid; padding: .1em .25em; }
 .bold { font-weight: bold; }
 .unknown, code { font-family: ui-monospace, monospace; font-size: .92em; color: var(--wrong); }
@@ -1132,9 +1149,11 @@ function element(tag, className, text) {
 
 // Control characters and those that reorder text are shown as what they are
 const CONTROLS = /[\u0000-\u0008\u000b-\u001f\u007f\u202a-\u202e\u2066-\u2069]/g;
-const HALVES = /[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g;  // a slice may cut a pair in two
+// A slice may cut a surrogate pair in two
+const HALVES = /[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g;
 const visible = text => text.replace(HALVES, "\ufffd").replace(CONTROLS,
-  c => c < " " ? String.fromCharCode(0x2400 + c.charCodeAt(0)) : "[U+" + c.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0") + "]");
+  c => c < " " ? String.fromCharCode(0x2400 + c.charCodeAt(0)) : "[U+"
+      + c.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0") + "]");
 
 // ---- TeX to MathML -------------------------------------------------------------------------------------------
 const WORDS =
@@ -1165,18 +1184,26 @@ const LIMITS = "lim max min sup inf gcd limsup liminf argmax argmin Pr det";
 const NAMES =
   "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp deg dim ker arg lcm hom " +
   "bmod mod";
-const ACCENTS = {overline: "\u203e", bar: "\u203e", hat: "^", widehat: "^", vec: "\u2192", overrightarrow: "\u2192", dot: "\u02d9", ddot: "\u00a8", tilde: "~", widetilde: "~", overbrace: "\u23de", check: "\u02c7", overarc: "\u2312", wideparen: "\u2312"};
-const SPACES = {",": .17, ":": .22, ";": .28, "!": 0, " ": .25, quad: 1, qquad: 2, enspace: .5, thinspace: .17, "~": .25};
-const SKIP = "displaystyle textstyle scriptstyle limits nolimits big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr bigm Bigm middle hline rm bf it nonumber notag hfill centering".split(" ");
-const TEXTS = "text textbf textit textrm texttt mathrm mathtt mbox hbox operatorname operatorname* textnormal mathsf textsf".split(" ");
-const table = line => new Map(line.split(" ").reduce((pairs, word, i, all) => i % 2 ? pairs : [...pairs, [word, all[i + 1]]], []));
+const ACCENTS = {bar: "\u203e", hat: "^", widehat: "^", vec: "\u2192", overrightarrow: "\u2192",
+    dot: "\u02d9", ddot: "\u00a8", tilde: "~", widetilde: "~", overbrace: "\u23de", check: "\u02c7", overarc:
+    "\u2312", wideparen: "\u2312"};
+const SPACES = {",": .17, ":": .22, ";": .28, "!": 0, " ": .25, quad: 1, qquad: 2, enspace: .5, thinspace: .17, "~":
+    .25};
+const SKIP = ("displaystyle textstyle scriptstyle limits nolimits big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr " +
+  "Biggl Biggr bigm Bigm middle hline rm bf it nonumber notag hfill centering").split(" ");
+const TEXTS = ("text textbf textit textrm texttt mathrm mathtt mbox hbox operatorname operatorname* textnormal " +
+  "mathsf textsf").split(" ");
+const table = line => new Map(line.split(" ").reduce((pairs, word, i, all) => i % 2 ? pairs : [...pairs, [word,
+    all[i + 1]]], []));
 const words = table(WORDS), signs = table(SIGNS), large = table(LARGE);
 const limits = new Set(LIMITS.split(" ")), names = new Set(NAMES.split(" "));
-const blackboard = {C: "\u2102", H: "\u210d", N: "\u2115", P: "\u2119", Q: "\u211a", R: "\u211d", Z: "\u2124", F: "\ud835\udd3d", E: "\ud835\udd3c"};
+const blackboard = {C: "\u2102", H: "\u210d", N: "\u2115", P: "\u2119", Q: "\u211a", R: "\u211d", Z: "\u2124", F:
+    "\ud835\udd3d", E: "\ud835\udd3c"};
 
 function m(tag, ...children) {
   const node = document.createElementNS("http://www.w3.org/1998/Math/MathML", tag);
-  for (const child of children) typeof child === "string" ? node.append(document.createTextNode(visible(child))) : node.append(child);
+  for (const child of children) typeof child === "string" ? node.append(document.createTextNode(visible(child))) :
+      node.append(child);
   return node;
 }
 function marked(node, name, value) { node.setAttribute(name, value); return node; }
@@ -1228,7 +1255,8 @@ function parseTex(source, display) {
     for (blank(); at < tokens.length && ["^", "_", "'", "\\limits", "\\nolimits"].includes(peek()); blank()) {
       const mark = tokens[at++];
       if (mark === "_") sub = sub ? fail("two subscripts") : argument();
-      else if (mark === "^") sup = sup && !sup.prime ? fail("two superscripts") : sup ? m("mrow", sup, argument()) : argument();
+      else if (mark === "^") sup = sup && !sup.prime ? fail("two superscripts") : sup ? m("mrow", sup, argument()) :
+          argument();
       else if (mark === "'") { sup = m("mrow", ...(sup ? [sup] : []), m("mo", "\u2032")); sup.prime = true; }
     }
     const stacked = base.stacked || (base.large && display);
@@ -1238,7 +1266,8 @@ function parseTex(source, display) {
   function delimiter() {
     blank();
     const token = tokens[at++] || fail("delimiter missing");
-    const sign = token === "." ? "" : token.startsWith("\\") ? signs.get(token.slice(1)) || (token === "\\|" ? "\u2016" : token.slice(1)) : token;
+    const sign = token === "." ? "" : token.startsWith("\\") ? signs.get(token.slice(1)) || (token === "\\|"
+        ? "\u2016" : token.slice(1)) : token;
     return marked(marked(m("mo", sign), "stretchy", "true"), "fence", "true");
   }
   function grid(name) {
@@ -1248,7 +1277,8 @@ function parseTex(source, display) {
     let line = m("mtr");
     for (;;) {
       const cell = m("mtd", row(["&", "\\\\", "\\cr", "\\end"]));
-      const place = /^(align|split|eqnarray)/.test(plain) ? (line.children.length % 2 ? "left" : "end") : plain.endsWith("cases") ? "left" : "";
+      const place = /^(align|split|eqnarray)/.test(plain) ? (line.children.length % 2 ? "left" : "end") :
+          plain.endsWith("cases") ? "left" : "";
       line.append(place ? marked(cell, "class", place) : cell);
       const stop = tokens[at++];
       if (stop === undefined) fail("\\end missing");
@@ -1258,10 +1288,10 @@ function parseTex(source, display) {
       if (peek() === "[") optional();
       line = m("mtr");
     }
-    const fences = {pmatrix: "()", bmatrix: "[]", Bmatrix: "{}", vmatrix: "||", Vmatrix: "\u2016\u2016", cases: "{ "}[plain];
-    if (!fences) return out;
-    const fence = c => marked(m("mo", c.trim()), "stretchy", "true");
-    return m("mrow", fence(fences[0]), out, fence(fences[1]));
+    // fences are borders: a font without stretching brackets cannot spoil them
+    const fence = {pmatrix: "round", bmatrix: "square", Bmatrix: "brace both", vmatrix: "bars", Vmatrix: "double",
+        cases: "brace"}[plain];
+    return fence ? marked(out, "class", fence) : out;
   }
   function atom() {
     const token = tokens[at++];
@@ -1273,7 +1303,8 @@ function parseTex(source, display) {
     if (token === "}" || token === "&" || token === "^" || token === "_") fail("unexpected " + token);
     if (/^\d$/.test(token)) {
       let digits = token;
-      while (at < tokens.length && (/^\d$/.test(peek()) || (peek() === "." && /^\d$/.test(tokens[at + 1] || "")))) digits += tokens[at++];
+      while (at < tokens.length && (/^\d$/.test(peek()) || (peek() === "." && /^\d$/.test(tokens[at + 1]
+          || "")))) digits += tokens[at++];
       return m("mn", digits);
     }
     if (/^\p{L}$/u.test(token)) return m("mi", token);
@@ -1288,7 +1319,8 @@ function parseTex(source, display) {
     if (words.has(name)) return m("mi", words.get(name));
     if (signs.has(name)) return marked(m("mo", signs.get(name)), "stretchy", "false");
     if (large.has(name)) { const node = m("mo", large.get(name)); node.large = !/int$/.test(name); return node; }
-    if (limits.has(name)) { const node = m("mo", name.replace(/^(lim|arg)(?=.)/, "$1 ")); node.stacked = display; return marked(marked(node, "lspace", "0"), "rspace", ".17em"); }
+    if (limits.has(name)) { const node = m("mo", name.replace(/^(lim|arg)(?=.)/, "$1 ")); node.stacked = display;
+        return marked(marked(node, "lspace", "0"), "rspace", ".17em"); }
     if (names.has(name)) return m("mrow", m("mi", name.replace("bmod", "mod")), marked(m("mspace"), "width", ".17em"));
     if (Object.hasOwn(SPACES, name)) return marked(m("mspace"), "width", SPACES[name] + "em");
     if (SKIP.includes(name)) return m("mrow");
@@ -1301,15 +1333,20 @@ function parseTex(source, display) {
       case "frac": case "dfrac": case "tfrac": case "cfrac": return m("mfrac", argument(), argument());
       case "binom": case "dbinom": case "tbinom":
         return m("mrow", m("mo", "("), marked(m("mfrac", argument(), argument()), "linethickness", "0"), m("mo", ")"));
-      case "sqrt": { const index = optional(), inner = argument(); return index ? m("mroot", inner, index) : m("msqrt", inner); }
+      case "sqrt": { const index = optional(), inner = argument(); return index ? m("mroot", inner, index) :
+          m("msqrt", inner); }
       case "boxed": case "fbox": return marked(m("mrow", argument()), "class", "boxed");
       case "mathbf": case "boldsymbol": case "bm": case "pmb": return marked(m("mrow", argument()), "class", "bold");
-      case "mathcal": case "mathfrak": case "mathscr": case "mathit": case "mathop": case "mathbin": case "mathrel": case "ensuremath": return argument();
+      case "mathcal": case "mathfrak": case "mathscr": case "mathit": case "mathop": case "mathbin": case "mathrel":
+          case "ensuremath": return argument();
       case "mathbb": case "Bbb": { const letter = group(); return m("mi", blackboard[letter] || letter); }
-      case "underline": case "underbrace": return m("munder", argument(), m("mo", name === "underline" ? "_" : "\u23df"));
+      case "overline": return marked(m("mrow", argument()), "class", "over");
+      case "underline": return marked(m("mrow", argument()), "class", "under");
+      case "underbrace": return m("munder", argument(), m("mo", "\u23df"));
       case "overset": case "stackrel": { const top = argument(); return m("mover", argument(), top); }
       case "underset": { const low = argument(); return m("munder", argument(), low); }
-      case "pmod": return m("mrow", m("mo", "("), m("mi", "mod"), marked(m("mspace"), "width", ".25em"), argument(), m("mo", ")"));
+      case "pmod": return m("mrow", m("mo", "("), m("mi", "mod"), marked(m("mspace"), "width", ".25em"), argument(),
+          m("mo", ")"));
       case "not": return m("mrow", m("mo", "\u0338"), argument());
       case "tag": return m("mtext", "\u2003(" + group() + ")");
       case "left": {
@@ -1345,6 +1382,8 @@ function braceEnd(text, at, most) {
   return -1;
 }
 
+const BLOCKS = /^(align|aligned|gather|gathered|equation|eqnarray|[pbBvV]?matrix|cases|array|split|multline)\*?$/;
+
 // Plain text with TeX in it, into `node`
 function renderText(node, text, plain) {
   if (plain) { node.append(document.createTextNode(visible(text))); return; }
@@ -1371,7 +1410,7 @@ function renderText(node, text, plain) {
       const body = stop > inner && stop - inner <= 1000 ? text.slice(inner, stop) : "";
       // "$5 and $6" is money: no space inside the dollars, no digit behind them, no empty line between them
       if (body && !/^\s|\s$|\n\s*\n/.test(body) && !/\d/.test(text[stop + 1] || "")) { end = stop + 1; tex = body; }
-    } else if (env && /^(align|aligned|gather|equation|eqnarray|[pbBvV]?matrix|cases|array|split|multline)\*?$/.test(env)) {
+    } else if (env && BLOCKS.test(env)) {
       const close = "\\end{" + env + "}", stop = find(close, inner);
       if (stop > 0 && stop - inner <= MOST) {
         end = stop + close.length;
@@ -1383,7 +1422,8 @@ function renderText(node, text, plain) {
       tex = text.slice(start, end);
     }
     if (end < 0) continue;
-    node.append(document.createTextNode(visible(text.slice(done, start))), mathNode(text.slice(start, end), tex, display));
+    node.append(document.createTextNode(visible(text.slice(done, start))), mathNode(text.slice(start, end), tex,
+        display));
     done = opener.lastIndex = end;
   }
   node.append(document.createTextNode(visible(text.slice(done))));
@@ -1401,7 +1441,10 @@ function textBlock(text, plain, className) {
 }
 
 function lastBox(text) {
-  for (let at = text.lastIndexOf("\\boxed"), tries = 0; at >= 0 && tries < 50; at = at ? text.lastIndexOf("\\boxed", at - 1) : -1, tries++) {
+  let at = text.length;
+  for (let tries = 0; at > 0 && tries < 50; tries++) {
+    at = text.lastIndexOf("\\boxed", at - 1);
+    if (at < 0) break;
     const open = text.slice(at + 6, at + 10).search(/\S/);
     const end = open >= 0 && text[at + 6 + open] === "{" ? braceEnd(text, at + 6 + open, 4000) : -1;
     if (end > 0) return text.slice(at + 7 + open, end - 1);
@@ -1412,7 +1455,9 @@ function lastBox(text) {
 // ---- The page ------------------------------------------------------------------------------------------------
 function setUp() {
   $("run").textContent = data.run;
-  $("note").textContent = data.note + " A truncated sample was cut off at the limit; right and wrong are those that ended by themselves. Keys: j next, k previous.";
+  $("note").textContent = data.note
+      + " A truncated sample was cut off at the limit; right and wrong are those that ended by themselves."
+      + " Keys: j next, k previous.";
   const count = {all: data.samples.length};
   for (const s of data.samples) count[s.outcome] = (count[s.outcome] || 0) + 1;
   for (const name of ["all", ...Object.keys(OUTCOMES)]) {
@@ -1422,7 +1467,11 @@ function setUp() {
     $("outcomes").append(text);
   }
   const places = [...new Set(data.samples.map(s => s.where))];
-  for (const place of ["", ...places]) { const o = element("option", "", place || "everywhere"); o.value = place; $("where").append(o); }
+  for (const place of ["", ...places]) {
+    const option = element("option", "", place || "everywhere");
+    option.value = place;
+    $("where").append(option);
+  }
   $("filters").addEventListener("input", delayed);
   $("filters").addEventListener("submit", event => { event.preventDefault(); apply(); });
   $("filters").addEventListener("reset", () => setTimeout(apply));
@@ -1432,7 +1481,8 @@ function setUp() {
   $("forth").addEventListener("click", () => go((Math.floor(state.open / PAGE) + 1) * PAGE));
   $("back").addEventListener("click", () => go((Math.floor(state.open / PAGE) - 1) * PAGE));
   document.addEventListener("keydown", event => {
-    if (event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) return;
+    if (event.ctrlKey || event.metaKey || event.altKey
+        || /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) return;
     if (event.key === "j" || event.key === "ArrowRight") move(1);
     if (event.key === "k" || event.key === "ArrowLeft") move(-1);
   });
@@ -1449,7 +1499,8 @@ function fromHash() {
   for (const id of FIELDS) $(id).value = wanted.get(id) || "";
   for (const id of ["source", "think"]) if (wanted.has(id)) $(id).checked = wanted.get(id) === "1";
   for (const box of document.getElementsByName("filter")) box.checked = box.value === (wanted.get("filter") || "all");
-  if (!document.querySelector("input[name=filter]:checked")) document.querySelector("input[name=filter]").checked = true;
+  const boxes = [...document.getElementsByName("filter")];
+  if (!boxes.some(box => box.checked)) boxes[0].checked = true;
   apply(Number(wanted.get("open") || 1) - 1);
 }
 function toHash() {
@@ -1464,11 +1515,14 @@ function toHash() {
 function apply(open) {
   const filter = document.querySelector("input[name=filter]:checked").value, where = $("where").value;
   const bound = (id, none) => $(id).value === "" || isNaN($(id).value) ? none : Number($(id).value);
-  const min = bound("min", -Infinity), max = bound("max", Infinity), from = bound("from", -Infinity), to = bound("to", Infinity);
+  const min = bound("min", -Infinity), max = bound("max", Infinity), from = bound("from", -Infinity),
+      to = bound("to", Infinity);
   const q = $("q").value.toLowerCase(), stepped = from > -Infinity || to < Infinity;
-  const haystack = s => s.lower || (s.lower = (s.id + "\n" + s.answer + "\n" + data.problems[s.problem] + "\n" + s.response).toLowerCase());
+  const haystack = s => s.lower || (s.lower = (s.id + "\n" + s.answer + "\n" + data.problems[s.problem] + "\n"
+      + s.response).toLowerCase());
   state.shown = data.samples.filter(s => (filter === "all" || s.outcome === filter) && (!where || s.where === where)
-    && s.tokens >= min && s.tokens <= max && (!stepped || (s.step !== null && s.step >= from && s.step <= to)) && (!q || haystack(s).includes(q)));
+    && s.tokens >= min && s.tokens <= max && (!stepped || (s.step !== null && s.step >= from && s.step <= to))
+        && (!q || haystack(s).includes(q)));
   go(typeof open === "number" && open > 0 ? Math.floor(open) : 0);
 }
 
@@ -1490,7 +1544,8 @@ function list() {
   $("rows").replaceChildren(...state.shown.slice(first, first + PAGE).map((s, i) => {
     const item = element("li"), button = element("button");
     button.type = "button";
-    button.append(element("span", "badge " + s.outcome, OUTCOMES[s.outcome]), " " + stepName(s) + ", " + s.tokens.toLocaleString("en") + " tokens",
+    button.append(element("span", "badge " + s.outcome, OUTCOMES[s.outcome]), " " + stepName(s) + ", "
+        + s.tokens.toLocaleString("en") + " tokens",
       element("span", "what", visible(data.problems[s.problem].slice(0, 120))));
     if (first + i === state.open) button.setAttribute("aria-current", "true");
     button.addEventListener("click", () => go(first + i));
@@ -1513,18 +1568,21 @@ function detail() {
     facts.append(element("dt", "", name), dd);
   };
   const head = element("p");
-  head.append(element("span", "badge " + s.outcome, OUTCOMES[s.outcome]), " \u00b7 " + stepName(s) + " \u00b7 " + s.tokens.toLocaleString("en") + " tokens");
+  head.append(element("span", "badge " + s.outcome, OUTCOMES[s.outcome]), " \u00b7 " + stepName(s) + " \u00b7 "
+      + s.tokens.toLocaleString("en") + " tokens");
   fact("expected", s.answer, true);
   fact("given", s.extracted || lastBox(s.response), true);
   fact("reward", s.reward + (s.reason ? ", " + s.reason : ""));
   fact("finished by", s.finish);
   fact("problem", (s.benchmark ? s.benchmark + ", " : "") + s.id + (s.sample === "" ? "" : ", sample " + s.sample));
-  const parts = [head, facts, element("h2", "", "Problem"), textBlock(data.problems[s.problem], plain), element("h2", "", "Response")];
+  const parts = [head, facts, element("h2", "", "Problem"), textBlock(data.problems[s.problem], plain), element("h2",
+      "", "Response")];
   const end = s.response.indexOf("</think>");
   if (end >= 0) {
     const thought = element("details"), cut = end + "</think>".length;
     thought.append(element("summary", "", "Thinking (" + cut.toLocaleString("en") + " characters)"));
-    const fill = () => { if (thought.open && thought.children.length === 1) thought.append(textBlock(s.response.slice(0, cut), plain)); };
+    const fill = () => { if (thought.open
+        && thought.children.length === 1) thought.append(textBlock(s.response.slice(0, cut), plain)); };
     thought.addEventListener("toggle", fill);
     thought.open = $("think").checked;
     fill();

@@ -538,13 +538,15 @@ def test_filters_in_a_real_browser(hostile_page):
       key('j'); key('j'); key('k'); report.open = state.open; report.hash = location.hash;
       report.current = [...$('rows').children].findIndex(li => li.firstChild.hasAttribute('aria-current'));
       $('next').click(); report.clicked = state.open; $('rows').children[7].firstChild.click(); report.row = state.open;
-      report.listed = $('rows').children.length;
+      report.listed = $('rows').children.length; go(20);
+      const [row, box] = [document.querySelector('li [aria-current]'), $('rows').parentNode].map(n => n.getBoundingClientRect());
+      report.visible = row.top >= box.top && row.bottom <= box.bottom;
       report.unnamed = [...document.querySelectorAll('input, select, button')].filter(n => !n.labels?.length && !n.ariaLabel && !n.textContent.trim()).length;
     """)
     assert report == {"all": "21 of 21 shown", "right": "7 of 21 shown", "wrong": "7 of 21 shown", "truncated": "7 of 21 shown",
                       "rightonly": True, "wrongonly": True, "truncatedonly": True, "length": "5 of 21 shown",
                       "late": "0 of 21 shownNo sample passes these filters.", "step": "21 of 21 shown", "text": "1 of 21 shown", "open": 1,
-                      "hash": "#open=2", "current": 1, "clicked": 2, "row": 7, "listed": 21, "unnamed": 0}
+                      "hash": "#open=2", "current": 1, "clicked": 2, "row": 7, "listed": 21, "visible": True, "unnamed": 0}
 
 
 @browser
@@ -554,7 +556,7 @@ def test_mathematics_in_a_real_browser(hostile_page):
     assert "7 of 21 shown" in html and "<title>Transcripts</title>" in html
     detail = html[html.index('id="detail"'):html.index('<script type="application/json"')]
     assert "<mfrac><mn>1</mn><mn>2</mn></mfrac>" in detail  # \frac12
-    assert re.search(r'<munderover><mo[^>]*>∑</mo>', detail) and "<mtable>" in detail and 'class="boxed"' in detail
+    assert re.search(r'<munderover><mo[^>]*>∑</mo>', detail) and '<mtable class="round">' in detail and 'class="boxed"' in detail
     assert re.search(r"<msubsup><mi>a</mi><mn>1</mn><mn>2</mn></msubsup>", detail) and "<mroot>" in detail and "<mi>α</mi>" in detail
     assert "It costs $5 and $6. Thus" in detail and "&lt;｜User｜&gt; &lt;|im_start|&gt;" in detail
     assert '<mtext class="unknown">\\nosuch</mtext>' in detail
