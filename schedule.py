@@ -95,16 +95,20 @@ def turning_point(steps, length, truncated, reward, window, z=4.5, z_cut=3.0, z_
       top     the highest one before the trough
     All must hold, a difference being judged by its standard error: length fell from top to before (`z` errors, and
     `fall` of its size) and rose from before to after (`z` errors and `rise`); truncation grew from before to after
-    (`z_cut`, `cut_rise`); reward did not (less than `z_flat`). z is high because one looks after every step.
+    (`z_cut`, `cut_rise`); reward did not: less than `z_flat`, and, if it rose before the trough, at less than half that
+    pace with a margin of 1.5 errors. z is high because one looks after every step.
     The turn is the first step of `before`. `floor`: the start returned by the last look, a trough never moves back.
     """
     n, w = len(length), window
     length, truncated, reward = (np.asarray(x, float) for x in (length, truncated, reward))
     if n < 3 * w:
         return None, floor
-    means = np.convolve(length, np.ones(w) / w, "valid")  # means[i]: steps i .. i + w - 1
-    noise = window_noise(length, w)
+    sums = np.cumsum(np.concatenate([[0.0], length]))
+    means = (sums[w:] - sums[:-w]) / w  # means[i]: steps i .. i + w - 1
     past = means[:n - 2 * w + 1]
+    if means[-1] - past.min() < rise * past.min():  # not even the lowest window lies below the newest one
+        return None, max(floor, int(past.argmin()))
+    noise = window_noise(length, w)
     trough = max(floor, int(np.flatnonzero(past <= past.min() + noise)[-1]))
     top = int(means[:trough - w + 1].argmax()) if trough >= w else None
     if top is None or means[top] - means[trough] < fall * means[top] or means[-1] - means[trough] < rise * means[trough]:
@@ -114,9 +118,12 @@ def turning_point(steps, length, truncated, reward, window, z=4.5, z_cut=3.0, z_
         before, after, se = x[trough:trough + w].mean(), x[-w:].mean(), window_noise(x, w) * math.sqrt(2)
         found[name] = dict(before=float(before), after=float(after), se=se, z=z_score(after - before, se))
     fell = z_score(means[top] - means[trough], noise * math.sqrt(2))
-    cut = found["truncated"]
-    if (min(fell, found["length"]["z"]) < z or cut["z"] < z_cut or cut["after"] - cut["before"] < cut_rise * cut["before"]
-            or found["reward"]["z"] >= z_flat):
+    cut, r = found["truncated"], found["reward"]
+    # noise hides a slow rise: a reward that rose before the trough must by now have lost half of that pace for sure
+    gained = r["before"] - reward[:w].mean()
+    pace = gained / trough if z_score(gained, r["se"]) > z_flat else None
+    flat = r["z"] < z_flat and (pace is None or r["after"] - r["before"] + 1.5 * r["se"] < pace / 2 * (n - w - trough))
+    if min(fell, found["length"]["z"]) < z or cut["z"] < z_cut or cut["after"] - cut["before"] < cut_rise * cut["before"] or not flat:
         return None, trough
     span = lambda i: [int(steps[i]), int(steps[i + w - 1])]
     return dict(turn=int(steps[trough]), seen_at=int(steps[-1]), window=w, top=span(top), before=span(trough),
@@ -212,6 +219,7 @@ def link_tree(source, target):
             raise
         except OSError:
             shutil.copy2(a, b)
+    source, target = os.path.normpath(source), os.path.normpath(target)
     shutil.rmtree(target, ignore_errors=True)
     os.makedirs(os.path.dirname(target), exist_ok=True)
     try:
@@ -282,8 +290,8 @@ def stage_command(run, plan, number):
 def probe(commands):
     """(number of GPUs here, their name, resolved options of grpo.py for each command). A process of its own: this one stays small.
     Raises ValueError with grpo.py's own words when it refuses an option."""
-    code = ("import json, sys; sys.path.insert(0, sys.argv[1]); import torch, grpo; n = torch.cuda.device_count(); "
-            "print(json.dumps([n, torch.cuda.get_device_name() if n else '', [vars(grpo.parse_args(c)) for c in json.loads(sys.argv[2])]]))")
+    code = ("import json, sys; sys.path.insert(0, sys.argv[1]); import grpo; cuda = sys.modules['torch'].cuda; n = cuda.device_count(); "
+            "print(json.dumps([n, cuda.get_device_name() if n else '', [vars(grpo.parse_args(c)) for c in json.loads(sys.argv[2])]]))")
     done = subprocess.run([sys.executable, "-c", code, HERE, json.dumps(commands)], capture_output=True, text=True)
     if done.returncode:
         raise ValueError("grpo.py refuses the options: " + (done.stderr.strip().splitlines() or ["no reason given"])[-1].split("error: ")[-1])
@@ -773,7 +781,8 @@ def predict(m, a, gpu, world):
     train = fixed + parts["gathered"] + parts["activations"] + parts["logit tiles"]
     train += parts["engine weights"] if slots else 0 if a["sleep"] else engine
     need = seqs if slots else 1
-    return dict(parts=parts, generating=fixed + engine, training=train, memory=gpu["memory"] / (world if cpu else 1),
+    return dict(parts=parts, generating=fixed - parts["states"] / 4 + engine,  # gradients are freed after a step
+                 training=train, memory=gpu["memory"] / (world if cpu else 1),
                 sequences=seqs, mean_sequences=int(max(pool, 0) // kv_bytes(m, a["max_prompt_len"] // 4 + a["mean_len"], width)),
                 tokens=tokens, longest=longest, fits_kv=seqs >= need, recompute=recompute)
 
@@ -919,8 +928,8 @@ def validation_curve(run):
 def compare_curves(staged, direct):
     """-> final pass@1 of both, tokens spent, tokens until the running mean of three reaches staged's final one, ratio.
 
-    >>> compare_curves([(0, 0.0), (10, 0.5), (20, 0.5), (30, 0.5)], [(0, 0.0), (20, 0.2), (40, 0.4)])
-    [0.5, 0.2, 30, 30, 'not reached', '> 1.33']
+    >>> compare_curves([(0, 0.0), (10, 0.5), (20, 0.5), (30, 0.5)], [(0, 0.0), (20, 0.25), (40, 0.5)])
+    [0.5, 0.25, 30, 30, 'not reached', '> 1.33']
     """
     smooth = lambda curve: [(t, sum(v for _, v in curve[max(0, i - 2):i + 1]) / min(3, i + 1)) for i, (t, _) in enumerate(curve)]
     a, b = smooth(staged), smooth(direct)
@@ -1024,12 +1033,15 @@ def main(argv=None):
             os.makedirs(run, exist_ok=True)
             if again and set(given) == {"run"} and not rest:
                 o, given, rest = options(again)
-            with open(os.path.join(run, "ablation.json"), "w") as f:
-                json.dump(argv if again is None or "ablation" in given and argv != ["--run", run] else again, f)
+            else:
+                with open(os.path.join(run, "ablation.json"), "w") as f:
+                    json.dump(argv, f)
             return ablation(run, o, given, rest)
         if o["node_rank"] > 0:
             return follow(run, o)
-        dry, plan = o["dry_run"], read_plan(run)
+        dry = o["dry_run"]
+        lock = take_lock(run) if os.path.isdir(run) and not dry else None
+        plan = read_plan(run)
         if plan and not dry:
             given = {k: v for k, v in given.items() if k not in FRESH}
             change_plan(run, plan, given | ({"grpo": PRESETS[plan["options"]["preset"]]["grpo"] + rest} if rest else {}))
@@ -1049,26 +1061,29 @@ def main(argv=None):
             if not sys.stdin.isatty() or input(no_gpu() + "\nRun the toy preset now? [y/N] ").strip().lower() != "y":
                 raise ValueError(no_gpu())
             return main(["--preset", "toy", "--run", "runs/toy"])
-        return lead(run, plan, resolved)
+        return lead(run, plan, resolved, lock)
     except (ValueError, OSError) as e:
         print(f"schedule.py: {e}", file=sys.stderr)
         return 2
 
 
-def lead(run, plan, resolved):
-    """Take the run's lock and work through its plan."""
-    os.makedirs(run, exist_ok=True)
-    with take_lock(run) as lock:
-        if plan["stages"][0]["status"] == "waiting" and read_plan(run) is not None and read_plan(run)["stages"] != plan["stages"]:
-            plan = read_plan(run)  # it moved on while we waited
-        save_plan(run, plan)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda n, frame: STOP.append(n))
-        try:
-            run_plan(Leader(run, plan, lock.fileno(), resolved))
-        except Stopped as e:
-            print(f"schedule.py: {e.args[1]}", file=sys.stderr)
-            return e.args[0]
+def lead(run, plan, resolved, lock):
+    """Work through a plan, holding the run's lock."""
+    if lock is None:
+        os.makedirs(run, exist_ok=True)
+        lock = take_lock(run)
+        if read_plan(run):
+            raise ValueError(f"{run} was begun by another schedule.py at this very moment: run the command again")
+    save_plan(run, plan)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda n, frame: STOP.append(n))
+    try:
+        run_plan(Leader(run, plan, lock.fileno(), resolved))
+    except Stopped as e:
+        print(f"schedule.py: {e.args[1]}", file=sys.stderr)
+        return e.args[0]
+    finally:
+        lock.close()
     return 0
 
 
