@@ -1117,7 +1117,7 @@ math { font-size: 1.2em; }
 math[display=block] { margin: .4em 0; max-width: 100%; overflow-x: auto; overflow-y: hidden; }
 
 .over { border-top: 1.2px solid; padding-top: .12em; } .under { border-bottom: 1.2px solid; }
-mtable { padding-inline: .25em; } .round, .bars, .square { border-inline: 1.4px solid; } .round { border-radius: .9em; }
+mtable { padding-inline: .25em; margin-inline: .15em; } .round, .bars, .square { border-inline: 1.4px solid; } .round { border-radius: .9em; }
 .double { border-inline: 4px double; } .brace { border-left: 1.6px solid; border-radius: .7em 0 0 .7em; }
 .brace.both { border-right: 1.6px solid; border-radius: .7em; }
 .square { --tick: linear-gradient(currentColor 0 0) no-repeat;

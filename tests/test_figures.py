@@ -347,6 +347,9 @@ def test_what_is_missing_is_named_with_the_reason(tmp_path):
     assert {p.rpartition("/")[2] for p in written} == {f"{n}.{k}" for n in ("length_and_reward", "turning_over") for k in ("png", "svg")}
     assert "no evaluation" in missing["pass_at_1"] and "truncated" in missing["truncation"] and "seconds" in missing["time_per_step"]
     assert "no rollouts folder" in missing["length_distributions"]
+    (folder / "metrics.jsonl").write_text('{"step": 0, "eval_reward": 0.1, "eval_se": null}\n')
+    written, missing = figures.draw(folder)
+    assert len(written) == 2 and set(missing) == set(NAMES) - {"pass_at_1"}  # evaluated, not yet trained
     (folder / "metrics.jsonl").write_text("")
     written, missing = figures.draw(folder)
     assert written == [] and set(missing) == set(NAMES) and "no training step yet" in missing["length_and_reward"]
@@ -462,6 +465,9 @@ def test_page_takes_samples_evenly_and_says_so(tmp_path):
     assert len(rows) == 100 and {step for _, step, _ in rows} >= {1, 30} and "20 further step files were not opened" in note
     rows, note = figures.collect({"a": [(i, folder / f"rollouts/{i:06d}.jsonl.gz") for i in range(1, 31)]}, 400, files_each=10)
     assert len(rows) == 400 and "further" in note and [r[1] for r in rows] == sorted(r[1] for r in rows)
+    write_gz(tmp_path / "only/base.responses.jsonl.gz", [sample(None, i, reason=None, benchmark="toy") for i in range(3)])
+    _, _, value = page_parts(type(tmp_path)(figures.transcripts(tmp_path / "only")))  # evaluations without a run
+    assert [(s["where"], s["step"], s["benchmark"]) for s in value["samples"]] == [("eval base", None, "toy")] * 3
     with pytest.raises(ValueError, match="no samples"):
         figures.transcripts(made_up(tmp_path / "none", rollouts=0))
 
