@@ -130,7 +130,8 @@ def serve(sides, spec_path):
         answer = {"error": f"{type(e).__name__}: {str(e).splitlines()[0][:200]}"}
     answer |= {"versions": versions(), "threads": torch.get_num_threads(),
                "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
-    Path(spec["answer"]).write_text(json.dumps(answer))
+    if os.environ.get("RANK", "0") == "0":
+        Path(spec["answer"]).write_text(json.dumps(answer))
 
 
 # ---------------------------------------------------------------------------------------------------------------
