@@ -111,7 +111,7 @@ def turning_point(steps, length, truncated, reward, window, z=4.5, z_cut=3.0, z_
     noise = window_noise(length, w)
     trough = max(floor, int(np.flatnonzero(past <= past.min() + noise)[-1]))
     top = int(means[:trough - w + 1].argmax()) if trough >= w else None
-    if top is None or means[top] - means[trough] < fall * means[top] or means[-1] - means[trough] < rise * means[trough]:
+    if top is None or means[trough] > (1 - fall) * means[top] or means[-1] < (1 + rise) * means[trough]:
         return None, trough
     found = {}
     for name, x in (("length", length), ("truncated", truncated), ("reward", reward)):
@@ -123,7 +123,8 @@ def turning_point(steps, length, truncated, reward, window, z=4.5, z_cut=3.0, z_
     gained = r["before"] - reward[:w].mean()
     pace = gained / trough if z_score(gained, r["se"]) > z_flat else None
     flat = r["z"] < z_flat and (pace is None or r["after"] - r["before"] + 1.5 * r["se"] < pace / 2 * (n - w - trough))
-    if min(fell, found["length"]["z"]) < z or cut["z"] < z_cut or cut["after"] - cut["before"] < cut_rise * cut["before"] or not flat:
+    more_cut = cut["z"] >= z_cut and cut["after"] - cut["before"] >= cut_rise * cut["before"]
+    if fell < z or found["length"]["z"] < z or not more_cut or not flat:
         return None, trough
     span = lambda i: [int(steps[i]), int(steps[i + w - 1])]
     return dict(turn=int(steps[trough]), seen_at=int(steps[-1]), window=w, top=span(top), before=span(trough),
@@ -136,13 +137,16 @@ def z_score(difference, se):
     >>> z_score(2.0, 0.5), z_score(1.0, 0.0), z_score(0.0, 0.0)
     (4.0, 1000.0, 0.0)
     """
-    return float(np.clip(difference / se, -1000, 1000)) if se > 0 else math.copysign(1000.0, difference) if difference else 0.0
+    if se > 0:
+        return float(np.clip(difference / se, -1000, 1000))
+    return math.copysign(1000.0, difference) if difference else 0.0
 
 
 def first_turn(steps, length, truncated, reward, window, start=0, floor=0, **thresholds):
     """The first look at which `turning_point` speaks -> (evidence or None, floor); looks before `start` were made."""
     for n in range(max(start + 1, 3 * window), len(steps) + 1):
-        evidence, floor = turning_point(steps[:n], length[:n], truncated[:n], reward[:n], window, floor=floor, **thresholds)
+        past = (x[:n] for x in (steps, length, truncated, reward))
+        evidence, floor = turning_point(*past, window, floor=floor, **thresholds)
         if evidence:
             return evidence, floor
     return None, floor
@@ -152,23 +156,25 @@ def describe_turn(e):
     """The evidence in words."""
     line = lambda name, key, form: (f"{name} {e[key]['before']:{form}} -> {e[key]['after']:{form}} "
                                     f"({e[key]['z']:+.1f} standard errors)")
-    return (f"the turn is at step {e['turn']}, seen at step {e['seen_at']}: steps {e['before'][0]}-{e['before'][1]} against "
-            f"{e['after'][0]}-{e['after'][1]}: {line('length', 'length', '.1f')} after falling from {e['fell_from']:.1f}, "
+    return (f"the turn is at step {e['turn']}, seen at step {e['seen_at']}: steps {e['before'][0]}-{e['before'][1]} "
+            f"against {e['after'][0]}-{e['after'][1]}: {line('length', 'length', '.1f')} after falling from "
+            f"{e['fell_from']:.1f}, "
             f"{line('truncated', 'truncated', '.3f')}, {line('reward flat', 'reward', '.3f')}")
 
 
 class Watch:
     """Looks at a stage while it trains: the turning point, and the checkpoints one may have to return to.
 
-    grpo.py keeps its newest two. Every one on the grid of --save_every is hard-linked to STAGE/kept (no copy; space
+    grpo.py keeps its newest four. Every one on the grid of --save_every is hard-linked to STAGE/kept (no copy; space
     is used only once grpo.py drops its own), and dropped there as soon as the trough has moved past it."""
 
     def __init__(self, folder, options, save_every, steps):
         self.folder, self.options, self.save_every = folder, options, save_every
         self.window = options["turn_window"] or min(50, max(10, steps // 20))
         if save_every > self.window:
-            raise ValueError(f"--switch auto compares windows of {self.window} steps and returns to a checkpoint before the "
-                             f"turn: --save_every {save_every} must be at most {self.window}, or --turn_window larger")
+            raise ValueError(f"--switch auto compares windows of {self.window} steps and returns to a checkpoint "
+                             f"before the turn: --save_every {save_every} must be at most {self.window}, or "
+                             f"--turn_window larger")
         self.seen = self.floor = self.size = 0
         self.evidence, self.trough_step = None, 0
 
@@ -264,9 +270,11 @@ def parse_stages(text):
             max_len, steps, group = map(int, parts[:3])
             extra = dict(p.split("=", 1) for p in parts[3:])
         except ValueError:
-            raise ValueError(f"--stages: {entry!r} is not CONTEXT:STEPS:SAMPLES[:OPTION=VALUE...], for example 8192:1040:8") from None
+            raise ValueError(f"--stages: {entry!r} is not CONTEXT:STEPS:SAMPLES[:OPTION=VALUE...], for example "
+                             f"8192:1040:8") from None
         if max_len < 1 or steps < 1 or group < 2:
-            raise ValueError(f"--stages: {entry!r} needs a context and steps of at least 1 and at least 2 samples a problem")
+            raise ValueError(f"--stages: {entry!r} needs a context and steps of at least 1 and at least 2 samples a "
+                             f"problem")
         stages.append(dict(folder=f"stage{i}", max_len=max_len, steps=steps, group=group, extra=extra, status="waiting",
                            picked=None, evidence=None))
     return stages
@@ -276,30 +284,36 @@ def stage_command(run, plan, number):
     """Options of grpo.py for stage `number` (from 1); the model is the checkpoint that the stage before handed on."""
     o, stage = plan["options"], plan["stages"][number - 1]
     before = plan["stages"][number - 2] if number > 1 else None
-    handed = os.path.join(run, before["folder"], "checkpoints", f"{before['picked'] or before['steps']:06d}") if before else None
+    step = before and before["picked"] or before and before["steps"]
+    handed = before and os.path.join(run, before["folder"], "checkpoints", f"{step:06d}")
     extra = [x for k, v in stage["extra"].items() for x in (f"--{k}", v)]
     # what stands in --stages by hand wins over options for all stages; what a preset put there does not
     shared = extra + o["grpo"] if o["stages"] in [p["stages"] for p in PRESETS.values()] else o["grpo"] + extra
-    return ["--model", os.path.join(handed, "hf") if handed else plan["model"], *shared, "--max_len", str(stage["max_len"]),
-            "--steps", str(stage["steps"]), "--group", str(stage["group"]), "--out", os.path.join(run, stage["folder"]),
-            "--seed", str(o["seed"] + number - 1), "--resume",
+    # a checkpoint must be there long enough to be linked, see Watch
+    keep = ["--keep", "4"] if o["switch"] == "auto" and number < len(plan["stages"]) else []
+    return ["--model", os.path.join(handed, "hf") if handed else plan["model"], *keep, *shared,
+            "--max_len", str(stage["max_len"]), "--steps", str(stage["steps"]), "--group", str(stage["group"]),
+            "--out", os.path.join(run, stage["folder"]), "--seed", str(o["seed"] + number - 1), "--resume",
             *(["--ref_model", plan["model"]] if o["reference"] == "start" else []),
             *(["--optimizer_from", handed] if handed and o["optimizer"] == "carry" else [])]
 
 
 def probe(commands):
-    """(number of GPUs here, their name, resolved options of grpo.py for each command). A process of its own: this one stays small.
-    Raises ValueError with grpo.py's own words when it refuses an option."""
-    code = ("import json, sys; sys.path.insert(0, sys.argv[1]); import grpo; cuda = sys.modules['torch'].cuda; n = cuda.device_count(); "
-            "print(json.dumps([n, cuda.get_device_name() if n else '', [vars(grpo.parse_args(c)) for c in json.loads(sys.argv[2])]]))")
+    """(number of GPUs here, their name, resolved options of grpo.py for each command). A process of its own: this one
+    stays small. Raises ValueError with grpo.py's own words when it refuses an option."""
+    code = ("import json, sys; sys.path.insert(0, sys.argv[1]); import grpo; cuda = sys.modules['torch'].cuda; "
+            "n = cuda.device_count(); options = [vars(grpo.parse_args(c)) for c in json.loads(sys.argv[2])]; "
+            "print(json.dumps([n, cuda.get_device_name() if n else '', options]))")
     done = subprocess.run([sys.executable, "-c", code, HERE, json.dumps(commands)], capture_output=True, text=True)
     if done.returncode:
-        raise ValueError("grpo.py refuses the options: " + (done.stderr.strip().splitlines() or ["no reason given"])[-1].split("error: ")[-1])
+        words = done.stderr.strip().splitlines() or ["no reason given"]
+        raise ValueError("grpo.py refuses the options: " + words[-1].split("error: ")[-1])
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def new_plan(o):
-    return {"options": {k: v for k, v in o.items() if k not in FRESH}, "model": o["model"], "stages": parse_stages(o["stages"]), "evals": [], "action": None, "finished": False}
+    return {"options": {k: v for k, v in o.items() if k not in FRESH}, "model": o["model"],
+            "stages": parse_stages(o["stages"]), "evals": [], "action": None, "finished": False}
 
 
 def change_plan(run, plan, given):
@@ -309,12 +323,12 @@ def change_plan(run, plan, given):
     begun = plan["stages"][0]["status"] != "waiting" or plan["evals"]
     for name in ("model", "seed", "preset", "reference", "optimizer") if begun else ():
         if name in changed:
-            raise ValueError(f"{run} was begun with --{name} {o[name]}, not {changed[name]}: leave it away to go on, or start "
-                             f"another --run")
-    for name in ("benchmarks", "bench_n", "bench_max_tokens", "bench_temperature", "bench_top_p") if plan["evals"] else ():
-        if name in changed:
-            raise ValueError(f"{', '.join(plan['evals'])} of {run} was evaluated with --{name} {o[name]}: scores by two protocols "
-                             f"do not belong in one table. Leave it away, or remove {run}/eval")
+            raise ValueError(f"{run} was begun with --{name} {o[name]}, not {changed[name]}: leave it away to go on, "
+                             f"or start another --run")
+    for name in ("benchmarks", "bench_n", "bench_max_tokens", "bench_temperature", "bench_top_p"):
+        if name in changed and plan["evals"]:
+            raise ValueError(f"{', '.join(plan['evals'])} of {run} was evaluated with --{name} {o[name]}: scores by "
+                             f"two protocols do not belong in one table. Leave it away, or remove {run}/eval")
     if "stages" in changed:
         new = parse_stages(changed["stages"])
         for i, old in enumerate(plan["stages"]):
@@ -322,17 +336,20 @@ def change_plan(run, plan, given):
                 break
             same = ["max_len", "group"] + ["steps", "extra"] * (old["status"] != "training")
             if i >= len(new) or any(new[i][k] != old[k] for k in same):
-                raise ValueError(f"--stages: stage {i + 1} of {run} is {old['status']} with {old['max_len']}:{old['steps']}:"
-                                 f"{old['group']} and cannot change; later stages can")
+                shape = ":".join(str(old[k]) for k in ("max_len", "steps", "group"))
+                raise ValueError(f"--stages: stage {i + 1} of {run} is {old['status']} with {shape} and cannot change; "
+                                 f"later stages can")
             done = max([int(n) for n in checkpoints(os.path.join(run, old["folder"], "checkpoints"))], default=0)
             if new[i]["steps"] < done:
-                raise ValueError(f"--stages: stage {i + 1} of {run} has done {done} steps already, more than {new[i]['steps']}")
+                raise ValueError(f"--stages: stage {i + 1} of {run} has done {done} steps already, more than "
+                                 f"{new[i]['steps']}")
             new[i] |= {k: old[k] for k in ("status", "picked", "evidence")}
         plan["stages"] = new
     if "model" in changed or "preset" in changed:
         plan["model"] = given.get("model", PRESETS[given.get("preset", o["preset"])]["model"])
     for name, value in changed.items():
-        print(f"changed from here on: --{name} {o.get(name)} -> {value}" + (" (finished stages keep what they had)" if begun else ""))
+        note = " (finished stages keep what they had)" if begun else ""
+        print(f"changed from here on: --{name} {o.get(name)} -> {value}{note}")
         o[name] = value
     plan["finished"] = plan["finished"] and not changed
 
@@ -375,7 +392,8 @@ def torchrun(o, script, options, rank=None, number=0):
         where = ["--standalone"]
     else:  # a rendezvous of its own for every program: a late node must not join the one before
         friends.setdefault("rdzv_backend", "static" if "master_addr" in friends else "c10d")
-        where = ["--nnodes", str(o["nnodes"]), "--rdzv_id", str(number)] + [x for k, v in friends.items() for x in (f"--{k}", str(v))]
+        where = ["--nnodes", str(o["nnodes"]), "--rdzv_id", str(number)]
+        where += [x for k, v in friends.items() for x in (f"--{k}", str(v))]
     return [sys.executable, "-m", "torch.distributed.run", *where, "--nproc_per_node", str(o["gpus"]),
             os.path.join(HERE, script), *options]
 
@@ -400,7 +418,7 @@ def supervise(command, lock=None, enough=lambda: False):
             forwarded = len(STOP)
             tell(child.pid, STOP[-1])
         elif not asked and time.time() > next_look:
-            next_look = time.time() + 0.3
+            next_look = time.time() + 0.2
             if enough():
                 asked = True
                 tell(child.pid, signal.SIGTERM)
@@ -458,7 +476,8 @@ class Leader:
         action = {"id": int(time.time() * 1000), "script": script, "options": options}
         self.plan["action"] = action
         save_plan(self.run, self.plan)
-        command = torchrun(self.plan["options"], script, options, 0 if self.plan["options"]["nnodes"] > 1 else None, action["id"])
+        o = self.plan["options"]
+        command = torchrun(o, script, options, 0 if o["nnodes"] > 1 else None, action["id"])
         code = supervise(command, self.lock, enough)
         self.plan["action"] = None
         save_plan(self.run, self.plan)
@@ -517,8 +536,9 @@ def train(leader, number):
     elif os.path.isdir(last):
         stage["picked"] = stage["steps"]
     if stage["picked"] is None:
-        raise Stopped(1, f"{stage['folder']} ended without the checkpoint {last}: look for ALARM lines above (a full disk, or "
-                         f"updates that were not finite); python schedule.py --run {run} goes on from the newest checkpoint")
+        raise Stopped(1, f"{stage['folder']} ended without the checkpoint {last}: look for ALARM lines above (a full "
+                         f"disk, or updates that were not finite); python schedule.py --run {run} goes on from the "
+                         f"newest checkpoint")
 
 
 def picked_model(run, stage):
@@ -554,7 +574,8 @@ def evaluate(leader, name, model):
                  "--dtype": r["dtype"], "--max_seqs": r["max_seqs"], "--out": os.path.join(run, "eval"), "--name": name}
         given |= {"--examples": r["examples"]} if r["examples"] else {}
         leader.program("evaluate.py", ["--model", model, "--benchmarks", *o["benchmarks"],
-                                       *(str(x) for pair in given.items() for x in pair), *["--no_chat"] * r["no_chat"]])
+                                       *(str(x) for pair in given.items() for x in pair),
+                                       *["--no_chat"] * r["no_chat"]])
     if name not in leader.plan["evals"]:
         leader.plan["evals"].append(name)
         save_plan(run, leader.plan)
@@ -594,18 +615,19 @@ def ledger(run, plan):
             continue
         world = json.load(open(os.path.join(folder, "config.json")))["world"]
         past = [r for r in lines if stage["picked"] and r["step"] > stage["picked"]]
-        row = dict(name=f"{stage['folder']} ({stage['max_len']})", steps=len(lines), tokens=sum(r["tokens"] for r in lines),
-                   trained=sum(r["tokens_trained"] for r in lines), past=sum(r["tokens"] for r in past),
-                   validate=sum(r.get("eval_seconds", 0) for r in read_metrics(folder, validation=True)),
-                   seconds=sum(r["seconds"] for r in lines))
-        row |= {p: sum(r.get(f"seconds_{p}") or 0 for r in lines) for p in PHASES}
+        total = lambda key, rows=lines: sum(r.get(key) or 0 for r in rows)
+        row = dict(name=f"{stage['folder']} ({stage['max_len']})", steps=len(lines), tokens=total("tokens"),
+                   trained=total("tokens_trained"), past=total("tokens", past), seconds=total("seconds"),
+                   validate=total("eval_seconds", read_metrics(folder, validation=True)))
+        row |= {p: total(f"seconds_{p}") for p in PHASES}
         rows.append(row | {"hours": (row["seconds"] + row["validate"]) * world / 3600})
     for name in plan["evals"]:
         result = read_json(os.path.join(run, "eval", name + ".json"))
         if result:
             world = plan["options"]["gpus"] * plan["options"]["nnodes"]
-            rows.append(dict(name=f"evaluate {name}", steps=0, tokens=result["tokens_generated"], trained=0, past=0, validate=0,
-                             seconds=result["seconds"], **{p: 0 for p in PHASES}, hours=result["seconds"] * world / 3600))
+            nothing = dict.fromkeys(("steps", "trained", "past", "validate", *PHASES), 0)
+            rows.append(nothing | dict(name=f"evaluate {name}", tokens=result["tokens_generated"],
+                                       seconds=result["seconds"], hours=result["seconds"] * world / 3600))
     if rows:
         rows.append({k: "total" if k == "name" else sum(r[k] for r in rows) for k in rows[0]})
     return rows
@@ -615,8 +637,10 @@ def ledger_table(rows, o):
     """Markdown of `ledger`, with dollars and the published costs beside it."""
     price = o["gpu_price"] if o["gpu_price"] is not None else GPUS[o["gpu_type"]]["price"]
     unit = "GPU-hours" if o["gpu_type"] != "cpu" else "process-hours"
-    head = ["", "steps", "tokens generated", "of them past the pick", "tokens trained", "seconds", *PHASES, "validation", unit, "dollars"]
-    body = [[r["name"], r["steps"], f"{r['tokens']:,}", f"{r['past']:,}", f"{r['trained']:,}", *(f"{r[p]:,.1f}" for p in ("seconds", *PHASES, "validate")), f"{r['hours']:,.2f}",
+    head = ["", "steps", "tokens generated", "of them past the pick", "tokens trained", "seconds", *PHASES,
+            "validation", unit, "dollars"]
+    body = [[r["name"], r["steps"], *(f"{r[k]:,}" for k in ("tokens", "past", "trained")),
+             *(f"{r[k]:,.1f}" for k in ("seconds", *PHASES, "validate")), f"{r['hours']:,.2f}",
              f"{r['hours'] * price:,.2f}" if price else "-"] for r in rows]
     note = (f"\nDollars at {price:g} an hour (--gpu_price). " if price else "\nNo price is set (--gpu_price). ") + (
         "Seconds are those of steps, by phase as means over ranks; a step repeated after a crash counts once, "
@@ -649,24 +673,28 @@ def report(run, plan):
         done = subprocess.run(command + ["--published"] * (o["model"] == MODEL), capture_output=True, text=True)
         scores = done.stdout if done.returncode == 0 else f"evaluate.py --table failed: {done.stderr.strip()[-300:]}\n"
     rows = ledger(run, plan)
-    describe = lambda s: (f"{s['max_len']:,} tokens of context, {s['group']} samples a problem, up to {s['steps']:,} steps: {s['status']}"
-                          + (f", checkpoint of step {s['picked']:,} handed on" if s["picked"] else ""))
+    describe = lambda s: (f"{s['max_len']:,} tokens of context, {s['group']} samples a problem, up to {s['steps']:,} "
+                          f"steps: {s['status']}" + f", checkpoint of step {s['picked']} handed on" * bool(s["picked"]))
     turns = [f"- {s['folder']}: {describe_turn(s['evidence'])}." for s in plan["stages"] if s["evidence"]]
     how = ("by the turning point of the response length" if o["switch"] == "auto" else "at fixed steps")
+    page = os.path.join(run, "transcripts.html")
     pictures = sorted(glob.glob(os.path.join(run, "figures", "*.png")))
     text = [f"# {os.path.basename(os.path.abspath(run))}: training with a growing context\n",
-            f"A language model ({plan['model']}) answers problems several times each; right answers earn 1, wrong ones 0, and "
+            f"A language model ({plan['model']}) answers problems several times each; right answers earn 1, wrong ones "
+            f"0, and "
             f"probability moves towards answers better than their group's mean (GRPO). The context grows from stage to "
             f"stage; stages end {how}. Each starts from the weights of the one before, with "
             f"{'the optimizer state carried over' if o['optimizer'] == 'carry' else 'a fresh optimizer'} and "
             f"{'the start model' if o['reference'] == 'start' else 'its own start'} as reference.\n",
             *[f"- {s['folder']}: {describe(s)}" for s in plan["stages"]],
-            "\n## Results\n\npass@1 in percent, with its standard error; the protocol is stated below the table.\n", scores,
+            "\n## Results\n\npass@1 in percent, with its standard error; the protocol is stated below the table.\n",
+            scores,
             "## Where stages ended\n", *(turns or ["No turning point was used: stages ended at their last step.\n"]),
             "\n## Figures\n", *[f"![{os.path.basename(p)[:-4]}](figures/{os.path.basename(p)})\n" for p in pictures],
-            *(["Transcripts: [transcripts.html](transcripts.html)\n"] if os.path.exists(os.path.join(run, "transcripts.html")) else []),
+            *["Transcripts: [transcripts.html](transcripts.html)\n"] * os.path.exists(page),
             "## Ledger\n", ledger_table(rows, o) if rows else "Nothing was trained yet.\n",
-            "## Not shown, and why\n", *([f"- {name}: {why}" for name, why in missing.items()] or ["Nothing is missing."]),
+            "## Not shown, and why\n", *([f"- {name}: {why}" for name, why in missing.items()]
+                                         or ["Nothing is missing."]),
             f"\nOptions of all stages: `{shlex.join(o['grpo']) or 'the defaults of grpo.py'}`\n"]
     with open(os.path.join(run, "report.md.tmp"), "w", encoding="utf-8") as f:
         f.write("\n".join(text))
@@ -688,7 +716,8 @@ GPUS = {
     "H200": dict(memory=139.8, tflops=989, tokens=14000, stream=200, price=3.0),
     "L40S": dict(memory=44.4, tflops=362, tokens=4500, stream=70, price=0.9),
     "RTX4090": dict(memory=23.5, tflops=165, tokens=4500, stream=80, price=0.4),
-    "cpu": dict(memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, tflops=0.05, tokens=20, stream=4, price=0),
+    "cpu": dict(memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, tflops=0.05, tokens=20,
+                stream=4, price=0),
 }
 GIB = 2**30
 MFU, PROMPT = 0.4, 150   # assumed: share of the peak reached in training; mean tokens of a prompt
@@ -773,8 +802,10 @@ def predict(m, a, gpu, world):
         extra, pool = VLLM_EXTRA * GIB, a["gpu_memory"] * gpu["memory"] * GIB - weights - VLLM_EXTRA * GIB
         seqs = int(min(mine, a["max_seqs"] or 256, max(pool, 0) // kv_bytes(m, longest, width)))
     parts = {"states": state_bytes(m) / world, "reference": m["parameters"] * width / world if a["kl_coef"] else 0,
-             "gathered": gathered_bytes(m, width, world > 1 or width == 2), "activations": activation_bytes(m, tokens, width, recompute),
-             "logit tiles": tile_bytes(m, a["logit_chunk"], width), "engine weights": weights, "KV cache": pool, "engine extra": extra}
+             "gathered": gathered_bytes(m, width, world > 1 or width == 2),
+             "activations": activation_bytes(m, tokens, width, recompute),
+             "logit tiles": tile_bytes(m, a["logit_chunk"], width),
+             "engine weights": weights, "KV cache": pool, "engine extra": extra}
     parts = {k: v / GIB for k, v in parts.items()}
     fixed = parts["states"] + parts["reference"] + (1.0 if cpu else RESERVE)
     engine = parts["engine weights"] + max(parts["KV cache"], 0) + parts["engine extra"]
@@ -783,7 +814,8 @@ def predict(m, a, gpu, world):
     need = seqs if slots else 1
     return dict(parts=parts, generating=fixed - parts["states"] / 4 + engine,  # gradients are freed after a step
                  training=train, memory=gpu["memory"] / (world if cpu else 1),
-                sequences=seqs, mean_sequences=int(max(pool, 0) // kv_bytes(m, a["max_prompt_len"] // 4 + a["mean_len"], width)),
+                sequences=seqs,
+                mean_sequences=int(max(pool, 0) // kv_bytes(m, PROMPT + a["mean_len"], width)),
                 tokens=tokens, longest=longest, fits_kv=seqs >= need, recompute=recompute)
 
 
@@ -791,14 +823,17 @@ def trouble(m, a, gpu, world):
     """Why a stage cannot run, in words; None if it can."""
     p = predict(m, a, gpu, world)
     if m["positions"] and a["max_len"] >= m["positions"]:
-        return f"a context of {a['max_len']} tokens leaves no room for a prompt in the model's {m['positions']} positions"
+        return f"a context of {a['max_len']} leaves no room for a prompt in the model's {m['positions']} positions"
     if p["tokens"] < p["longest"]:
         return f"--token_budget {a['token_budget']} holds no sequence of {p['longest']} tokens"
     if not p["fits_kv"]:
-        return f"vLLM's share of {a['gpu_memory']:g} leaves a KV cache of {max(0, p['parts']['KV cache']):.1f} GiB: not one sequence of {p['longest']} tokens"
+        return (f"vLLM's share of {a['gpu_memory']:g} leaves a KV cache of {max(0, p['parts']['KV cache']):.1f} GiB: "
+                f"not "
+                f"one sequence of {p['longest']} tokens")
     for phase in ("generating", "training"):
         if p[phase] > p["memory"]:
-            return f"{phase} needs {p[phase]:.1f} GiB on each {'process' if gpu is GPUS['cpu'] else 'GPU'}, which has {p['memory']:.1f}"
+            place = "process" if gpu is GPUS["cpu"] else "GPU"
+            return f"{phase} needs {p[phase]:.1f} GiB on each {place}, which has {p['memory']:.1f}"
     return None
 
 
@@ -806,9 +841,10 @@ def remedies(m, a, gpu, world):
     """Options that make a stage fit, each alone, with the value nearest to the present one; else two together."""
     p = predict(m, a, gpu, world)
     down = lambda x, low: [v for v in (int(x * f / 16) for f in range(15, 0, -1)) if v >= low]
-    choices = {"token_budget": [p["longest"]] if p["tokens"] < p["longest"] else [*down(p["tokens"], p["longest"] + 1), p["longest"]],
-               "recompute": [1], "sleep": [1], "gpu_memory": sorted((x / 20 for x in range(2, 19)), key=lambda x: abs(x - a["gpu_memory"])),
-               "max_seqs": down(p["sequences"], 1), "logit_chunk": [512, 256, 128], "max_len": down(a["max_len"], 1)}
+    shares = sorted((x / 20 for x in range(2, 19)), key=lambda x: abs(x - a["gpu_memory"]))
+    choices = {"token_budget": [*down(p["tokens"], p["longest"] + 1), p["longest"]], "recompute": [1], "sleep": [1],
+               "gpu_memory": shares, "max_seqs": down(p["sequences"], 1), "logit_chunk": [512, 256, 128],
+               "max_len": down(a["max_len"], 1)}
     worlds = [world * 2**i for i in range(1, 9)] if gpu is not GPUS["cpu"] else []
     fits = lambda change, w: not trouble(m, a | change, gpu, w)
     word = lambda k, v: f"the context in --stages to {v}" if k == "max_len" else f"--{k} {v}"
@@ -821,7 +857,8 @@ def remedies(m, a, gpu, world):
     for w in [world, *worlds]:
         x = first("gpu_memory", w, small) or first("max_seqs", w, small)
         if x:
-            return " ".join(f"--{k} {v}" for k, v in small.items()) + f" {x}" + (f" --gpus {w} (over all nodes)" if w > world else "")
+            gpus = f" --gpus {w} (over all nodes)" if w > world else ""
+            return " ".join(f"--{k} {v}" for k, v in small.items()) + f" {x}" + gpus
     return "a GPU with more memory (--gpu_type), a smaller --model, or a shorter context in --stages"
 
 
@@ -838,40 +875,49 @@ def step_seconds(m, a, gpu, world):
     rate = min(gpu["tokens"] * scale, stream * max(1, min(n / world, a["max_seqs"] or 256)))
     generate = max(n * a["mean_len"] / rate / world, a["max_len"] / stream)
     forward = n * forward_flops(m, a["mean_len"] + PROMPT) / (world * gpu["tflops"] * 1e12 * MFU)
-    passes = (a["updates"] - 1) / a["updates"] + bool(a["kl_coef"])  # old log-probs but the first mini-batch's, reference
+    # old log-probs of all mini-batches but the first, and the reference's
+    passes = (a["updates"] - 1) / a["updates"] + bool(a["kl_coef"])
     update = forward * (4 if predict(m, a, gpu, world)["recompute"] else 3)
-    return dict(generate=generate, logprobs=forward * passes, update=update, total=generate + forward * passes + update + 3)
+    total = generate + forward * passes + update + 3
+    return dict(generate=generate, logprobs=forward * passes, update=update, total=total)
 
 
 def dry_run(o, resolved):
     """Print what every stage would need. -> exit code: 2 if one cannot run."""
     m, gpu, world = model_shape(o["model"]), GPUS[o["gpu_type"]], o["gpus"] * o["nnodes"]
     price = gpu["price"] if o["gpu_price"] is None else o["gpu_price"]
-    print(f"{o['model']}: {m['parameters']:,} parameters ({m['parameters'] - m['layers'] * m['layer']:,} of them embedding, head and final norm)\n"
-          f"{world} x {o['gpu_type']}, {gpu['memory']:.1f} GiB" + (" shared by all processes" if gpu is GPUS["cpu"] else " each") + "\n"
-          f"assumed: {gpu['tokens']:,} generated tokens/s for each GPU with a full batch and {gpu['stream']} for one sequence (1.8B model; "
-          f"inversely with size), {gpu['tflops']} TFLOP/s at {MFU:.0%}, prompts of {PROMPT} tokens, ${price:g} an hour. Estimates, not measurements")
+    whose = "shared by all processes" if gpu is GPUS["cpu"] else "each"
+    print(f"{o['model']}: {m['parameters']:,} parameters ({m['parameters'] - m['layers'] * m['layer']:,} of them "
+          f"embedding, head and final norm)\n{world} x {o['gpu_type']}, {gpu['memory']:.1f} GiB {whose}\n"
+          f"assumed: {gpu['tokens']:,} generated tokens/s for each GPU with a full batch and {gpu['stream']} for one "
+          f"sequence (1.8B model; inversely with size), {gpu['tflops']} TFLOP/s at {MFU:.0%}, prompts of {PROMPT} "
+          f"tokens, ${price:g} an hour. Estimates, not measurements")
     body, refused, hours = [], [], 0.0
     for number, (stage, a) in enumerate(zip(parse_stages(o["stages"]), resolved), 1):
         a = a | {"mean_len": o["mean_len"] or min(a["max_len"] // 2, 5000)}
         p, t = predict(m, a, gpu, world), step_seconds(m, a, gpu, world)
         stage_hours = t["total"] * a["steps"] / 3600
         hours += stage_hours
-        body.append([f"stage{number}", f"{a['max_len']:,}", a["steps"], *(f"{max(v, 0):.2f}" for v in p["parts"].values()),
-                     f"{p['generating']:.1f}", f"{p['training']:.1f}", f"{p['memory']:.1f}", p["sequences"], p["mean_sequences"],
-                     f"{p['tokens']:,}", f"{a['mean_len']:,}", f"{t['generate']:.0f} + {t['logprobs']:.0f} + {t['update']:.0f} + 3",
-                     f"{stage_hours:,.1f}", f"{stage_hours * world:,.0f}", f"{stage_hours * world * price:,.0f}"])
+        step = " + ".join(f"{t[k]:.0f}" for k in ("generate", "logprobs", "update")) + " + 3"
+        body.append([f"stage{number}", f"{a['max_len']:,}", a["steps"],
+                     *(f"{max(v, 0):.2f}" for v in p["parts"].values()),
+                     *(f"{p[k]:.1f}" for k in ("generating", "training", "memory")), p["sequences"],
+                     p["mean_sequences"],
+                     f"{p['tokens']:,}", f"{a['mean_len']:,}", step, f"{stage_hours:,.1f}",
+                     f"{stage_hours * world:,.0f}", f"{stage_hours * world * price:,.0f}"])
         why = trouble(m, a, gpu, world)
         if why:
             refused.append(f"stage{number} cannot run: {why}. Change {remedies(m, a, gpu, world)}")
-    head = ["", "context", "steps", *list(p["parts"]), "peak generating", "peak training", "GiB there", "sequences, full length",
-            "sequences, mean length", "token budget", "mean length", "s a step: generate + log-probs + update + rest", "hours", "GPU-hours", "dollars"]
+    head = ["", "context", "steps", *p["parts"], "peak generating", "peak training", "GiB there",
+            "sequences, full length", "sequences, mean length", "token budget", "mean length",
+            "s a step: generate + log-probs + update + rest", "hours", "GPU-hours", "dollars"]
     for cells in zip(head, *body):  # one line a quantity reads better than 23 columns
         print(f"  {cells[0]:46s}" + "".join(f"{str(c):>26s}" for c in cells[1:]))
-    print(f"total {hours:,.1f} hours, {hours * world:,.0f} GPU-hours, ${hours * world * price:,.0f} without evaluations; memory in GiB for "
-          f"each GPU, the KV cache shared by the sequences above\n"
-          f"disk: {16 * m['parameters'] / GIB:.1f} GiB a checkpoint, {3 * 16 * m['parameters'] / GIB:.1f} GiB for two and one being written"
-          + (f", {4 * m['parameters'] / GIB:.1f} GiB for each one kept to return to (--switch auto)" if o["switch"] == "auto" else ""))
+    disk, n = 16 * m["parameters"] / GIB, resolved[0]["keep"]
+    kept = f", {disk / 4:.1f} GiB for each one kept to return to" if o["switch"] == "auto" else ""
+    print(f"total {hours:,.1f} hours, {hours * world:,.0f} GPU-hours, ${hours * world * price:,.0f} without "
+          f"evaluations; memory in GiB for each GPU\n"
+          f"disk: {disk:.1f} GiB a checkpoint, {(n + 1) * disk:.1f} GiB for {n} and one being written{kept}")
     print("\n".join(refused) if refused else "it fits", file=sys.stderr if refused else sys.stdout)
     return 2 if refused else 0
 
@@ -893,19 +939,24 @@ def ablation(run, o, given, rest):
             folder, extra = os.path.join(run, f"seed{seed}", kind), ["--stages", o["stages"]]
             if kind == "direct":
                 steps = 10 * sum(s["steps"] for s in parse_stages(o["stages"]))
-                extra = ["--stages", f"{last['max_len']}:{steps}:{last['group']}", "--token_limit", str(curves["staged"][-1][0])]
+                extra = ["--stages", f"{last['max_len']}:{steps}:{last['group']}"]
+                extra += ["--token_limit", str(budget)]
             if not (read_plan(folder) or {}).get("finished"):
                 code = main(["--run", folder, *common, "--seed", str(seed), "--no_eval", *extra, *rest])
                 if code:
                     return code
-            curves[kind] = validation_curve(folder)
-        rows.append([seed, *compare_curves(curves["staged"], curves["direct"])])
+            curves[kind], spent = validation_curve(folder)
+            budget = spent if kind == "staged" else budget
+        # what the direct run did between the last token of its budget and its end does not count
+        rows.append([seed, budget, *compare_curves(curves["staged"], [p for p in curves["direct"] if p[0] <= budget])])
     known = [r[-1] for r in rows if isinstance(r[-1], float)]
-    text = (table(["seed", "final pass@1 staged", "final pass@1 direct", "tokens each", "tokens to the staged run's final pass@1: staged",
-                   "direct", "direct / staged"], [[f"{x:.3g}" if isinstance(x, float) else x for x in r] for r in rows])
-            + f"\npass@1: mean of the last three validations, at the context trained with. {len(known)} of {len(rows)} direct runs reached "
-            + "the staged run's final pass@1" + (f"; geometric mean ratio of these {math.exp(np.mean(np.log(known))):.2f}" if known else "")
-            + (". A > is a bound: it was not reached with all the tokens.\n" if len(known) < len(rows) else ".\n"))
+    head = ["seed", "tokens of each", "final pass@1 staged", "final pass@1 direct", "tokens to the staged run's final "
+            "pass@1: staged", "direct", "direct / staged"]
+    mean = f"; geometric mean ratio of these {math.exp(np.mean(np.log(known))):.2f}" if known else ""
+    bound = " A > is a bound: not reached with as many tokens." if len(known) < len(rows) else ""
+    text = table(head, [[f"{x:.3g}" if isinstance(x, float) else x for x in r] for r in rows]) + (
+        f"\npass@1: mean of three validations, each at the context trained with. {len(known)} of {len(rows)} direct "
+        f"runs reached the staged run's final pass@1 within its tokens{mean}.{bound}\n")
     with open(os.path.join(run, "ablation.md"), "w") as f:
         f.write(text)
     print(text)
@@ -913,7 +964,7 @@ def ablation(run, o, given, rest):
 
 
 def validation_curve(run):
-    """[(tokens generated so far, pass@1)] over all stages, only up to the checkpoints handed on."""
+    """([(tokens generated so far, pass@1)] over all stages, only up to the checkpoints handed on; tokens in all)"""
     curve, spent = [], 0
     for stage in read_plan(run)["stages"]:
         lines = read_metrics(os.path.join(run, stage["folder"]), validation=True)
@@ -922,22 +973,22 @@ def validation_curve(run):
         spent += sum(r.get("tokens", 0) for r in lines)  # steps past the pick were paid for as well
     if not curve:
         raise ValueError(f"{run} was trained without validation: give --eval_data and --eval_every")
-    return curve + [(spent, curve[-1][1])] * (curve[-1][0] < spent)
+    return curve, spent
 
 
 def compare_curves(staged, direct):
-    """-> final pass@1 of both, tokens spent, tokens until the running mean of three reaches staged's final one, ratio.
+    """-> final pass@1 of both, tokens until the running mean of three reaches staged's final one, and their ratio.
 
     >>> compare_curves([(0, 0.0), (10, 0.5), (20, 0.5), (30, 0.5)], [(0, 0.0), (20, 0.25), (40, 0.5)])
-    [0.5, 0.25, 30, 30, 'not reached', '> 1.33']
+    [0.5, 0.25, 30, 'not reached', '> 1.33']
     """
-    smooth = lambda curve: [(t, sum(v for _, v in curve[max(0, i - 2):i + 1]) / min(3, i + 1)) for i, (t, _) in enumerate(curve)]
+    smooth = lambda c: [(t, sum(v for _, v in c[max(0, i - 2):i + 1]) / min(3, i + 1)) for i, (t, _) in enumerate(c)]
     a, b = smooth(staged), smooth(direct)
     target = a[-1][1]
     reach = lambda curve: next((t for t, v in curve if v >= target - 1e-9 and t > 0), None)
     mine, theirs = reach(a), reach(b)
     ratio = f"> {b[-1][0] / mine:.2f}" if theirs is None else theirs / mine
-    return [a[-1][1], b[-1][1], a[-1][0], mine, "not reached" if theirs is None else theirs, ratio]
+    return [a[-1][1], b[-1][1], mine, "not reached" if theirs is None else theirs, ratio]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -945,35 +996,45 @@ def compare_curves(staged, direct):
 # ---------------------------------------------------------------------------------------------------------------
 
 def parser():
-    p = argparse.ArgumentParser(description="Stages of grpo.py with a growing context. Options not listed here go to grpo.py.",
+    p = argparse.ArgumentParser(description="Stages of grpo.py with a growing context. Options not listed here go to "
+                                "grpo.py.",
                                 allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument
     add("--run", default="runs/deepscaler", help="folder of the whole run; one that exists is continued")
     add("--preset", choices=list(PRESETS), default="deepscaler", help="toy: minutes on a laptop")
-    add("--stages", default=None, help="CONTEXT:STEPS:SAMPLES[:OPTION=VALUE...],... with samples for each problem and options of "
+    add("--stages", default=None, help="CONTEXT:STEPS:SAMPLES[:OPTION=VALUE...],... with samples for each problem and "
+        "options of "
         "grpo.py for one stage; default: the preset's, " + PUBLISHED)
     add("--model", default=None, help=f"start weights, folder or hub name; default: the preset's, {MODEL}")
-    add("--reference", choices=["stage", "start"], default="stage", help="of the KL term: the stage's own start, or the first model")
+    add("--reference", choices=["stage", "start"], default="stage", help="of the KL term: the stage's own start, or "
+        "the first model")
     add("--optimizer", choices=["fresh", "carry"], default="fresh", help="Adam's state at the start of a stage")
     add("--seed", type=int, default=0, help="stage k trains with seed + k - 1: a new data order, as the original had")
     # when a stage ends
-    add("--switch", choices=["steps", "auto"], default="steps", help="auto: at the turning point of the response length, --stages' "
+    add("--switch", choices=["steps", "auto"], default="steps", help="auto: at the turning point of the response "
+        "length, --stages' "
         "steps at most; not in the last stage, which nothing follows")
     add("--turn_window", type=int, default=0, help="steps of a window; 0: a twentieth of the stage, 10 to 50")
-    add("--turn_z", type=float, default=4.5, help="standard errors by which length must have fallen and risen; truncation 3")
-    add("--turn_flat", type=float, default=2.0, help="standard errors by which reward may have risen and still counts as flat")
+    add("--turn_z", type=float, default=4.5, help="standard errors by which length must have fallen and risen; "
+        "truncation 3")
+    add("--turn_flat", type=float, default=2.0, help="standard errors by which reward may have risen and still counts "
+        "as flat")
     add("--turn_fall", type=float, default=0.1, help="least fall of the length before the turn, as a share")
     add("--turn_rise", type=float, default=0.05, help="least rise of the length after the turn, as a share")
     add("--token_limit", type=int, default=0, help="end when so many tokens were generated in all; 0: no limit")
     # machines
-    add("--gpus", "--nproc_per_node", "--ranks", dest="gpus", type=int, default=None, help="processes on each node; default: the GPUs "
+    add("--gpus", "--nproc_per_node", "--ranks", dest="gpus", type=int, default=None, help="processes on each node; "
+        "default: the GPUs "
         "found. Two or more without GPUs are CPU ranks")
-    add("--nnodes", type=int, default=1, help="nodes; run the same command on each with its --node_rank, on a shared disk")
+    add("--nnodes", type=int, default=1, help="nodes; run the same command on each with its --node_rank, on a shared "
+        "disk")
     add("--node_rank", type=int, default=0, help="of this node; 0 leads, the others follow its plan")
     for name in TORCHRUN:
-        add(f"--{name}", type=int if name in ("max_restarts", "master_port") else str, default=None, help="as of torchrun")
+        add(f"--{name}", type=int if name in ("max_restarts", "master_port") else str, default=None, help="as of "
+            "torchrun")
     # evaluation after every stage
-    add("--benchmarks", nargs="+", default=["aime24", "math500", "amc23", "minerva", "olympiad"], help="for evaluate.py after each stage")
+    add("--benchmarks", nargs="+", default=["aime24", "math500", "amc23", "minerva", "olympiad"], help="for "
+        "evaluate.py after each stage")
     add("--bench_n", type=int, default=16, help="samples of each problem")
     add("--bench_max_tokens", type=int, default=32768, help="of a response, whatever the stage's context")
     add("--bench_temperature", type=float, default=0.6, help="of these samples")
@@ -982,15 +1043,18 @@ def parser():
     add("--no_base_eval", action="store_true", help="do not evaluate the start model")
     # prediction and costs
     add("--dry_run", action="store_true", help="predict memory, time and dollars, check that it fits, and leave")
-    add("--gpu_type", choices=list(GPUS), default=None, help="for prediction and price; default: what is found, else A100-80")
+    add("--gpu_type", choices=list(GPUS), default=None, help="for prediction and price; default: what is found, else "
+        "A100-80")
     add("--gpu_price", type=float, default=None, help="dollars an hour; default: an assumption for --gpu_type")
-    add("--mean_len", type=int, default=0, help="--dry_run: mean tokens of a response; 0: half the context, at most 5,000")
+    add("--mean_len", type=int, default=0, help="--dry_run: mean tokens of a response; 0: half the context, at most "
+        "5,000")
     add("--ablation", type=int, default=0, help="so many seeds of staged against direct training at equal tokens")
     return p
 
 
 FRESH = ("run", "dry_run", "node_rank")  # belong to a call, not to the run
-PER_STAGE = {"--max_len": "--stages", "--steps": "--stages", "--group": "--stages", "--out": "--run", "--resume": "--run (it is always on)",
+PER_STAGE = {"--max_len": "--stages", "--steps": "--stages", "--group": "--stages", "--out": "--run",
+             "--resume": "--run (it is always on)",
              "--ref_model": "--reference", "--optimizer_from": "--optimizer carry"}
 
 
@@ -1005,20 +1069,25 @@ def options(argv):
     for word in rest:
         if word.split("=")[0] in PER_STAGE:
             raise ValueError(f"{word} is set for each stage: use {PER_STAGE[word.split('=')[0]]}")
-    absolute = lambda x: os.path.abspath(x) if isinstance(x, str) and os.path.exists(x) else x  # the next call may stand elsewhere
-    given = {k: [absolute(x) for x in v] if k == "benchmarks" else absolute(v) if k == "model" else v for k, v in given.items()}
+    absolute = lambda x: os.path.abspath(x) if os.path.exists(x) else x  # the next call may stand elsewhere
+    if "model" in given:
+        given["model"] = absolute(given["model"])
+    if "benchmarks" in given:
+        given["benchmarks"] = [absolute(x) for x in given["benchmarks"]]
     rest = [absolute(x) for x in rest]
     preset = PRESETS[given.get("preset", "deepscaler")]
     for name in ("bench_n", "bench_max_tokens", "turn_window", "token_limit", "gpus", "nnodes", "ablation", "mean_len"):
         low = name in ("bench_n", "bench_max_tokens", "gpus", "nnodes")
         if given.get(name, 1) < low:
             raise ValueError(f"--{name} must be at least {int(low)}")
-    return defaults | {k: v for k, v in preset.items() if k != "grpo"} | given | {"grpo": preset["grpo"] + rest}, given, rest
+    return defaults | preset | given | {"grpo": preset["grpo"] + rest}, given, rest
 
 
 def no_gpu():
-    return ("no GPU was found here. This command trains a 1.5B model on contexts of 8K, 16K and 24K tokens: 3,800 A100-hours as published.\n"
-            "  python schedule.py --preset toy --run runs/toy     the same story with a small model, on this machine, in minutes\n"
+    return ("no GPU was found here. This command trains a 1.5B model on contexts of 8K, 16K and 24K tokens: 3,800 "
+            "A100-hours as published.\n"
+            "  python schedule.py --preset toy --run runs/toy     the same story with a small model, on this machine, "
+            "in minutes\n"
             "  python schedule.py --dry_run --gpus 8              what the full run needs, predicted\n"
             "  python schedule.py --model FOLDER --stages ...     your own model on this CPU")
 
@@ -1044,7 +1113,9 @@ def main(argv=None):
         plan = read_plan(run)
         if plan and not dry:
             given = {k: v for k, v in given.items() if k not in FRESH}
-            change_plan(run, plan, given | ({"grpo": PRESETS[plan["options"]["preset"]]["grpo"] + rest} if rest else {}))
+            if rest:
+                given["grpo"] = PRESETS[plan["options"]["preset"]]["grpo"] + rest
+            change_plan(run, plan, given)
         else:
             plan = new_plan(o)
         o = plan["options"]
