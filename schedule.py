@@ -42,7 +42,7 @@ PRESETS = {
     "toy": dict(
         stages="64:60:8,128:40:8,192:40:8", model=f"{ASSETS}/toy/model", gpus=1,
         benchmarks=[f"{ASSETS}/toy/heldout.jsonl"], bench_n=8, bench_max_tokens=192,
-        grpo=["--data", f"{ASSETS}/toy/train.jsonl", "--eval_data", f"{ASSETS}/toy/heldout.jsonl", "--eval_every", "5",
+        grpo=["--data", f"{ASSETS}/toy/train.jsonl.gz", "--eval_data", f"{ASSETS}/toy/heldout.jsonl", "--eval_every", "5",
               "--eval_n", "4", "--save_every", "5", "--prompts", "16", "--lr", "3e-4", "--engine", "torch",
               "--max_prompt_len", "32", "--show_every", "20"]),
 }

@@ -146,7 +146,7 @@ if "torch" not in sys.modules:
 def parse_args(argv):
     p = argparse.ArgumentParser(allow_abbrev=False)
     defaults = dict(model="", ref_model=None, max_len=8, steps=9, group=2, out="", seed=0, save_every=5, keep=2,
-                    lr=1e-6, style="r1", engine="torch", dtype="auto", max_seqs=0, examples=None, optimizer_from=None, ms=4,
+                    lr=1e-6, style="r1", engine="torch", dtype="auto", max_seqs=0, examples=None, ms=4, optimizer_from=None,
                     eval_every=0, eval_n=8, exit=0)
     for name, default in defaults.items():
         p.add_argument("--" + name, default=default, type=type(default) if default is not None else str)
