@@ -547,6 +547,8 @@ def parse_args(argv=None):
     add("--lr", type=float, default=1e-6, help="AdamW, constant")
     add("--warmup_steps", type=int, default=0, help="linear warm-up")
     add("--weight_decay", type=float, default=0.01, help="decoupled")
+    add("--optimizer_from", default=None, help="checkpoint folder of the run that wrote --model (RUN/checkpoints/000120): start with "
+        "its optimizer state instead of a fresh one")
     add("--grad_clip", type=float, default=1.0, help="global norm; 0: off")
     add("--max_skips", type=int, default=5, help="stop after so many non-finite updates in a row")
     # evaluation during training
@@ -641,6 +643,10 @@ def setup(args):
     run.optimizer = torch.optim.AdamW(run.policy.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
     if checkpoint:
         restore(run, checkpoint)
+    elif args.optimizer_from:  # carried over a stage boundary: its moments and weights, not its step
+        policy_lib.load_checkpoint(args.optimizer_from, run.policy, run.optimizer)
+        for group in run.optimizer.param_groups:
+            group["weight_decay"] = args.weight_decay
     run.engine.push(run.policy.full_weights())
     run.say(f"{parameters / 1e6:,.1f} M parameters, {len(run.problems):,} problems, {run.world} x {device.type}, "
             f"{args.dtype}, engine {run.engine.name}, {args.prompts} x {args.group} samples of up to {args.max_len} tokens")

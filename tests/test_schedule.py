@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
-from conftest import ROOT, make_model, metrics, sequences
+from conftest import ROOT, command, make_model, metrics, run, sequences
 
 import policy
 import rollout
@@ -787,3 +788,21 @@ def test_real_programs_killed_and_continued(tiny, problems, tmp_path):
     assert "| stage2" in report and "style plain" in report and "figures/length_and_reward.png" in report
     assert (run / "figures/length_and_reward.png").exists() and (run / "transcripts.html").exists()
     assert plan_of(run)["evals"] == ["stage1", "stage2"]
+
+
+def test_the_optimizer_may_be_carried_over(tiny, problems, tmp_path):
+    """Adam's step count goes on where the first run left it; by default it starts anew."""
+    one, two, fresh = (tmp_path / name for name in ("one", "two", "fresh"))
+    run(command(tiny, problems, one, "--steps", 2, "--updates", 1))
+    model = str(one / "checkpoints/000002/hf")
+    run(command(model, problems, two, "--steps", 1, "--updates", 1, "--optimizer_from", one / "checkpoints/000002"))
+    run(command(model, problems, fresh, "--steps", 1, "--updates", 1))
+
+    def adam_steps(out, step):
+        reader = dcp.FileSystemReader(out / f"checkpoints/{step:06d}")
+        names = [k for k in reader.read_metadata().state_dict_metadata if k.endswith(".step")]
+        state = {k: torch.zeros(()) for k in names}
+        dcp.load(state, checkpoint_id=out / f"checkpoints/{step:06d}")
+        return {float(v) for v in state.values()}
+
+    assert adam_steps(one, 2) == {2.0} and adam_steps(two, 1) == {3.0} and adam_steps(fresh, 1) == {1.0}
