@@ -660,12 +660,15 @@ def read_json(path):
 def report(run, plan):
     """Tables, figures and report.md, written anew. What cannot be drawn is named, and stops nothing."""
     o, missing = plan["options"], {}
-    try:
+    try:  # a report without pictures is still a report
         import figures
         _, missing = figures.draw(run, window=min(100, max(5, sum(s["steps"] for s in plan["stages"]) // 20)))
+    except Exception as e:
+        missing["figures"] = f"{type(e).__name__}: {e}"
+    try:
         figures.transcripts(run)
-    except Exception as e:  # a report without pictures is still a report
-        missing = {"figures": f"{type(e).__name__}: {e}"}
+    except Exception as e:
+        missing["transcripts"] = f"{type(e).__name__}: {e}"
     results = [os.path.join(run, "eval", n + ".json") for n in plan["evals"]]
     scores = "No evaluation was run (--no_eval).\n"
     if results:
