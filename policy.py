@@ -148,17 +148,17 @@ def document_attention(q, k, v, cu_seqlens, scale, window=None):
     q [T, Hq, D], k and v [T, Hkv, D], cu_seqlens [S+1] -> [T, Hq, D]. `window` counts the visible tokens,
     the current one included (transformers' and Gemma's meaning).
     """
-    out = []
-    bounds = cu_seqlens.tolist()
+    out, lengths = [], cu_seqlens.diff().tolist()
     groups = q.shape[1] // k.shape[1]
     if groups > 1:  # by hand: SDPA's own enable_gqa leaves the flash path on CPU
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    for a, b in zip(bounds, bounds[1:]):
-        mask, n = None, b - a
+    # split, not slices: the gradient of a slice is a tensor of zeros as large as the whole row, one for each document
+    for document in zip(*(x.split(lengths) for x in (q, k, v))):
+        mask, n = None, len(document[0])
         if window is not None and n > window:
             i = torch.arange(n, device=q.device)
             mask = (i[None] <= i[:, None]) & (i[None] > i[:, None] - window)
-        out.append(F.scaled_dot_product_attention(*(x[a:b].transpose(0, 1)[None] for x in (q, k, v)), attn_mask=mask,
+        out.append(F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in document), attn_mask=mask,
                                                   is_causal=mask is None, scale=scale)[0].transpose(0, 1))
     return torch.cat(out)
 
