@@ -38,7 +38,7 @@ import common  # noqa: E402
 SHAPES = {  # Qwen2 shapes
     "r1-1.5b": dict(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,  # R1-Distill-Qwen-1.5B
                     num_attention_heads=12, num_key_value_heads=2, max_position_embeddings=131072),
-    "width": dict(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=3,  # three layers of it
+    "width": dict(vocab_size=16384, hidden_size=1536, intermediate_size=8960, num_hidden_layers=3,  # three of its layers
                   num_attention_heads=12, num_key_value_heads=2, max_position_embeddings=131072),
     "small": dict(vocab_size=8192, hidden_size=512, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4,
                   num_key_value_heads=2, max_position_embeddings=4096),
@@ -100,14 +100,18 @@ def options(p, name, minutes):
     """Options every GPU script has."""
     p.add_argument("--size", choices=["card", "tiny"], default="card", help="tiny: seconds on a CPU, what CI runs")
     p.add_argument("--minutes", type=float, default=minutes, help="start nothing new after so many minutes")
-    p.add_argument("--out", default=None, help=f"JSON to write; default bench/results/{name}.json with a GPU, nothing without")
+    p.add_argument(
+    "--out",
+    default=None,
+     help=f"JSON to write; default bench/results/{name}.json with a GPU, nothing without")
     p.set_defaults(name=name)
 
 
 def command():
     """This command as one would type it in the repository; folders outside of it are nobody's business."""
     inside = lambda a: os.path.relpath(a, common.ROOT) if a.startswith(str(common.ROOT)) else os.path.basename(a)
-    return "python " + shlex.join([inside(os.path.abspath(sys.argv[0])), *(inside(a) if os.path.isabs(a) else a for a in sys.argv[1:])])
+    return "python " + shlex.join([inside(os.path.abspath(sys.argv[0])), * \
+                                  (inside(a) if os.path.isabs(a) else a for a in sys.argv[1:])])
 
 
 def commit():
@@ -158,7 +162,13 @@ def make_run(shape, device, dtype="float32", seed=0, std=0.02, compile="none", s
     import torch
     import grpo
     import policy as policy_lib
-    flags = {"model": "random", "recipe": "improved", "drop_zero_variance": 0, "eval_data": "none", "prompts": 2, **flags}
+    flags = {
+    "model": "random",
+    "recipe": "improved",
+    "drop_zero_variance": 0,
+    "eval_data": "none",
+    "prompts": 2,
+     **flags}
     args = grpo.parse_args([x for k, v in flags.items() for x in (f"--{k}", str(v))])
     args.dtype, args.recompute = dtype, max(0, args.recompute)
     run = grpo.Run(args)
@@ -178,7 +188,8 @@ def compile_layers(policy, how):
     if how not in ("none", "parts", "layers"):
         raise ValueError(f'compile must be "none", "parts" or "layers", not {how!r}')
     for layer in policy.model.base_model.layers if how != "none" else ():
-        for module in [layer] if how == "layers" else [layer.mlp, layer.input_layernorm, layer.post_attention_layernorm]:
+        for module in [layer] if how == "layers" else [layer.mlp,
+            layer.input_layernorm, layer.post_attention_layernorm]:
             module.compile(dynamic=True, backend=backend or "inductor")
 
 
@@ -209,7 +220,8 @@ def leave():
 def off(a, b):
     """|a - b| / |b| over all numbers, tensors or lists of tensors."""
     import torch
-    flat = lambda x: torch.cat([t.detach().double().cpu().flatten() for t in (x if isinstance(x, (list, tuple)) else [x])])
+    flat = lambda x: torch.cat([t.detach().double().cpu().flatten()
+                               for t in (x if isinstance(x, (list, tuple)) else [x])])
     a, b = flat(a), flat(b)
     return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
 
@@ -228,12 +240,18 @@ def dense_attention(q, k, v, lengths, scale, window):
 def check_attention(device, dtype, size):
     import torch
     import policy
-    heads = [(12, 2, 128, None), (9, 3, 64, None), (4, 4, 128, 100)] if size == "card" else [(6, 2, 32, None), (2, 2, 32, 5)]
+    heads = [(12, 2, 128, None), (9, 3, 64, None), (4, 4, 128, 100)
+              ] if size == "card" else [(6, 2, 32, None), (2, 2, 32, 5)]
     documents = [[300, 1, 17, 500, 128], [4096, 1, 1500, 2600]] if size == "card" else [[30, 1, 17, 50]]
     for hq, hkv, d, window in heads:
         for lengths in documents:
             torch.manual_seed(0)
-            q, k, v, g = (torch.randn(sum(lengths), h, d, device=device).to(getattr(torch, dtype)) for h in (hq, hkv, hkv, hq))
+            q, k, v, g = (
+    torch.randn(
+        sum(lengths), h, d, device=device).to(
+            getattr(
+                torch, dtype)) for h in (
+                    hq, hkv, hkv, hq))
             bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
             module = SimpleNamespace(head_dim=d)
 
@@ -242,7 +260,8 @@ def check_attention(device, dtype, size):
                                                cu_seq_lens_q=bounds, max_length_q=max(lengths), sliding_window=window)[0][0]
 
             twin = lambda q, k, v: policy.document_attention(q, k, v, bounds, d ** -0.5, window)
-            exact = twin if sum(lengths) > 2000 else lambda q, k, v: dense_attention(q, k, v, lengths, d ** -0.5, window)
+            exact = twin if sum(lengths) > 2000 else lambda q, k, v: dense_attention(
+                q, k, v, lengths, d ** -0.5, window)
 
             def run(f, dtype):
                 leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
@@ -250,7 +269,8 @@ def check_attention(device, dtype, size):
                 return [out, *torch.autograd.grad(out, leaves, g.to(out.dtype))]
 
             truth, plain, ours = run(exact, torch.float64), run(twin, q.dtype), run(fast, q.dtype)
-            case = f"{hq}/{hkv} heads of {d}, {len(lengths)} documents, {sum(lengths)} tokens" + f", window {window}" * bool(window)
+            case = f"{hq}/{hkv} heads of {d}, {len(lengths)} documents, {sum(lengths)} tokens" + \
+                                                   f", window {window}" * bool(window)
             for name, t, p, o in zip(("out", "dq", "dk", "dv"), truth, plain, ours):
                 yield f"attention {name}", case, off(o, t), max(2 * off(p, t), FLOOR[dtype])
 
@@ -276,7 +296,14 @@ def check_packed(device, dtype, size):
 
     row = [policy_lib.pack_row(sequences, device=device)]
     alone = [policy_lib.pack_row([s], device=device) for s in sequences]
-    make = lambda dtype: make_run(shape, device, dtype, std=0.05 if size == "tiny" else 0.02, logit_chunk=100, recompute=int(size == "card")).policy
+    make = lambda dtype: make_run(
+    shape,
+    device,
+    dtype,
+    std=0.05 if size == "tiny" else 0.02,
+    logit_chunk=100,
+    recompute=int(
+        size == "card")).policy
     exact = make("float32")
     truth = run(exact, alone)
     del exact
@@ -288,7 +315,8 @@ def check_packed(device, dtype, size):
 def gradients(policy):
     """Copies on the CPU, in fp32."""
     from torch.distributed.tensor import DTensor
-    return [(p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad).detach().float().cpu().clone() for p in policy.parameters()]
+    return [(p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad).detach().float().cpu().clone()
+             for p in policy.parameters()]
 
 
 def check_head(device, dtype, size):
@@ -385,11 +413,20 @@ def check_step(device, dtype, size):
                                   env=alone() | ({} if visible else {"CUDA_VISIBLE_DEVICES": ""}))
             if done.returncode:
                 raise RuntimeError(f"grpo.py on {name}: {done.stderr.strip().splitlines()[-1][:200]}")
-            rows = [json.loads(r) for n in (1, 2) for r in gzip.open(folder / name / "rollouts" / f"{n:06d}.jsonl.gz", "rt")]
+            rows = [
+    json.loads(r) for n in (
+        1,
+        2) for r in gzip.open(
+            folder /
+            name /
+            "rollouts" /
+            f"{n:06d}.jsonl.gz",
+             "rt")]
             return [json.loads(m) for m in (folder / name / "metrics.jsonl").read_text().splitlines()], rows
 
         metrics, rows = run("cpu", False)
-        other, same = run("card", True, "--recompute", "1", "--token_budget", "300" if size == "card" else "100", "--logit_chunk", "37")
+        other, same = run("card", True, "--recompute", "1", "--token_budget",
+                          "300" if size == "card" else "100", "--logit_chunk", "37")
     case = f"two steps of {prompts} x 4 samples, torch engine"
     yield "step responses that differ", case, sum(a["response"] != b["response"] for a, b in zip(rows, same, strict=True)) / len(rows), 0.0
     names = ("reward", "length_mean", "pg_loss", "entropy", "grad_norm", "approx_kl", "tokens_trained")
@@ -397,7 +434,12 @@ def check_step(device, dtype, size):
     yield "step KL(engine, trainer)", case, max(abs(m["mismatch_kl"]) for m in other), 1e-7
 
 
-CHECKS = {"attention": check_attention, "packed": check_packed, "head": check_head, "update": check_update, "step": check_step}
+CHECKS = {
+    "attention": check_attention,
+    "packed": check_packed,
+    "head": check_head,
+    "update": check_update,
+     "step": check_step}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -415,7 +457,16 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options(p, "gpu_correctness", 5)
     p.add_argument("--checks", nargs="+", choices=list(CHECKS), default=list(CHECKS), help="which")
-    p.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"], help="precisions")
+    p.add_argument(
+    "--dtypes",
+    nargs="+",
+    choices=[
+        "float32",
+        "bfloat16"],
+        default=[
+            "float32",
+            "bfloat16"],
+             help="precisions")
     args = p.parse_args(argv)
     join()
     device = device_of()
@@ -432,7 +483,10 @@ def main(argv=None):
                     results.add({"check": what, "dtype": dtype, "case": case, "off": error, "bound": bound,
                                  "verdict": "ok" if error <= bound else "WRONG"})  # a NaN is not <= anything
             except Exception as e:  # one path that does not run must not hide what the others say
-                results.add({"check": name, "dtype": dtype, "case": f"{type(e).__name__}: {' '.join(str(e).split())[:200]}", "verdict": "FAILED"})
+                results.add({"check": name,
+    "dtype": dtype,
+    "case": f"{type(e).__name__}: {' '.join(str(e).split())[:200]}",
+     "verdict": "FAILED"})
     bad = [f"{r['check']} {r['dtype']}: {r['verdict']} ({r['case']}, error {common.cell(r.get('off'), '.1e')}, "
            f"bound {common.cell(r.get('bound'), '.1e')})" for r in results.rows if r["verdict"] != "ok"]
     results.finish([*bad, f"{len(results.rows) - len(bad)} of {len(results.rows)} checks passed"])

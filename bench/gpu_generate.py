@@ -48,7 +48,8 @@ def model_folder(folder, size, weights):
         model.to(torch.bfloat16).save_pretrained(folder)
     else:
         model.config.save_pretrained(folder)
-    (Path(folder) / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(size["stops"])), "pad_token_id": 0}))
+    (Path(folder) / \
+     "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(size["stops"])), "pad_token_id": 0}))
     return str(folder)
 
 
@@ -66,7 +67,11 @@ def timed(results, what, work, **more):
     value = work()
     wait()
     seconds, after = time.perf_counter() - start, free_gib()
-    results.add({"what": what, "seconds": seconds, "freed_gib": None if before is None else after - before, "free_gib": after, **more})
+    results.add({"what": what,
+    "seconds": seconds,
+    "freed_gib": None if before is None else after - before,
+    "free_gib": after,
+     **more})
     return value
 
 
@@ -124,7 +129,8 @@ def check_match(results, run, engine, size):
     add("match", fresh[1])
     wrong += [f"WRONG: KL(engine, trainer) {m['kl']:.1e} after a push is above {BOUND:.0e}" for m in fresh if not m["kl"] <= BOUND]
     if not stale["kl"] > 10 * fresh[1]["kl"]:
-        wrong.append(f"WRONG: stale weights have a KL of {stale['kl']:.1e}, fresh ones of {fresh[1]['kl']:.1e}: the check or the push does nothing")
+        wrong.append(
+            f"WRONG: stale weights have a KL of {stale['kl']:.1e}, fresh ones of {fresh[1]['kl']:.1e}: the check or the push does nothing")
     return wrong
 
 
@@ -163,17 +169,21 @@ def run_all(results, args, size, folder):
         run = card.make_run(size["shape"], device, dtype, std=0.02 if args.size == "card" else 0.1, prompts=size["match"][0], group=size["group"],
                             updates=1, max_len=longest, temperature=args.temperature, token_budget=16384, recompute=0)
         gib = sum(p.numel() for p in run.policy.parameters()) * (2 if dtype == "bfloat16" else 4) / 2**30
-        timed(results, "push", lambda: engine.push(run.policy.full_weights()), detail=f"first push, {gib:.2f} GiB to the engine")
+        timed(results, "push", lambda: engine.push(run.policy.full_weights()),
+              detail=f"first push, {gib:.2f} GiB to the engine")
         timed(results, "wake", engine.wake, detail="KV cache")
         wrong = check_match(results, run, engine, size)
         tokens_per_second = None
         for what, problems, length, limit in size["work"]:
             need = problems * size["group"] * limit / tokens_per_second if tokens_per_second else 0
             if results.left() < need:
-                results.add({"what": what, "seconds": None, "error": f"not run: may take {need:.0f} s, {results.left():.0f} are left of --minutes"})
+                results.add({"what": what, "seconds": None,
+                            "error": f"not run: may take {need:.0f} s, {results.left():.0f} are left of --minutes"})
                 continue
-            tokens_per_second = generate(results, engine, what, problems, length, limit, size["group"], vocab, args.temperature)
-        timed(results, "sleep", lambda: engine.sleep(keep_weights=True), detail="weights parked in CPU memory, as before an evaluation ends")
+            tokens_per_second = generate(results, engine, what, problems, length,
+                                         limit, size["group"], vocab, args.temperature)
+        timed(results, "sleep", lambda: engine.sleep(keep_weights=True),
+              detail="weights parked in CPU memory, as before an evaluation ends")
         timed(results, "wake", engine.wake, detail="weights and KV cache")
         after = engine.generate([[101, 102]] * 2, [0, 1], 4, args.temperature)
         results.save(memory_of_trainer_gib=torch.cuda.memory_allocated() / 2**30 if results.cuda else None)
@@ -195,7 +205,8 @@ def main(argv=None):
     size = SIZES[args.size]
     results = card.Results("generation on one device", args, [
         ("what", "what", ""), ("seconds", "seconds", ".2f"), ("freed GiB", "freed_gib", ".1f"), ("tokens", "tokens", ",.0f"),
-        ("tokens/s", "tokens_per_second", ",.0f"), ("samples", "samples", ""), ("mean length", "length_mean", ",.0f"), ("cut", "truncated", ".0%"),
+        ("tokens/s", "tokens_per_second", ",.0f"), ("samples", "samples",
+         ""), ("mean length", "length_mean", ",.0f"), ("cut", "truncated", ".0%"),
         ("KL", "kl", ".1e"), ("max gap", "max_gap", ".1e"), ("", "detail", "")])
     results.save(shape=card.SHAPES[size["shape"]], engine=args.engine)
     card.join()

@@ -32,13 +32,15 @@ def read(path, tiny):
         raise SystemExit(f"{path} is missing: run bench/{script} on a GPU first")
     result = json.loads(Path(path).read_text())
     if result["device"] == "cpu" and not tiny:
-        raise SystemExit(f"{path} was measured on a CPU, from which nothing follows for GPUs: run bench/{script} on a GPU")
+        raise SystemExit(
+            f"{path} was measured on a CPU, from which nothing follows for GPUs: run bench/{script} on a GPU")
     return result
 
 
 def best_update(rows):
     """The fastest row of ours with checkpointing, not compiled (grpo.py compiles nothing)."""
-    good = [r for r in rows if r["side"] == "ours" and "error" not in r and r["recompute"] and r["compile"] == "none" and r.get("score_tokens_per_second")]
+    good = [r for r in rows if r["side"] == "ours" and "error" not in r and r["recompute"]
+        and r["compile"] == "none" and r.get("score_tokens_per_second")]
     if not good:
         raise SystemExit("the update file has no finished row of ours with checkpointing: run bench/gpu_update.py again")
     return max(good, key=lambda r: r["tokens_per_second"])
@@ -48,7 +50,8 @@ def named(rows, what, which=0):
     """The row of that name in the generation file; several: by order."""
     found = [r for r in rows if r["what"] == what and "error" not in r]
     if not found:
-        raise SystemExit(f'the generation file has no finished row "{what}": run bench/gpu_generate.py again, with more --minutes')
+        raise SystemExit(
+            f'the generation file has no finished row "{what}": run bench/gpu_generate.py again, with more --minutes')
     return found[which]
 
 
@@ -72,18 +75,23 @@ def project(update, generate, a, recipe):
     """[(part, seconds, how)] of one step on a.gpus GPUs."""
     step, samples = named(generate, "step"), a.problems * a.samples / a.gpus
     written, tokens = samples * a.length, samples * (a.length + a.prompt)
-    again = 0.5 * tokens + (tokens if recipe == "deepscaler" else 0)  # old log-probs of the second half; reference of all
+    # old log-probs of the second half; reference of all
+    again = 0.5 * tokens + (tokens if recipe == "deepscaler" else 0)
     push = [r for r in generate if r["what"] == "push" and "error" not in r][-1]["seconds"]
     generation = written / step["tokens_per_second"]
     return [
         ("generate", generation, f"{samples:.0f} samples x {a.length:.0f} tokens / {step['tokens_per_second']:,.0f} tokens/s, measured with "
                                  f"{step['samples']} samples of {step['length_mean']:.0f}"),
         ("wait for the slowest GPU", generation * (a.imbalance - 1), f"ASSUMED: {a.imbalance:g} x the mean"),
-        ("log-probs", again / update["score_tokens_per_second"], f"{again:,.0f} tokens / {update['score_tokens_per_second']:,.0f} tokens/s scored"),
-        ("update", tokens / update["tokens_per_second"], f"{tokens:,.0f} tokens / {update['tokens_per_second']:,.0f} tokens/s at a budget of {update['budget']:,}"),
+        ("log-probs", again / update["score_tokens_per_second"],
+         f"{again:,.0f} tokens / {update['score_tokens_per_second']:,.0f} tokens/s scored"),
+        ("update",
+    tokens / update["tokens_per_second"],
+     f"{tokens:,.0f} tokens / {update['tokens_per_second']:,.0f} tokens/s at a budget of {update['budget']:,}"),
         ("communication", communication(tokens, update["budget"], update["fill"], again, a.gpus, a.nvlink * 1e9),
          f"ASSUMED: {a.nvlink:g} GB/s for each GPU, nothing hidden behind computation"),
-        ("push, sleep, wake", push + named(generate, "sleep")["seconds"] + named(generate, "wake")["seconds"], "measured on one GPU"),
+        ("push, sleep, wake", push + named(generate, "sleep")
+         ["seconds"] + named(generate, "wake")["seconds"], "measured on one GPU"),
         ("reward, records", a.other, f"ASSUMED: {a.other:g} s; rewards are computed while others generate"),
     ]
 
@@ -105,21 +113,27 @@ def main(argv=None):
     args = p.parse_args(argv)
     update, generate = read(args.update, args.size == "tiny"), read(args.generate, args.size == "tiny")
     if update["device"] != generate["device"]:
-        raise SystemExit(f"the two files come from different devices ({update['device']}, {generate['device']}): measure both on one")
+        raise SystemExit(
+            f"the two files come from different devices ({update['device']}, {generate['device']}): measure both on one")
     row = best_update(update["rows"])
     if not args.out and args.size != "tiny":  # this machine needs no GPU, its sources had one
         args.out = str(common.RESULTS / "gpu_projection.json")
     results = card.Results(f"PROJECTION to {args.gpus} GPUs, not a measurement", args, [
         ("recipe", "recipe", ""), ("part", "part", ""), ("seconds", "seconds", ".1f"), ("how", "how", "")])
     results.head["device"] = f"{update['device']} (one measured, {args.gpus} projected)"
-    results.head["sources"] = {k: {n: r.get(n) for n in ("date", "device", "command", "versions", "commit")} for k, r in (("update", update), ("generate", generate))}
+    results.head["sources"] = {k: {n: r.get(n) for n in ("date", "device", "command", "versions", "commit")}
+                                            for k, r in (("update", update), ("generate", generate))}
     lines = [f"PROJECTION by arithmetic from one {update['device']}, not measured on {args.gpus}:"]
     for recipe in ("deepscaler", "improved"):
         parts = project(row, generate["rows"], args, recipe)
         total = sum(seconds for _, seconds, _ in parts)
         for part, seconds, how in [*parts, ("TOTAL", total, "sum")]:
             results.add({"recipe": recipe, "part": part, "seconds": seconds, "how": how})
-        lines.append(f"  {recipe}: {total:.0f} s a step; " + "; ".join(f"{who}: {s:.0f} s published, {s / total:.2f}x" for who, s in PUBLISHED.items()))
+        lines.append(
+    f"  {recipe}: {total:.0f} s a step; " +
+    "; ".join(
+        f"{who}: {s:.0f} s published, {s / total:.2f}x" for who,
+         s in PUBLISHED.items()))
     results.finish(lines)
     return 0
 

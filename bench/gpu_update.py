@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import common  # noqa: E402
 import gpu_correctness as card  # noqa: E402
 
-PEAKS = {"H100 PCIe": 756e12, "H100": 989.4e12, "H200": 989.4e12}  # dense bf16 operations a second, NVIDIA's data sheets
+# dense bf16 operations a second, NVIDIA's data sheets
+PEAKS = {"H100 PCIe": 756e12, "H100": 989.4e12, "H200": 989.4e12}
 PRIME_RL = (0.11, 0.22)  # MFU of its published training benches on one H100 (Qwen3-0.6B at 16K, Qwen3-4B LoRA)
 
 
@@ -112,7 +113,8 @@ def ours(spec):
 
 def counts(rows):
     lengths = [len(r["prompt"]) + len(r["response"]) for r in rows]
-    return {"tokens": sum(lengths), "responses": sum(len(r["response"]) for r in rows), "squares": sum(n * n for n in lengths)}
+    return {"tokens": sum(lengths), "responses": sum(len(r["response"])
+                          for r in rows), "squares": sum(n * n for n in lengths)}
 
 
 def memory():
@@ -131,7 +133,8 @@ def trl(spec):
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
-    rows, cuda, k, starts, seconds = common.read_rollouts(spec["rollouts"]), torch.cuda.is_available(), spec["micro"], [], []
+    rows, cuda, k, starts, seconds = common.read_rollouts(
+    spec["rollouts"]), torch.cuda.is_available(), spec["micro"], [], []
     wait = torch.cuda.synchronize if cuda else lambda: None
 
     def rollout_func(prompts, trainer):
@@ -139,7 +142,8 @@ def trl(spec):
         if cuda and len(starts) == 1:  # the first step warms up
             torch.cuda.reset_peak_memory_stats()
         starts.append(time.perf_counter())
-        return {"prompt_ids": [r["prompt"] for r in rows], "completion_ids": [r["response"] for r in rows], "logprobs": None}
+        return {"prompt_ids": [r["prompt"] for r in rows], "completion_ids": [r["response"]
+            for r in rows], "logprobs": None}
 
     class Times(TrainerCallback):
         def on_step_end(self, *_, **__):
@@ -160,7 +164,8 @@ def trl(spec):
             report_to=[], save_strategy="no", disable_tqdm=True, dataloader_pin_memory=cuda)
         trainer = GRPOTrainer(
             model, args=args, reward_funcs=lambda completions, **_: rewards, processing_class=AutoTokenizer.from_pretrained(spec["tokenizer"]),
-            train_dataset=Dataset.from_dict({"prompt": [str(r["problem"]) for r in rows[::spec["group"]]] * (1 + spec["repeats"])}),
+            train_dataset=Dataset.from_dict({"prompt": [str(r["problem"])
+                                            for r in rows[::spec["group"]]] * (1 + spec["repeats"])}),
             rollout_func=rollout_func, callbacks=[Times()])
         trainer.train()
     norms = [line["grad_norm"] for line in trainer.state.log_history if "grad_norm" in line]
@@ -181,7 +186,12 @@ KINDS = {  # of kernels, by words in their names; the first that fits
     "matmul": ("gemm", "nvjet", "cutlass", "cublas", "wgmma", "addmm", "::mm", "bmm"),
     "copies": ("memcpy", "memset", "copy", "direct_copy", "cat"),
 }
-SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense", "aten::nonzero")
+SYNCS = (
+    "cudaStreamSynchronize",
+    "cudaDeviceSynchronize",
+    "cudaEventSynchronize",
+    "aten::_local_scalar_dense",
+     "aten::nonzero")
 
 
 def kind_of(name):
@@ -200,7 +210,8 @@ def profile(work):
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
     # FSDP and the optimizer mark ranges on the device's time line, which hold kernels that are listed by themselves
-    on_device = lambda e: e.device_type == DeviceType.CUDA and not getattr(e, "is_user_annotation", False) and not e.key.startswith(("FSDP::", "Optimizer."))
+    on_device = lambda e: e.device_type == DeviceType.CUDA and not getattr(
+        e, "is_user_annotation", False) and not e.key.startswith(("FSDP::", "Optimizer."))
     cuda = torch.cuda.is_available()
     with torch.profiler.profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as prof:
         start = time.perf_counter()
@@ -224,8 +235,10 @@ def print_profile(label, p):
     print(f"\nprofile of {label}: {p['seconds']:.2f} s under the profiler, kernels {p['kernel_seconds']:.2f} s (busy {p['busy']:.0%}), "
           f"{p['launches']} launches")
     print("  shares: " + ", ".join(f"{k} {v:.1%}" for k, v in p["kinds"].items()))
-    print("  synchronisations: " + (", ".join(f"{k} {v['calls']} x, {v['seconds']:.3f} s" for k, v in p["syncs"].items()) or "none"))
-    common.table(p["top"], [("kernel", "kernel", ""), ("calls", "calls", ""), ("seconds", "seconds", ".4f"), ("share", "share", ".1%")])
+    print("  synchronisations: " +
+     (", ".join(f"{k} {v['calls']} x, {v['seconds']:.3f} s" for k, v in p["syncs"].items()) or "none"))
+    common.table(p["top"], [("kernel", "kernel", ""), ("calls", "calls", ""),
+                 ("seconds", "seconds", ".4f"), ("share", "share", ".1%")])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -243,15 +256,19 @@ def verdicts(rows, trl_asked):
     lines = [say("at least 40 % MFU at 16K with checkpointing", best and f"MFU {best['mfu']:.1%}, HFU {best['hfu']:.1%}", best and best["mfu"] >= 0.4),
              say("prime-rl's published 11-22 % beaten", best and f"{best['mfu']:.1%}", best and best["mfu"] > max(PRIME_RL))]
     memory = min((r["peak_gib"] for r in at(24576) if r["peak_gib"]), default=None)
-    lines.append(say("24K with checkpointing in under 45 GiB", memory and f"{memory:.1f} GiB allocated at most", memory and memory < 45))
+    lines.append(say("24K with checkpointing in under 45 GiB",
+    memory and f"{memory:.1f} GiB allocated at most",
+     memory and memory < 45))
     theirs = max((r for r in good if r["side"] == "trl"), key=lambda r: r["tokens_per_second"], default=None)
     fast = max((r for r in mine if r["recompute"]), key=lambda r: r["tokens_per_second"], default=None)
     if trl_asked:
         ratio = fast["tokens_per_second"] / theirs["tokens_per_second"] if fast and theirs and on_gpu else None
-        lines.append(say("at least 2x TRL, both with checkpointing, each at its best setting", ratio and f"{ratio:.2f}x", ratio and ratio >= 2))
+        lines.append(say("at least 2x TRL, both with checkpointing, each at its best setting",
+                     ratio and f"{ratio:.2f}x", ratio and ratio >= 2))
     if fast and theirs:
         apart = abs(theirs["grad_norm"] / fast["grad_norm"] - 1)
-        lines.append(f"gradient norms of TRL and ours are {apart:.1%} apart" + ("" if apart < 0.1 else ": they do NOT compute the same"))
+        lines.append(f"gradient norms of TRL and ours are {apart:.1%} apart" + \
+                     ("" if apart < 0.1 else ": they do NOT compute the same"))
     return lines
 
 
@@ -259,7 +276,14 @@ def plan(args, settings):
     """[(side, settings)]: ours with checkpointing, TRL, ours without, so that what matters most is measured first."""
     mine = [("ours", settings | {"budget": b, "recompute": r, "chunk": c, "compile": k})
             for r in sorted(args.recompute, reverse=True) for b in args.budgets for c in args.chunk for k in args.compile]
-    theirs = [("trl", settings | {"budget": None, "recompute": 1, "chunk": None, "compile": "none", "micro": k}) for k in args.trl_micro]
+    theirs = [
+    ("trl",
+    settings | {
+        "budget": None,
+        "recompute": 1,
+        "chunk": None,
+        "compile": "none",
+         "micro": k}) for k in args.trl_micro]
     first = [job for job in mine if job[1]["recompute"]]
     return first + theirs + mine[len(first):]
 
@@ -271,8 +295,12 @@ def main(argv=None):
     add("--budgets", type=int, nargs="+", default=[8192, 16384, 24576, 32768], help="packed tokens of a micro-batch")
     add("--recompute", type=int, nargs="+", choices=[0, 1], default=[1, 0], help="activation checkpointing")
     add("--chunk", type=int, nargs="+", default=[1024], help="tokens of a tile of logits")
-    add("--compile", nargs="+", default=["none"], help="none, parts, layers: see compile_layers; a suffix names a backend (parts:eager)")
-    add("--trl_micro", type=int, nargs="*", default=[1, 2], help="TRL's micro-batches in samples; without a number: no TRL")
+    add("--compile",
+    nargs="+",
+    default=["none"],
+     help="none, parts, layers: see compile_layers; a suffix names a backend (parts:eager)")
+    add("--trl_micro", type=int, nargs="*", default=[1, 2],
+        help="TRL's micro-batches in samples; without a number: no TRL")
     add("--peer_python", default=None, help="interpreter that has TRL; default: this one")
     add("--prompts", type=int, default=3, help="groups of 8 samples in the rollouts")
     add("--max_len", type=int, default=7900, help="longest response; with its prompt it must fit the smallest budget")
@@ -290,9 +318,12 @@ def main(argv=None):
         args.budgets, args.repeats = [64] if args.budgets == p.get_default("budgets") else args.budgets, 1
         args.trl_micro = [] if args.trl_micro == p.get_default("trl_micro") else args.trl_micro
     results = card.Results("update throughput and memory on one device", args, [
-        ("side", "side", ""), ("budget", "budget", ""), ("ckpt", "recompute", ""), ("tile", "chunk", ""), ("compile", "compile", ""),
-        ("micro", "micro", ""), ("tokens/s", "tokens_per_second", ",.0f"), ("MFU", "mfu", ".1%"), ("HFU", "hfu", ".1%"), ("peak GiB", "peak_gib", ".1f"),
-        ("reserved", "reserved_gib", ".1f"), ("seconds", "seconds", ".3f"), ("score tok/s", "score_tokens_per_second", ",.0f"),
+        ("side", "side", ""), ("budget", "budget", ""), ("ckpt",
+         "recompute", ""), ("tile", "chunk", ""), ("compile", "compile", ""),
+        ("micro", "micro", ""), ("tokens/s", "tokens_per_second", ",.0f"), ("MFU",
+         "mfu", ".1%"), ("HFU", "hfu", ".1%"), ("peak GiB", "peak_gib", ".1f"),
+        ("reserved", "reserved_gib", ".1f"), ("seconds", "seconds",
+         ".3f"), ("score tok/s", "score_tokens_per_second", ",.0f"),
         ("fill", "fill", ".0%"), ("|g|", "grad_norm", ".4f")])
     dtype = args.dtype or ("bfloat16" if results.cuda else "float32")
     with tempfile.TemporaryDirectory() as folder:
@@ -301,7 +332,8 @@ def main(argv=None):
         holds = common.rollouts(path, vocab, args.prompts, 8, args.mean, args.max_len, prompt_len)
         longest = max(len(r["prompt"]) + len(r["response"]) for r in common.read_rollouts(path))
         if longest > min(args.budgets):
-            p.error(f"the longest sample has {longest} tokens, more than the budget of {min(args.budgets)}: lower --max_len")
+            p.error(
+                f"the longest sample has {longest} tokens, more than the budget of {min(args.budgets)}: lower --max_len")
         settings = {"shape": shape, "rollouts": str(path), "dtype": dtype, "repeats": args.repeats, "prompts": args.prompts, "group": 8,
                     "max_len": args.max_len, "profile": args.profile, "micro": None, "tokenizer": None}
         if args.trl_micro:
