@@ -187,7 +187,7 @@ def train(args, run):
             return run.leave(f"after step {step}")
 
 
-def generate(run, problems, prompts, n, temperature, step, clock=None, desc="generate", top_p=1.0):
+def generate(run, problems, prompts, n, temperature, step, clock=None, desc="generate", top_p=1.0, max_len=0):
     """n samples for each prompt over all ranks -> (samples, rewards, texts), each of length P x n; Nones when a
     signal came. Rewards are computed by a thread of each rank while its engine goes on generating."""
     items = [(p, j) for p in range(len(problems)) for j in range(n)]
@@ -199,7 +199,7 @@ def generate(run, problems, prompts, n, temperature, step, clock=None, desc="gen
 
     with ThreadPoolExecutor(1) as pool:
         samples, graded, seconds = rollout(
-            run.engine, [prompts[p] for p, _ in items], seeds, run.args.max_len, temperature, top_p,
+            run.engine, [prompts[p] for p, _ in items], seeds, max_len or run.args.max_len, temperature, top_p,
             on_sample=lambda i, s: pool.submit(grade, i, s), stop=run.signal, desc=desc)
     for phase, s in seconds.items():
         if clock:
@@ -372,7 +372,8 @@ class Run:
         start, n = time.time(), self.args.eval_n
         self.engine.wake()
         samples, rewards, _ = generate(self, self.eval_problems, self.eval_prompts, n, self.args.eval_temperature,
-                                       "eval", desc="evaluate", top_p=self.args.eval_top_p)
+                                       "eval", desc="evaluate", top_p=self.args.eval_top_p,
+                                       max_len=self.args.eval_max_len)
         self.engine.sleep(keep_weights=True)
         reward.reset_counters()
         if samples is None:
@@ -555,6 +556,7 @@ def parse_args(argv=None):
     add("--eval_every", type=int, default=20, help="steps; also before the first and after the last. 0: never")
     add("--eval_n", type=int, default=8, help="samples for each held-out problem")
     add("--eval_temperature", type=float, default=0.6, help="of evaluation samples")
+    add("--eval_max_len", type=int, default=0, help="tokens of an evaluation response; 0: --max_len, as the original")
     add("--eval_top_p", type=float, default=1.0, help="nucleus of evaluation samples; evaluate.py's default is 0.95")
     # files and reports
     add("--out", default="runs/stage1", help="run folder: config.json, metrics.jsonl, rollouts/, checkpoints/")
@@ -596,7 +598,7 @@ def check_options(p, args):
         if not (getattr(args, name) > 0 and math.isfinite(getattr(args, name))):
             p.error(f"--{name} must be a finite number above 0")
     for name in ("clip_low", "clip_high", "kl_coef", "entropy_coef", "tis_cap", "grad_clip", "weight_decay",
-                 "eval_temperature", "eval_every", "show_every", "warmup_steps", "max_seqs", "token_budget", "max_chars",
+                 "eval_temperature", "eval_every", "eval_max_len", "show_every", "warmup_steps", "max_seqs", "token_budget", "max_chars",
                  "min_rate"):
         if not (getattr(args, name) >= 0 and math.isfinite(getattr(args, name))):
             p.error(f"--{name} must not be negative")
@@ -621,7 +623,8 @@ def setup(args):
     data.batch_indices(len(run.problems), 0, args.prompts, args.seed)
     if args.eval_every:
         run.eval_problems, run.eval_prompts = encode(run, args.eval_data, positions)
-    longest = args.max_len + max(map(len, run.prompts + getattr(run, "eval_prompts", [])))
+    longest = args.max_len + max(map(len, run.prompts))
+    longest_eval = (args.eval_max_len or args.max_len) + max(map(len, run.eval_prompts)) if args.eval_every else 0
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     gpu = device.type == "cuda"
     args.dtype = ("bfloat16" if gpu else "float32") if args.dtype == "auto" else args.dtype
@@ -634,7 +637,7 @@ def setup(args):
     write_config(run)
 
     # the engine first: vLLM measures the memory that is free when it starts; then it sleeps while the rest loads
-    run.engine = make_engine(args.engine, args.model, max_model_len=longest, dtype=args.dtype, device=device,
+    run.engine = make_engine(args.engine, args.model, max_model_len=max(longest, longest_eval), dtype=args.dtype, device=device,
                              max_seqs=args.max_seqs, gpu_memory=args.gpu_memory, seed=args.seed,
                              enable_sleep=bool(args.sleep), enforce_eager=args.enforce_eager)
     run.engine.sleep()
@@ -682,8 +685,9 @@ def open_model(args):
     except (OSError, ValueError, KeyError) as e:
         raise ValueError(f"--model {args.model} cannot be opened: {str(e).splitlines()[0]} (a folder written by "
                          f"save_pretrained works without a network)") from e
-    if positions and args.max_len >= positions:
-        raise ValueError(f"--max_len {args.max_len} leaves no room for a prompt in the {positions} positions of "
+    response = max(args.max_len, args.eval_max_len)
+    if positions and response >= positions:
+        raise ValueError(f"--max_len {response} leaves no room for a prompt in the {positions} positions of "
                          f"{args.model}: lower it below {positions}")
     return tokenizer, positions, parameters
 
@@ -691,7 +695,7 @@ def open_model(args):
 def encode(run, path, positions):
     """Problems and their prompts; those longer than the limit, or than the model has room for, are dropped."""
     args = run.args
-    room = min(args.max_prompt_len, positions - args.max_len) if positions else args.max_prompt_len
+    room = min(args.max_prompt_len, positions - max(args.max_len, args.eval_max_len)) if positions else args.max_prompt_len
     problems = data.load_problems(path)
     if path == args.data:
         rates = data.load_solve_rates(args.difficulty) if args.difficulty else {}

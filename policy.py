@@ -18,6 +18,7 @@ Shapes: T packed tokens, R response tokens among them, S sequences, V vocabulary
 Left out on purpose: tensor, pipeline and context parallelism (a 1.5B model at 24K needs none), LoRA, quantisation,
 torch.compile (10-15 % of an update on a GPU at best, against minutes of warm-up and graph breaks at varlen).
 """
+import inspect
 import json
 import os
 import shutil
@@ -37,6 +38,8 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 try:
     from torch.nn.attention.varlen import varlen_attn
+    # torch 2.11 takes fewer key heads without being told; later versions want to be told
+    GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 except ImportError:  # an older torch: attention falls back to one call a document
     varlen_attn = None
 
@@ -177,7 +180,7 @@ def varlen_attention(module, query, key, value, attention_mask=None, scaling=Non
     if q.is_cuda and varlen_attn is not None and q.dtype in (torch.bfloat16, torch.float16):
         left = -1 if sliding_window is None else sliding_window - 1
         out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scale,
-                          window_size=(left, 0), enable_gqa=q.shape[1] != k.shape[1])
+                          window_size=(left, 0), **GQA)
     else:
         out = document_attention(q, k, v, cu_seq_lens_q, scale, sliding_window)
     return out[None], None

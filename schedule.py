@@ -40,11 +40,12 @@ PUBLISHED = ("8192:1040:8:save_every=20:eval_every=20:eval_n=8,16384:480:16:save
 PRESETS = {
     "deepscaler": dict(stages=PUBLISHED, model=MODEL, grpo=[]),
     "toy": dict(
-        stages="64:60:8,128:40:8,192:40:8", model=f"{ASSETS}/toy/model", gpus=1,
-        benchmarks=[f"{ASSETS}/toy/heldout.jsonl"], bench_n=8, bench_max_tokens=192,
-        grpo=["--data", f"{ASSETS}/toy/train.jsonl.gz", "--eval_data", f"{ASSETS}/toy/heldout.jsonl", "--eval_every", "5",
-              "--eval_n", "4", "--save_every", "5", "--prompts", "16", "--lr", "3e-4", "--engine", "torch",
-              "--max_prompt_len", "32", "--show_every", "20"]),
+        run="runs/toy", stages="64:60:8,128:30:8,192:30:8", model=f"{ASSETS}/toy/model", gpus=2, switch="auto",
+        benchmarks=[f"{ASSETS}/toy/heldout.jsonl"], bench_n=16, bench_max_tokens=192, bench_temperature=1.0, bench_top_p=1.0,
+        grpo=["--data", f"{ASSETS}/toy/train.jsonl.gz", "--eval_data", f"{ASSETS}/toy/heldout.jsonl", "--eval_every", "10",
+              "--eval_n", "2", "--eval_max_len", "192", "--eval_temperature", "1", "--save_every", "5", "--recipe", "improved",
+              "--prompts", "64", "--updates", "1", "--lr", "2e-4", "--engine", "torch", "--max_seqs", "256",
+              "--token_budget", "8192", "--max_prompt_len", "128", "--show_every", "0"]),
 }
 # what others paid for the same model: (who, what, GPU-hours, dollars, AIME 2024), by their own accounts
 COSTS = [
@@ -1125,6 +1126,8 @@ def main(argv=None):
         commands = [stage_command(run, plan, n) for n in range(1, len(plan["stages"]) + 1)]
         gpus, gpu_name, resolved = probe(commands)
         o["gpus"] = o["gpus"] or max(1, gpus)
+        if gpus and o["preset"] == "toy" and "gpus" not in given:
+            o["gpus"] = min(o["gpus"], gpus)  # two processes are meant for two cores
         known = ["A100-40"] * ("40GB" in gpu_name) + [k for k in GPUS if k.split("-")[0] in gpu_name.replace(" ", "")]
         o["gpu_type"] = o["gpu_type"] or (known + ["A100-80" if gpus or dry else "cpu"])[0]
         for n, stage in enumerate(plan["stages"][:-1] if o["switch"] == "auto" else []):
@@ -1134,7 +1137,7 @@ def main(argv=None):
         if not gpus and o["preset"] == "deepscaler" and o["model"] == MODEL:
             if not sys.stdin.isatty() or input(no_gpu() + "\nRun the toy preset now? [y/N] ").strip().lower() != "y":
                 raise ValueError(no_gpu())
-            return main(["--preset", "toy", "--run", "runs/toy"])
+            return main(["--preset", "toy"])
         return lead(run, plan, resolved, lock)
     except (ValueError, OSError) as e:
         print(f"schedule.py: {e}", file=sys.stderr)
