@@ -40,11 +40,11 @@ PUBLISHED = ("8192:1040:8:save_every=20:eval_every=20:eval_n=8,16384:480:16:save
 PRESETS = {
     "deepscaler": dict(stages=PUBLISHED, model=MODEL, grpo=[]),
     "toy": dict(
-        run="runs/toy", stages="64:60:8,128:30:8,192:30:8", model=f"{ASSETS}/toy/model", gpus=2, switch="auto",
+        run="runs/toy", stages="40:70:8,80:50:8,120:50:8", model=f"{ASSETS}/toy/model", gpus=2, switch="auto",
         benchmarks=[f"{ASSETS}/toy/heldout.jsonl"], bench_n=16, bench_max_tokens=192, bench_temperature=1.0, bench_top_p=1.0,
         grpo=["--data", f"{ASSETS}/toy/train.jsonl.gz", "--eval_data", f"{ASSETS}/toy/heldout.jsonl", "--eval_every", "10",
               "--eval_n", "2", "--eval_max_len", "192", "--eval_temperature", "1", "--save_every", "5", "--recipe", "improved",
-              "--prompts", "64", "--updates", "1", "--lr", "2e-4", "--engine", "torch", "--max_seqs", "256",
+              "--prompts", "48", "--updates", "1", "--lr", "2e-4", "--engine", "torch", "--max_seqs", "256",
               "--token_budget", "8192", "--max_prompt_len", "128", "--show_every", "0"]),
 }
 # what others paid for the same model: (who, what, GPU-hours, dollars, AIME 2024), by their own accounts
@@ -684,7 +684,7 @@ def report(run, plan):
     page = os.path.join(run, "transcripts.html")
     pictures = sorted(glob.glob(os.path.join(run, "figures", "*.png")))
     text = [f"# {os.path.basename(os.path.abspath(run))}: training with a growing context\n",
-            f"A language model ({plan['model']}) answers problems several times each; right answers earn 1, wrong ones "
+            f"A language model ({plan['model'].replace(HERE + os.sep, '')}) answers problems several times each; right answers earn 1, wrong ones "
             f"0, and "
             f"probability moves towards answers better than their group's mean (GRPO). The context grows from stage to "
             f"stage; stages end {how}. Each starts from the weights of the one before, with "
@@ -699,7 +699,7 @@ def report(run, plan):
             "## Ledger\n", ledger_table(rows, o) if rows else "Nothing was trained yet.\n",
             "## Not shown, and why\n", *([f"- {name}: {why}" for name, why in missing.items()]
                                          or ["Nothing is missing."]),
-            f"\nOptions of all stages: `{shlex.join(o['grpo']) or 'the defaults of grpo.py'}`\n"]
+            f"\nOptions of all stages: `{shlex.join(o['grpo']).replace(HERE + os.sep, '') or 'the defaults of grpo.py'}`\n"]
     with open(os.path.join(run, "report.md.tmp"), "w", encoding="utf-8") as f:
         f.write("\n".join(text))
     os.replace(os.path.join(run, "report.md.tmp"), os.path.join(run, "report.md"))
