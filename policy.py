@@ -62,7 +62,7 @@ def token_logprobs(hidden, head_weight, targets, temperature=1.0, chunk=1024, en
     hidden [T, H] final hidden states, head_weight [V, H], targets [T] int64, temperature > 0 divides the logits
     (sampling at T = 0.6 means training at T = 0.6) -> logp [T], entropy [T] in nats, both fp32.
     Gradients reach `hidden` and `head_weight`; with `entropy_grad=False` the entropy is a metric only, which
-    saves nothing but keeps an accidental bonus out of the loss. Memory: two fp32 tiles [chunk, V] whatever T is,
+    saves nothing but keeps an accidental bonus out of the loss. Memory: one or two fp32 tiles [chunk, V] whatever T is,
     plus the fp32 gradient of the head in backward; price: the head's matmul once more in backward.
     Reference for the idea: verl's FusedLinearForPPO, prime-rl's FusedOutputLinear.
 
@@ -88,57 +88,76 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, head_weight, targets, temperature, chunk):
         logp = hidden.new_empty(len(hidden), dtype=torch.float32)
         entropy, lse = torch.empty_like(logp), torch.empty_like(logp)
-        for i in range(0, len(hidden), chunk):
-            s = slice(i, i + chunk)
-            z = _tile_logits(hidden[s], head_weight).div_(temperature)
-            top = z.amax(-1, keepdim=True)
-            e = z.sub_(top).exp()  # shifted: the entropy below is then a sum of small terms
-            log_total = e.sum(-1).log()
-            lse[s] = top[:, 0] + log_total
-            logp[s] = z.gather(-1, targets[s, None])[:, 0] - log_total
-            entropy[s] = log_total - e.mul_(z).sum(-1) / log_total.exp()
-            del z, e  # else the next tile is allocated while this one is alive
+        for s, z in _tiles(hidden, head_weight, temperature, chunk):
+            for b in _blocks(s, z):
+                rows = z[b.start - s.start:b.stop - s.start]
+                top = rows.amax(-1, keepdim=True)
+                e = rows.sub_(top).exp()  # shifted: the entropy below is then a sum of small terms
+                log_total = e.sum(-1).log()
+                lse[b] = top[:, 0] + log_total
+                logp[b] = rows.gather(-1, targets[b, None])[:, 0] - log_total
+                entropy[b] = log_total - e.mul_(rows).sum(-1) / log_total.exp()
         ctx.save_for_backward(hidden, head_weight, targets, lse, entropy)
         ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.set_materialize_grads(False)  # an entropy that is only a metric comes back as None
         return logp, entropy
 
     @staticmethod
     def backward(ctx, grad_logp, grad_entropy):
         hidden, head_weight, targets, lse, entropy = ctx.saved_tensors
+        grad_logp = torch.zeros_like(lse) if grad_logp is None else grad_logp
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # fp32: a bf16 running sum over tiles would lose the small contributions
         grad_head = torch.zeros_like(head_weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        has_entropy = bool((grad_entropy != 0).any())
-        for i in range(0, len(hidden), ctx.chunk):
-            s = slice(i, i + ctx.chunk)
-            log_q = _tile_logits(hidden[s], head_weight).div_(ctx.temperature).sub_(lse[s, None])
-            q = log_q.exp()
-            if has_entropy:
-                dz = q.mul_(log_q.add_(entropy[s, None]).mul_(-grad_entropy[s, None]).sub_(grad_logp[s, None]))
-            else:
-                dz = q.mul_(-grad_logp[s, None])
-            del log_q
-            dz.scatter_add_(-1, targets[s, None], grad_logp[s, None]).div_(ctx.temperature)
-            dz = dz.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[s] = dz @ head_weight
-            if grad_head is not None:
-                if dz.dtype == torch.float32:
-                    grad_head.addmm_(dz.T, hidden[s])
+        narrow = hidden.dtype if hidden.is_cuda else torch.float32
+        head = head_weight.to(narrow)
+        # d logp / dz is a multiple of the token's gradient: that factor is cheaper on the [T, H] side of both products
+        inside, outside = (torch.ones_like(lse), grad_logp) if grad_entropy is None else (grad_logp, torch.ones_like(lse))
+        outside = (outside / -ctx.temperature)[:, None]
+        for s, z in _tiles(hidden, head_weight, ctx.temperature, ctx.chunk):
+            for b in _blocks(s, z):
+                log_q = z[b.start - s.start:b.stop - s.start].sub_(lse[b, None])
+                if grad_entropy is None:
+                    log_q.exp_()
                 else:
-                    grad_head += dz.T @ hidden[s]
-            del q, dz
+                    factor = (log_q + entropy[b, None]).mul_(grad_entropy[b, None]).add_(inside[b, None])
+                    log_q.exp_().mul_(factor)
+            dz = z.scatter_add_(-1, targets[s, None], -inside[s, None]).to(narrow)
+            if grad_hidden is not None:
+                grad_hidden[s] = (dz @ head) * outside[s]
+            if grad_head is not None:
+                scaled = (hidden[s] * outside[s]).to(narrow)
+                if narrow == torch.float32:
+                    grad_head.addmm_(dz.T, scaled)
+                else:
+                    grad_head += dz.T @ scaled
         return grad_hidden, None if grad_head is None else grad_head.to(head_weight.dtype), None, None, None
 
 
-def _tile_logits(hidden, head_weight):
-    """[t, H] x [V, H] -> [t, V] in fp32. A bf16 result would round a logit of 20 by up to 0.06, and the
-    log-prob with it; CUDA keeps the fp32 accumulator, elsewhere the inputs are widened first."""
-    if hidden.dtype == torch.float32:
-        return hidden @ head_weight.T
-    if hidden.is_cuda:
-        return torch.mm(hidden, head_weight.T, out_dtype=torch.float32)
-    return hidden.float() @ head_weight.float().T
+def _tiles(hidden, head_weight, temperature, chunk):
+    """Yield (slice of tokens, their logits / temperature [t, V] in fp32); on a CPU in one buffer used again and again,
+    since fresh pages cost three times the arithmetic.
+
+    A bf16 result would round a logit of 20 by up to 0.06, and the log-prob with it; CUDA keeps the fp32 accumulator,
+    elsewhere the inputs are widened first.
+    """
+    if hidden.is_cuda and hidden.dtype != torch.float32:
+        for i in range(0, len(hidden), chunk):
+            h = hidden[i:i + chunk]
+            yield slice(i, i + len(h)), torch.mm(h, head_weight.T, out_dtype=torch.float32).div_(temperature)
+        return
+    hidden, head_weight = hidden.float(), head_weight.float()
+    tile = torch.empty(min(chunk, len(hidden)), len(head_weight), dtype=torch.float32, device=hidden.device)
+    for i in range(0, len(hidden), chunk):
+        h = hidden[i:i + chunk]
+        z = tile[:len(h)]
+        yield slice(i, i + len(h)), torch.addmm(z, h, head_weight.T, beta=0, alpha=1 / temperature, out=z)
+
+
+def _blocks(s, z):
+    """Cut a tile into slices of rows: on a CPU as many as fit its cache, so that the passes over them are cheap."""
+    step = len(z) if z.is_cuda else max(1, 2**18 // z.shape[1])
+    return [slice(i, min(i + step, s.stop)) for i in range(s.start, s.stop, step)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
