@@ -174,7 +174,8 @@ def spread(values):
     {'median': 2.0, 'min': 1.0, 'max': 3.0, 'n': 3}
     """
     values = [v for v in values if v is not None]
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "n": len(values)} if values else None
+    return {"median": statistics.median(values), "min": min(values), "max": max(values),
+            "n": len(values)} if values else None
 
 
 def rows_of(answers, **fields):
@@ -219,21 +220,22 @@ def table(rows, columns):
     print("\n".join([show(lines[0]), "|" + "|".join("-" * (w + 2) for w in width) + "|", *map(show, lines[1:])]))
 
 
-def write(path, what, settings, rows, started, **more):
-    """The JSON of a benchmark, replaced in one go. `started`: os.getloadavg() before the first measurement."""
-    load = [round(x, 2) for x in started + os.getloadavg()]
+def write(path, what, settings, rows, before, **more):
+    """The JSON of a benchmark, replaced in one go. `before`: what `start` returned."""
     cores = os.cpu_count()
     sides = {r["side"]: r.pop("versions") for r in rows if "versions" in r}
     threads = sorted({r.pop("threads") for r in rows if "threads" in r})
     devices = sorted({r.pop("device") for r in rows if "device" in r})
     warning = None
-    if load[1] > 0.5:  # five minutes before the first measurement: nobody else should have been there
-        warning = f"load average {load[1]} before the start on {cores} cores: other work was running, times are too long"
+    if (before["busy_cores"] or 0) > 0.2:
+        warning = f"{before['busy_cores']} of {cores} cores were busy before the first measurement: times are too long"
         print(f"WARNING {warning}")
     result = {"what": what, "date": datetime.datetime.now().isoformat(timespec="minutes"), "warning": warning,
               "machine": {"cpu": cpu_name(), "cores": cores, "device": devices, "threads": threads},
-              "load_before": load[:3], "load_after": load[3:], "commit": commit(), "versions": sides,
-              "memory": "peak beyond the level before the work, see bench/common.py", "settings": settings, "rows": rows} | more
+              "before": before, "load_after": [round(x, 2) for x in os.getloadavg()], "commit": commit(),
+              "versions": sides,
+              "memory": "peak beyond the level before the work, see bench/common.py", "settings": settings,
+              "rows": rows} | more
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -267,11 +269,31 @@ def add_common(parser, name):
 
 
 def start(args):
-    """Called by every script before it measures anything."""
+    """Called by every script before it measures anything -> what the machine was doing, for `write`."""
     if args.threads:
         os.environ["OMP_NUM_THREADS"] = str(args.threads)
     if args.quick:
         args.repeats = 1
+    return {"load": [round(x, 2) for x in os.getloadavg()], "busy_cores": busy_cores()}
+
+
+def busy_cores(seconds=2.0):
+    """Cores in use during the next seconds, None where the system does not tell. The load average would count a
+    benchmark that ended a minute ago."""
+    try:
+        first = _cpu_ticks()
+        time.sleep(seconds)
+        last = _cpu_ticks()
+    except OSError:
+        return None
+    idle, total = (b - a for a, b in zip(first, last))
+    return round(os.cpu_count() * (1 - idle / max(1, total)), 2)
+
+
+def _cpu_ticks():
+    """(idle, all) ticks of all cores since the machine started."""
+    ticks = [int(x) for x in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    return ticks[3] + ticks[4], sum(ticks)
 
 
 def has(package):
@@ -290,15 +312,17 @@ def rollouts(path, vocab, prompts, group, mean, max_len, prompt_len, seed=0):
     are random: what they say changes no time. Rewards are 0 or 1, every group is mixed: a real run
     drops or keeps the others, either way they say nothing about speed.
     """
-    g, lines = random.Random(seed), []
+    g, ids, lines = random.Random(seed), random.Random(seed + 1), []
     for p in range(prompts):
-        prompt = [g.randrange(5, vocab) for _ in range(g.randint(max(1, prompt_len // 2), 3 * prompt_len // 2))]
+        prompt = [ids.randrange(5, vocab) for _ in range(g.randint(max(1, prompt_len // 2), 3 * prompt_len // 2))]
         level = g.gauss(0, 0.55)
         for j in range(group):
             n = max(1, round(mean * 2.718281828 ** (level + g.gauss(0, 0.45) - (0.55**2 + 0.45**2) / 2)))
-            response = [g.randrange(5, vocab) for _ in range(min(n, max_len))]
-            lines.append({"problem": p, "prompt": prompt, "response": response, "reward": float(j % 2 if j < 2 else g.random() < 0.4),
-                          "logprobs": [g.uniform(-3, 0) for _ in response], "finish_reason": "length" if n > max_len else "stop"})
+            response = [ids.randrange(5, vocab) for _ in range(min(n, max_len))]
+            reward = float(j % 2 if j < 2 else ids.random() < 0.4)
+            lines.append({"problem": p, "prompt": prompt, "response": response, "reward": reward,
+                          "logprobs": [ids.uniform(-3, 0) for _ in response],
+                          "finish_reason": "length" if n > max_len else "stop"})
     Path(path).write_text("".join(json.dumps(line) + "\n" for line in lines))
     return describe(lines)
 
@@ -306,7 +330,8 @@ def rollouts(path, vocab, prompts, group, mean, max_len, prompt_len, seed=0):
 def describe(lines):
     """What a rollout file holds, for the table."""
     lengths = [len(r["response"]) for r in lines]
-    return {"samples": len(lines), "tokens_response": sum(lengths), "tokens_prompt": sum(len(r["prompt"]) for r in lines),
+    return {"samples": len(lines), "tokens_response": sum(lengths),
+            "tokens_prompt": sum(len(r["prompt"]) for r in lines),
             "length_mean": sum(lengths) / len(lengths), "length_max": max(lengths),
             "truncated": sum(r["finish_reason"] == "length" for r in lines) / len(lines)}
 
@@ -318,18 +343,21 @@ def read_rollouts(path):
 def tiny_model(folder, vocab=4096, hidden=192, layers=4, seed=0, positions=4096, stops=1):
     """A random Qwen2 (1.6 M parameters at the defaults) and a tokenizer for it, as a Hugging Face folder.
 
-    stops: as many of the tokens end a text, so that random text ends. The last 40 tokens are boxed answers, half 0, half 1:
-    random text of 80 tokens is right about every third time.
+    stops: as many of the tokens end a text, so that random text ends. The last 40 tokens are boxed answers, half 0,
+    half 1: random text of 80 tokens is right about every third time.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
     torch.manual_seed(seed)
     config = Qwen2Config(vocab_size=vocab, hidden_size=hidden, intermediate_size=hidden, num_hidden_layers=layers,
-                         num_attention_heads=hidden // 32, num_key_value_heads=max(1, hidden // 96), max_position_embeddings=positions,
-                         tie_word_embeddings=True, eos_token_id=0, pad_token_id=0, bos_token_id=None, initializer_range=0.05)
+                         num_attention_heads=hidden // 32, num_key_value_heads=max(1, hidden // 96),
+                         max_position_embeddings=positions,
+                         tie_word_embeddings=True, eos_token_id=0, pad_token_id=0, bos_token_id=None,
+                         initializer_range=0.05)
     Qwen2ForCausalLM(config).save_pretrained(folder)
-    (Path(folder) / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(stops)), "pad_token_id": 0}))
+    ends = {"eos_token_id": list(range(stops)), "pad_token_id": 0}
+    (Path(folder) / "generation_config.json").write_text(json.dumps(ends))
     core = Tokenizer(models.BPE({"<eos>": 0, **{word(i): i for i in range(1, vocab - 40)}}, merges=[]))
     core.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>")
@@ -348,14 +376,17 @@ def word(i):
     >>> word(1), word(62), word(63)
     ('a', '9', 'aa')
     """
-    return LETTERS[i - 1] if i <= 62 else LETTERS[(i - 63) // 62] + LETTERS[(i - 63) % 62] if i < 63 + 62 * 62 else f"_{i}"
+    if i <= 62:
+        return LETTERS[i - 1]
+    return LETTERS[(i - 63) // 62] + LETTERS[(i - 63) % 62] if i < 63 + 62 * 62 else f"_{i}"
 
 
 def grpo_run(spec, **options):
-    """grpo.py's Run with policy and optimizer, but no engine, data or folder: pack, score and update are the real ones."""
+    """grpo.py's Run with policy and optimizer, but no engine, data or folder: pack, score and update are real."""
     import torch
     import grpo
-    flags = {"model": spec["model"], "recipe": "improved", "drop_zero_variance": 0, "show_every": 0, "eval_data": "none", **options}
+    flags = {"model": spec["model"], "recipe": "improved", "drop_zero_variance": 0, "show_every": 0,
+             "eval_data": "none", **options}
     args = grpo.parse_args([x for k, v in flags.items() for x in (f"--{k}", str(v))])
     grpo.join_processes()
     cuda = torch.cuda.is_available()

@@ -12,13 +12,12 @@
               prompts of a batch are padded, and it runs until its longest sample is done
 
 Workloads: `tiny`, a random Qwen2 of 1.6 M parameters of whose 4,096 tokens --stops are end tokens, so that lengths are
-geometric, with a cut-off tail; `smollm2`, chat prompts of real problems, ended by the model itself. Sides draw different random
-numbers, so they write different numbers of tokens: compare tokens/s. Checked: greedy tokens of a few prompts are the
-same on every side (share of tokens equal to those of `generate`), and the mean lengths.
+geometric, with a cut-off tail; `smollm2`, chat prompts of real problems, ended by the model itself. Sides draw
+different random numbers, so they write different numbers of tokens: compare tokens/s. Checked: greedy tokens of a few
+prompts are the same on every side (share of tokens equal to those of `generate`), and the mean lengths.
 """
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -46,7 +45,8 @@ def measured(spec, sample, greedy):
 
 def engine(kind, spec):
     from rollout import make_engine
-    e = make_engine(kind, spec["model"], max_model_len=spec["max_model_len"], dtype=spec["dtype"], max_seqs=spec["max_seqs"],
+    e = make_engine(kind, spec["model"], max_model_len=spec["max_model_len"], dtype=spec["dtype"],
+                    max_seqs=spec["max_seqs"],
                     load_weights=True)
     ids = lambda samples: [s.response_ids for s in samples]
     return measured(spec, lambda p, n: ids(e.generate(p, list(range(len(p))), n, spec["temperature"])),
@@ -56,7 +56,8 @@ def engine(kind, spec):
 def bare_vllm(spec, same):
     """The engine that VllmEngine made, called by vLLM's own LLM.generate: the options cannot differ."""
     from rollout import make_engine
-    llm = make_engine("vllm", spec["model"], max_model_len=spec["max_model_len"], dtype=spec["dtype"], max_seqs=spec["max_seqs"],
+    llm = make_engine("vllm", spec["model"], max_model_len=spec["max_model_len"], dtype=spec["dtype"],
+                      max_seqs=spec["max_seqs"],
                       load_weights=True).llm
     from vllm import SamplingParams
 
@@ -90,7 +91,8 @@ def hf(spec):
                 end = next((j + 1 for j, t in enumerate(row) if t in stops), len(row))
                 out.append(row[:end])
         return out
-    return measured(spec, lambda p, n: generate(p, n, do_sample=True, temperature=spec["temperature"], top_p=1.0, top_k=0),
+    return measured(spec, lambda p, n: generate(p, n, do_sample=True, temperature=spec["temperature"], top_p=1.0,
+                                                top_k=0),
                     lambda p, n: generate(p, n, do_sample=False))
 
 
@@ -106,7 +108,8 @@ def prepare(name, args, work):
     """Model folder and prompt file of a workload -> settings."""
     import random
     if name == "tiny":
-        g, shape = random.Random(args.seed), dict(vocab=256, hidden=64, layers=2, stops=3) if args.quick else dict(stops=args.stops)
+        g = random.Random(args.seed)
+        shape = dict(vocab=256, hidden=64, layers=2, stops=3) if args.quick else dict(stops=args.stops)
         model = common.tiny_model(work / "generate", **shape)
         prompts = [[g.randrange(100, 256) for _ in range(g.randint(8, 32))] for _ in range(args.prompts)]
     else:
@@ -118,7 +121,8 @@ def prepare(name, args, work):
         prompts = [list(prompts[i % len(prompts)]) for i in range(args.prompts)]
     path = work / f"prompts-{name}.json"
     path.write_text(json.dumps([p for p in prompts for _ in range(args.group)]))
-    return {"model": str(model), "prompts": str(path), "max_len": args.max_len, "max_seqs": args.max_seqs, "dtype": args.dtype,
+    return {"model": str(model), "prompts": str(path), "max_len": args.max_len, "max_seqs": args.max_seqs,
+            "dtype": args.dtype,
             "temperature": args.temperature, "max_model_len": args.max_len + max(map(len, prompts))}
 
 
@@ -143,7 +147,8 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_common(p, "generate")
     add = p.add_argument
-    add("--workloads", nargs="+", choices=["tiny", "smollm2"], default=None, help="default: tiny, and smollm2 with --model")
+    add("--workloads", nargs="+", choices=["tiny", "smollm2"], default=None,
+        help="default: tiny, and smollm2 with --model")
     add("--model", default=None, help="SmolLM2 folder, or any other chat model")
     add("--sides", nargs="+", choices=list(SIDES), default=None, help="default: all; the vLLM ones where vLLM runs")
     add("--prompts", type=int, default=32, help="prompts")
@@ -152,13 +157,13 @@ def main(argv=None):
     add("--max_seqs", type=int, default=64, help="rows generated at once, on every side")
     add("--temperature", type=float, default=1.0, help="of sampling")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
-    add("--stops", type=int, default=50, help="end tokens among the 4,096 of the tiny model: 50 means 82 tokens on average")
+    add("--stops", type=int, default=50, help="end tokens among the tiny model's 4,096; 50: 82 tokens on average")
     add("--work", default=str(common.ROOT / "runs" / "bench"), help="folder for prompts and the tiny model")
     add("--seed", type=int, default=0, help="of the prompts")
     args = p.parse_args(argv)
     if args.worker:
         return common.serve(SIDES, args.worker)
-    common.start(args)
+    before = common.start(args)
     if args.quick:
         args.workloads, args.prompts, args.group, args.max_len, args.max_seqs = ["tiny"], 6, 2, 24, 4
         args.sides = args.sides or ["torch", "hf"]
@@ -168,18 +173,20 @@ def main(argv=None):
     if "smollm2" in workloads and not args.model:
         p.error("smollm2 needs --model FOLDER: python toy.py smollm2 --out FOLDER makes it")
     sides = args.sides or [s for s in SIDES if "vllm" not in s or common.has("vllm")]
-    load, rows, began = os.getloadavg(), [], time.time()
+    rows, began = [], time.time()
     for name in workloads:
         settings = prepare(name, args, work)
         print(f"{name}: {args.prompts * args.group} samples", flush=True)
-        some = common.rows_of(common.alternate(__file__, {s: (s, settings, None) for s in sides}, args.repeats), workload=name)
+        some = common.rows_of(common.alternate(__file__, {s: (s, settings, None) for s in sides}, args.repeats),
+                              workload=name)
         compare(some)
         rows += some
     print()
     common.table(rows, [("workload", "workload", ""), ("side", "side", ""), ("tokens/s", "tokens_per_second", ",.0f"),
                         ("x bare", "times_bare", ".2f"), ("seconds", "seconds", ".2f"), ("CPU s", "cpu_seconds", ".2f"),
-                        ("mean length", "length_mean", ".1f"), ("memory MiB", "memory_mb", ",.0f"), ("greedy equal", "greedy_equal", ".2f")])
-    common.write(args.out, "generation", {k: v for k, v in vars(args).items() if k != "worker"}, rows, load,
+                        ("mean length", "length_mean", ".1f"), ("memory MiB", "memory_mb", ",.0f"),
+                        ("greedy equal", "greedy_equal", ".2f")])
+    common.write(args.out, "generation", {k: v for k, v in vars(args).items() if k != "worker"}, rows, before,
                  minutes=(time.time() - began) / 60)
 
 

@@ -1,6 +1,6 @@
 """logprobs.py - the head: log-prob + entropy of every token, forward and backward, at a vocabulary of 151,936.
 
-    python bench/logprobs.py --peer_python PEERS/bin/python            # 2K to 32K tokens, hidden 512: two hours on two cores
+    python bench/logprobs.py --peer_python PEERS/bin/python          # 2K to 32K tokens, hidden 512: hours on a CPU
     python bench/logprobs.py --lengths 8192 --hidden 1536 --dtype bfloat16
     python bench/logprobs.py --quick                                   # seconds; what CI runs
 
@@ -13,10 +13,10 @@
 
 All get the same hidden states, head, targets and gradient of the log-probs; entropy is computed, and not differentiated
 (the recipe's `improved` setting). Then, `--model_length` tokens in one sequence through 2 layers of hidden 512 with
-an untied head: ours, and TRL's fused head on the same model. Checked against ours: mean log-prob, mean entropy and the norms of both gradients.
+an untied head: ours, and TRL's fused head on the same model. Checked against ours: mean log-prob, mean entropy and the
+norms of both gradients.
 """
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
@@ -65,7 +65,8 @@ def ours(spec):
 
 def full(spec):
     import torch
-    common.refuse_if_too_big(5 * 4 * spec["length"] * spec["vocab"] / 2**30, "full logits")  # five fp32 copies at the peak
+    copies = 5  # in fp32, at the peak
+    common.refuse_if_too_big(copies * 4 * spec["length"] * spec["vocab"] / 2**30, "full logits")
 
     def function(hidden, head, targets):
         logprobs = torch.log_softmax((hidden @ head.T).float() / TEMPERATURE, -1)
@@ -78,8 +79,8 @@ def full(spec):
 def trl(spec):
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as chunk
-    return run(spec, lambda h, w, y: ChunkedLogProbFunction.apply(h, w, None, y, TEMPERATURE, chunk, None, 1.0, ("entropy",))[:2]) \
-        | {"chunk": chunk}
+    head = lambda h, w, y: ChunkedLogProbFunction.apply(h, w, None, y, TEMPERATURE, chunk, None, 1.0, ("entropy",))[:2]
+    return run(spec, head) | {"chunk": chunk}
 
 
 def verl(spec):
@@ -131,7 +132,8 @@ def model_ours(spec):
     with common.meter() as m, torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
         logp, entropy = policy(pack_row([(ids[:1], ids[1:])], device=device), TEMPERATURE)
         (-logp.mean()).backward()
-    return m.answer(logp=logp.mean().item(), entropy=entropy.mean().item(), grad_head=policy.model.lm_head.weight.grad.norm().item())
+    return m.answer(logp=logp.mean().item(), entropy=entropy.mean().item(),
+                    grad_head=policy.model.lm_head.weight.grad.norm().item())
 
 
 def model_trl(spec):
@@ -147,7 +149,8 @@ def model_trl(spec):
         out = model(row, attention_mask=torch.ones_like(row), labels=row, fused_lm_head=True)
         logp, entropy = (x[:, 1 - row.shape[1]:] for x in (out.log_probs, out.entropy))
         (-logp.mean()).backward()
-    return m.answer(logp=logp.mean().item(), entropy=entropy.mean().item(), grad_head=model.lm_head.weight.grad.norm().item())
+    return m.answer(logp=logp.mean().item(), entropy=entropy.mean().item(),
+                    grad_head=model.lm_head.weight.grad.norm().item())
 
 
 def sequence(spec):
@@ -155,7 +158,8 @@ def sequence(spec):
     return torch.randint(0, spec["vocab"], (spec["length"],), generator=torch.Generator().manual_seed(1)).tolist()
 
 
-SIDES = {"ours": ours, "full": full, "trl": trl, "verl": verl, "limit": limit, "model_ours": model_ours, "model_trl": model_trl}
+SIDES = {"ours": ours, "full": full, "trl": trl, "verl": verl, "limit": limit, "model_ours": model_ours,
+         "model_trl": model_trl}
 PEERS = {"trl": "trl", "verl": "verl", "model_trl": "trl"}
 
 
@@ -170,7 +174,8 @@ def compare(rows):
         if "limit" in by:
             row["times_limit"] = row["seconds"]["median"] / by["limit"]["seconds"]["median"]
         if "ours" in by and "logp" in row:
-            row["off"] = max(abs(row[k] / by["ours"][k] - 1) for k in ("logp", "entropy", "grad_hidden", "grad_head") if k in row)
+            same = [k for k in ("logp", "entropy", "grad_hidden", "grad_head") if k in row]
+            row["off"] = max(abs(row[k] / by["ours"][k] - 1) for k in same)
 
 
 def main(argv=None):
@@ -183,17 +188,19 @@ def main(argv=None):
     add("--hidden", type=int, default=512, help="width of the hidden states (1,536 in the 1.5B model)")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of hidden states and head")
     add("--chunk", type=int, default=1024, help="tokens of our tile")
-    add("--sides", nargs="+", choices=["ours", "full", "trl", "verl", "limit"], default=None, help="default: all that can be imported")
+    add("--sides", nargs="+", choices=["ours", "full", "trl", "verl", "limit"], default=None,
+        help="default: all that can be imported")
     add("--seed", type=int, default=0, help="of the inputs")
     args = p.parse_args(argv)
     if args.worker:
         return common.serve(SIDES, args.worker)
-    common.start(args)
+    before = common.start(args)
     if args.quick:
         args.lengths, args.model_length, args.vocab, args.hidden, args.chunk = [192], 96, 2048, 64, 64
     available = lambda side: side not in PEERS or args.peer_python or common.has(PEERS[side])
-    sides = args.sides or [s for s in ("ours", "full", "trl", "verl", "limit") if available(s) and not (args.quick and s in PEERS)]
-    load, rows, began = os.getloadavg(), [], time.time()
+    wanted = [s for s in ("ours", "full", "trl", "verl", "limit") if not (args.quick and s in PEERS)]
+    sides = args.sides or [s for s in wanted if available(s)]
+    rows, began = [], time.time()
     cases = [(n, sides) for n in args.lengths]
     if args.model_length:
         cases.append((args.model_length, [f"model_{s}" for s in ("ours", "trl") if s in sides]))
@@ -205,10 +212,12 @@ def main(argv=None):
         compare(some)
         rows += some
     print()
-    common.table(rows, [("tokens", "length", ","), ("side", "side", ""), ("seconds", "seconds", ".2f"), ("CPU s", "cpu_seconds", ".2f"),
+    common.table(rows, [("tokens", "length", ","), ("side", "side", ""), ("seconds", "seconds", ".2f"),
+                        ("CPU s", "cpu_seconds", ".2f"),
                         ("x limit", "times_limit", ".2f"), ("memory MiB", "memory_mb", ",.0f"), ("off", "off", ".1e")])
-    common.write(args.out, "log-prob + entropy + backward of the head", {k: v for k, v in vars(args).items() if k != "worker"},
-                 rows, load, minutes=(time.time() - began) / 60)
+    common.write(args.out, "log-prob + entropy + backward of the head",
+                 {k: v for k, v in vars(args).items() if k != "worker"},
+                 rows, before, minutes=(time.time() - began) / 60)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ QUICK = dict(prompts=2, group=4, mean=12, max_len=32, prompt_len=8, hidden=64, l
 # ---------------------------------------------------------------------------------------------------------------
 
 def count_collectives(counts):
-    """Wrap the collectives FSDP and Run.update call: bytes that arrive at (all-gather) or leave (reduce) one rank's buffer."""
+    """Wrap the collectives of FSDP and Run.update: bytes of a gather's output or a reduction's input on a rank."""
     import torch.distributed as dist
 
     def wrap(name, buffer, torch_name=None):
@@ -68,7 +68,8 @@ def update(spec):
     import torch.distributed as dist
     import grpo
     from rollout import Sample
-    run = common.grpo_run(spec, dtype=spec["dtype"], group=spec["group"], prompts=spec["prompts"], updates=2, max_len=spec["max_len"],
+    run = common.grpo_run(spec, dtype=spec["dtype"], group=spec["group"], prompts=spec["prompts"], updates=2,
+                          max_len=spec["max_len"],
                           temperature=1.0, token_budget=spec["token_budget"])
     rows = common.read_rollouts(spec["rollouts"])
     samples = [Sample(r["prompt"], r["response"], r["logprobs"], r["finish_reason"]) for r in rows]
@@ -88,7 +89,8 @@ def update(spec):
     layers = sum(p.numel() for layer in run.policy.model.base_model.layers for p in layer.parameters())
     parameters = sum(p.numel() for p in run.policy.parameters())
     formula = traffic(layers, parameters - layers, len(minibatches[1][0]), sum(len(m[0]) for m in minibatches), 4, 4)
-    return m.answer(parameters=parameters, micro_batches=sum(len(m[0]) for m in minibatches), bytes_counted=dict(counts),
+    return m.answer(parameters=parameters, micro_batches=sum(len(m[0]) for m in minibatches),
+                    bytes_counted=dict(counts),
                     bytes_formula=formula if run.world > 1 else None, grad_norm=float(stats["grad_norm"]) / 2,
                     tokens=sum(len(r["response"]) + len(r["prompt"]) for r in rows))
 
@@ -96,8 +98,8 @@ def update(spec):
 def traffic(layers, root, scored, trained, compute_bytes, reduce_bytes=4):
     """Bytes of all-gather outputs and reduce-scatter inputs of one rank in one update phase.
 
-    FSDP2 gathers each layer in forward and again in backward, and once in a forward without backward; embedding and head
-    (the root) stay gathered until a backward, so scoring and the update behind it share one. scored and trained:
+    FSDP2 gathers each layer in forward and again in backward, and once in a forward without backward; embedding and
+    head (the root) stay gathered until a backward, so scoring and the update behind it share one. scored and trained:
     micro-batches of this rank, trained of at least one.
     """
     return {"all_gather": compute_bytes * (trained * (2 * layers + root) + scored * layers),
@@ -109,7 +111,8 @@ def traffic(layers, root, scored, trained, compute_bytes, reduce_bytes=4):
 # ---------------------------------------------------------------------------------------------------------------
 
 ASSUMED = {
-    "gpu": "H100 SXM", "peak_flops_bf16": 989e12, "mfu_training": 0.35, "mfu_scoring": 0.45, "nvlink_bytes_per_s": 300e9,
+    "gpu": "H100 SXM", "peak_flops_bf16": 989e12, "mfu_training": 0.35, "mfu_scoring": 0.45,
+    "nvlink_bytes_per_s": 300e9,
     "network_bytes_per_s_per_gpu": 40e9, "generation_tokens_per_s_per_gpu_1.5B": 12000, "generation_tail_s": 5,
     "token_budget": 32768, "samples": 1024, "length_mean": 4458, "prompt_mean": 130,
 }
@@ -126,7 +129,7 @@ def projection():
     length = a["length_mean"] + a["prompt_mean"]
     for name, m in MODELS.items():
         for gpus in (8, 32):
-            # 2 operations a parameter and token forward, 4 backward, 2 recomputed; causal attention sees half of the length
+            # 2 operations a parameter and token forward, 4 backward, 2 recomputed; attention sees half of the length
             matmul, attention = m["layers"] + m["head"], m["layers_n"] * m["width"] * length
             train, score = tokens * (8 * matmul + 8 * attention), tokens / 2 * (2 * matmul + 2 * attention)
             micro = tokens / gpus / a["token_budget"]
@@ -134,22 +137,30 @@ def projection():
             wire = sum(moved.values()) * (gpus - 1) / gpus
             bandwidth = a["nvlink_bytes_per_s"] if gpus <= 8 else a["network_bytes_per_s_per_gpu"]
             full = 4 * (m["layers"] + m["embedding"] + m["head"])
-            speed = a["generation_tokens_per_s_per_gpu_1.5B"] * (MODELS["1.5B"]["layers"] + MODELS["1.5B"]["head"]) / matmul
+            small = MODELS["1.5B"]["layers"] + MODELS["1.5B"]["head"]
+            speed = a["generation_tokens_per_s_per_gpu_1.5B"] * small / matmul
             seconds = {"generate": a["samples"] * a["length_mean"] / gpus / speed + a["generation_tail_s"],
                        "logprobs": score / gpus / a["peak_flops_bf16"] / a["mfu_scoring"],
                        "update": train / gpus / a["peak_flops_bf16"] / a["mfu_training"],
                        "communication if none is hidden": wire / bandwidth, "sync": full / bandwidth}
-            rows.append({"model": name, "gpus": gpus, "tflop": (train + score) / 1e12, "gigabytes_moved_per_gpu": wire / 1e9,
-                         "state_gib_per_gpu": 4 * full / gpus / 2**30, "seconds": seconds, "seconds_total": sum(seconds.values())})
-    return {"label": "PROJECTION by arithmetic from counted operations and bytes; nothing here was measured", "assumed": a, "rows": rows}
+            rows.append({"model": name, "gpus": gpus, "tflop": (train + score) / 1e12,
+                         "gigabytes_moved_per_gpu": wire / 1e9,
+                         "state_gib_per_gpu": 4 * full / gpus / 2**30, "seconds": seconds,
+                         "seconds_total": sum(seconds.values())})
+    return {"label": "PROJECTION by arithmetic from counted operations and bytes; nothing here was measured",
+            "assumed": a, "rows": rows}
 
 
 def show(p):
-    print(f"\n{p['label']}\nassumed: " + ", ".join(f"{k} {v:g}" if not isinstance(v, str) else v for k, v in p["assumed"].items()))
+    assumed = ", ".join(f"{k} {v:g}" if not isinstance(v, str) else v for k, v in p["assumed"].items())
+    print(f"\n{p['label']}\nassumed: {assumed}")
     common.table([{**r, **r["seconds"]} for r in p["rows"]],
-                 [("model", "model", ""), ("GPUs", "gpus", ""), ("TFLOP", "tflop", ",.0f"), ("GB moved by a GPU", "gigabytes_moved_per_gpu", ",.0f"),
-                  ("state GiB a GPU", "state_gib_per_gpu", ".1f"), ("generate s", "generate", ".0f"), ("log-probs s", "logprobs", ".1f"),
-                  ("update s", "update", ".0f"), ("communication s, none hidden", "communication if none is hidden", ".1f"),
+                 [("model", "model", ""), ("GPUs", "gpus", ""), ("TFLOP", "tflop", ",.0f"),
+                  ("GB moved by a GPU", "gigabytes_moved_per_gpu", ",.0f"),
+                  ("state GiB a GPU", "state_gib_per_gpu", ".1f"), ("generate s", "generate", ".0f"),
+                  ("log-probs s", "logprobs", ".1f"),
+                  ("update s", "update", ".0f"), ("communication s, none hidden", "communication if none is hidden",
+                                                  ".1f"),
                   ("sync s", "sync", ".2f"), ("total s", "seconds_total", ".0f")])
 
 
@@ -159,11 +170,14 @@ def show(p):
 
 def measure_case(shape, args, work):
     """All repetitions of one point of one axis -> its row."""
-    model = common.tiny_model(work / f"scaling-{shape['hidden']}-{shape['layers']}", hidden=shape["hidden"], layers=shape["layers"])
+    model = common.tiny_model(work / f"scaling-{shape['hidden']}-{shape['layers']}", hidden=shape["hidden"],
+                              layers=shape["layers"])
     path = work / "rollouts-scaling.jsonl"
-    holds = common.rollouts(path, 4096, **{k: shape[k] for k in ("prompts", "group", "mean", "max_len", "prompt_len")}, seed=args.seed)
+    holds = common.rollouts(path, 4096, **{k: shape[k] for k in ("prompts", "group", "mean", "max_len", "prompt_len")},
+                            seed=args.seed)
     longest = max(len(r["prompt"]) + len(r["response"]) for r in common.read_rollouts(path))
-    settings = {**shape, "model": model, "rollouts": str(path), "dtype": args.dtype, "token_budget": max(args.token_budget, longest)}
+    settings = {**shape, "model": model, "rollouts": str(path), "dtype": args.dtype,
+                "token_budget": max(args.token_budget, longest)}
     runs = [common.measure(__file__, "update", settings, ranks=shape["ranks"]) for _ in range(args.repeats)]
     row = common.rows_of({"ours": runs}, **holds)[0]
     return {**row, "token_budget": settings["token_budget"], "shape": shape}
@@ -182,7 +196,8 @@ def compare(rows):
             row["times_memory"] = row["memory_mb"]["median"] / first["memory_mb"]["median"]
         row["gigabytes"] = sum(v for k, v in row["bytes_counted"].items() if "calls" not in k) / 1e9
         if row["bytes_formula"]:
-            row["counted_over_formula"] = sum(row["bytes_counted"].get(k, 0) for k in row["bytes_formula"]) / sum(row["bytes_formula"].values())
+            counted = sum(row["bytes_counted"].get(k, 0) for k in row["bytes_formula"])
+            row["counted_over_formula"] = counted / sum(row["bytes_formula"].values())
 
 
 def main(argv=None):
@@ -197,29 +212,35 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.worker:
         return common.serve({"update": update}, args.worker)
-    common.start(args)
+    before = common.start(args)
     os.environ["OMP_NUM_THREADS"] = str(args.threads or 1)
     if args.quick:
         args.axes, args.token_budget = ["ranks"], 96
     work = Path(args.work)
     work.mkdir(parents=True, exist_ok=True)
-    load, rows, began = os.getloadavg(), [], time.time()
+    rows, began = [], time.time()
     for axis in args.axes:
         some = []
         for change in AXES[axis]:
             shape = {**BASE, **(QUICK if args.quick else {}), **change}
-            some.append({"axis": axis, "point": ", ".join(f"{k} {v}" for k, v in change.items()), **measure_case(shape, args, work)})
-            print(f"  {axis}: {some[-1]['point']}: {some[-1].get('error') or common.cell(some[-1]['seconds'], '.2f') + ' s'}", flush=True)
+            point = ", ".join(f"{k} {v}" for k, v in change.items())
+            some.append({"axis": axis, "point": point, **measure_case(shape, args, work)})
+            said = some[-1].get("error") or common.cell(some[-1]["seconds"], ".2f") + " s"
+            print(f"  {axis}: {point}: {said}", flush=True)
         compare(some)
         rows += some
     print()
-    common.table(rows, [("axis", "axis", ""), ("point", "point", ""), ("tokens", "tokens", ","), ("x", "times_tokens", ".1f"),
-                        ("seconds", "seconds", ".2f"), ("x", "times_seconds", ".2f"), ("memory MiB", "memory_mb", ",.0f"),
-                        ("x", "times_memory", ".2f"), ("parameters", "parameters", ",.0f"), ("GB a rank", "gigabytes", ".3f"),
+    common.table(rows, [("axis", "axis", ""), ("point", "point", ""), ("tokens", "tokens", ","),
+                        ("x", "times_tokens", ".1f"),
+                        ("seconds", "seconds", ".2f"), ("x", "times_seconds", ".2f"),
+                        ("memory MiB", "memory_mb", ",.0f"),
+                        ("x", "times_memory", ".2f"), ("parameters", "parameters", ",.0f"),
+                        ("GB a rank", "gigabytes", ".3f"),
                         ("counted / formula", "counted_over_formula", ".4f"), ("|g| off", "grad_norm_off", ".1e")])
     projected = projection()
     show(projected)
-    common.write(args.out, "how an update phase grows", {k: v for k, v in vars(args).items() if k != "worker"}, rows, load,
+    common.write(args.out, "how an update phase grows", {k: v for k, v in vars(args).items() if k != "worker"}, rows,
+                 before,
                  projection=projected, minutes=(time.time() - began) / 60)
 
 

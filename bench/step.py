@@ -10,8 +10,9 @@
   trl_hf                  GRPOTrainer.train with its default generation, transformers' `generate`
 
 Same model, prompts, samples a prompt, temperature, longest response, updates a rollout, learning rate and grader
-(reward.py). The first step warms up; the seconds are those of the others. The sides draw different random numbers, so responses differ
-in length: the table shows tokens a second (response tokens) beside seconds. TRL's micro-batch: --micro, scan it with update.py.
+(reward.py). The first step warms up; the seconds are those of the others. The sides draw different random numbers, so
+responses differ in length: the table shows tokens a second (response tokens) beside seconds. TRL's micro-batch is
+--micro: scan it with update.py.
 
 Workloads: `tiny`, a random Qwen2 of 1.6 M parameters that writes 82 tokens on average and boxes a right answer about
 every third time; `smollm2`, real easy problems with two solved examples in the prompt.
@@ -39,8 +40,10 @@ def ours(spec, engine):
     """grpo.main in this process; its own metrics.jsonl says how long each step and phase took."""
     import grpo
     with tempfile.TemporaryDirectory() as out:
-        grpo.main(["--model", spec["model"], "--data", spec["data"], "--out", out, "--engine", engine, "--recipe", "improved",
-                   "--drop_zero_variance", "0", "--style", "plain", "--eval_data", "none", "--show_every", "0", "--save_every", "100000",
+        grpo.main(["--model", spec["model"], "--data", spec["data"], "--out", out, "--engine", engine, "--recipe",
+                   "improved",
+                   "--drop_zero_variance", "0", "--style", "plain", "--eval_data", "none", "--show_every", "0",
+                   "--save_every", "100000",
                    "--temperature", "1.0", "--lr", "1e-6", "--dtype", spec["dtype"], *spec["options"],
                    *(x for k in ("steps", "prompts", "group", "updates", "max_len") for x in (f"--{k}", str(spec[k])))])
         lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()][1:]
@@ -61,7 +64,8 @@ def report(seconds, tokens, **more):
 def trl(spec, vllm):
     """GRPOTrainer on the same prompts, rewarded by the same function; a step ends with its last optimizer update."""
     import torch
-    for name, value in (("TRL_EXPERIMENTAL_SILENCE", "1"), ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"), ("VLLM_CPU_KVCACHE_SPACE", "2"),
+    for name, value in (("TRL_EXPERIMENTAL_SILENCE", "1"), ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"),
+                        ("VLLM_CPU_KVCACHE_SPACE", "2"),
                         ("VLLM_CPU_OMP_THREADS_BIND", "nobind"), ("VLLM_LOGGING_LEVEL", "ERROR")):
         os.environ.setdefault(name, value)
     import reward
@@ -72,8 +76,9 @@ def trl(spec, vllm):
     tokenizer = AutoTokenizer.from_pretrained(spec["model"])
     for r in rows:  # TRL takes text; what it makes of it must be our token ids
         if tokenizer(r["prompt"])["input_ids"] != r["ids"]:
-            raise ValueError("a prompt does not survive decoding and encoding: the sides would train on different tokens")
-    ends, cuda, n, k, updates = [], torch.cuda.is_available(), spec["prompts"] * spec["group"], spec["micro"], spec["updates"]
+            raise ValueError("a prompt does not survive decoding and encoding: the sides would train on other tokens")
+    ends, cuda = [], torch.cuda.is_available()
+    n, k, updates = spec["prompts"] * spec["group"], spec["micro"], spec["updates"]
 
     class Times(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
@@ -85,16 +90,19 @@ def trl(spec, vllm):
 
     with tempfile.TemporaryDirectory() as folder:
         args = GRPOConfig(
-            folder, per_device_train_batch_size=k, gradient_accumulation_steps=n // updates // k, steps_per_generation=n // k,
+            folder, per_device_train_batch_size=k, gradient_accumulation_steps=n // updates // k,
+            steps_per_generation=n // k,
             num_generations=spec["group"], max_completion_length=spec["max_len"], max_steps=updates * spec["steps"],
             learning_rate=1e-6, weight_decay=0.01, max_grad_norm=1.0, lr_scheduler_type="constant", loss_type="dapo",
-            epsilon=0.2, epsilon_high=0.28, beta=0.0, temperature=1.0, top_p=1.0, top_k=0, bf16=spec["dtype"] == "bfloat16",
-            use_cpu=not cuda, gradient_checkpointing=cuda, shuffle_dataset=False, logging_steps=1, report_to=[], save_strategy="no",
+            epsilon=0.2, epsilon_high=0.28, beta=0.0, temperature=1.0, top_p=1.0, top_k=0,
+            bf16=spec["dtype"] == "bfloat16",
+            use_cpu=not cuda, gradient_checkpointing=cuda, shuffle_dataset=False, logging_steps=1, report_to=[],
+            save_strategy="no",
             disable_tqdm=True, dataloader_pin_memory=cuda, model_init_kwargs={"dtype": "float32"},
             **({"use_vllm": True, "vllm_mode": "colocate", "vllm_max_model_length": spec["max_model_len"],
                 "vllm_gpu_memory_utilization": 0.5} if vllm else {}))
         trainer = GRPOTrainer(spec["model"], args=args, reward_funcs=grade, processing_class=tokenizer,
-                              train_dataset=Dataset.from_list([{"prompt": r["prompt"], "answer": r["answer"]} for r in rows]),
+                              train_dataset=Dataset.from_list([{k: r[k] for k in ("prompt", "answer")} for r in rows]),
                               callbacks=[Times()])
         if hasattr(trainer, "generation_config"):
             from rollout import stop_token_ids
@@ -125,8 +133,9 @@ def prepare(name, args, work):
         shape = dict(vocab=256, hidden=64, layers=2, stops=3) if args.quick else dict(stops=50)
         model, g = common.tiny_model(work / "step", **shape), random.Random(args.seed)
         path = work / "step-problems.jsonl"
-        path.write_text("".join(json.dumps({"id": str(i), "problem": "".join(g.choice(common.LETTERS) for _ in range(g.randint(16, 48))),
-                                            "answer": str(i % 2)}) + "\n" for i in range(2 * args.prompts)))
+        text = lambda: "".join(g.choice(common.LETTERS) for _ in range(g.randint(16, 48)))
+        lines = [{"id": str(i), "problem": text(), "answer": str(i % 2)} for i in range(2 * args.prompts)]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         options = ["--no_chat"]
     else:
         model, path, options = args.model, common.ROOT / "assets" / "easy" / "train.jsonl", ["--examples", examples]
@@ -134,11 +143,14 @@ def prepare(name, args, work):
     problems, prompts, _ = data.encode_problems(data.load_problems(str(path)), tokenizer, 1024, chat=name != "tiny",
                                                 examples=data.load_problems(examples) if name != "tiny" else ())
     order = [i for step in range(args.steps) for i in data.batch_indices(len(problems), step, args.prompts, 0)]
-    rows = [{"prompt": tokenizer.decode(prompts[i]), "ids": list(prompts[i]), "answer": problems[i].answer} for i in order]
+    rows = [{"prompt": tokenizer.decode(prompts[i]), "ids": list(prompts[i]),
+             "answer": problems[i].answer} for i in order]
     trl_data = work / f"trl-{name}.json"
     trl_data.write_text(json.dumps(rows))
-    return {"model": str(model), "data": str(path), "trl_data": str(trl_data), "options": options, "dtype": args.dtype, "micro": args.micro,
-            "max_model_len": args.max_len + max(map(len, prompts)), **{k: getattr(args, k) for k in ("steps", "prompts", "group", "updates", "max_len")}}
+    return {"model": str(model), "data": str(path), "trl_data": str(trl_data), "options": options, "dtype": args.dtype,
+            "micro": args.micro,
+            "max_model_len": args.max_len + max(map(len, prompts)),
+            **{k: getattr(args, k) for k in ("steps", "prompts", "group", "updates", "max_len")}}
 
 
 def compare(rows):
@@ -155,7 +167,8 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_common(p, "step")
     add = p.add_argument
-    add("--workloads", nargs="+", choices=["tiny", "smollm2"], default=None, help="default: tiny, and smollm2 with --model")
+    add("--workloads", nargs="+", choices=["tiny", "smollm2"], default=None,
+        help="default: tiny, and smollm2 with --model")
     add("--model", default=None, help="SmolLM2 folder")
     add("--sides", nargs="+", choices=list(SIDES), default=None, help="default: all that can run")
     add("--steps", type=int, default=3, help="steps of each repetition, the first not counted")
@@ -170,7 +183,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.worker:
         return common.serve(SIDES, args.worker)
-    common.start(args)
+    before = common.start(args)
     if args.quick:
         args.workloads, args.prompts, args.group, args.max_len, args.steps = ["tiny"], 4, 4, 24, 2
         args.sides = args.sides or ["ours_torch"]
@@ -181,7 +194,7 @@ def main(argv=None):
         p.error("smollm2 needs --model FOLDER: python toy.py smollm2 --out FOLDER makes it")
     peer = args.peer_python or common.has("trl")
     sides = args.sides or [s for s in SIDES if (peer or "trl" not in s) and (common.has("vllm") or "vllm" not in s)]
-    load, rows, began = os.getloadavg(), [], time.time()
+    rows, began = [], time.time()
     for name in workloads:
         settings = prepare(name, args, work)
         print(f"{name}: {args.prompts} x {args.group} samples a step", flush=True)
@@ -190,11 +203,12 @@ def main(argv=None):
         compare(some)
         rows += some
     print()
-    common.table(rows, [("workload", "workload", ""), ("side", "side", ""), ("seconds a step", "seconds", ".2f"), ("x ours", "times_ours", ".2f"),
+    common.table(rows, [("workload", "workload", ""), ("side", "side", ""), ("seconds a step", "seconds", ".2f"),
+                        ("x ours", "times_ours", ".2f"),
                         ("tokens/s", "tokens_per_second", ",.0f"), ("x ours, per token", "times_ours_per_token", ".2f"),
                         ("tokens", "tokens", ",.0f"), ("reward", "reward", ".3f"), ("H", "entropy", ".3f"),
                         ("|g|", "grad_norm", ".1e"), ("process MiB", "memory_mb", ",.0f")])
-    common.write(args.out, "a whole GRPO step", {k: v for k, v in vars(args).items() if k != "worker"}, rows, load,
+    common.write(args.out, "a whole GRPO step", {k: v for k, v in vars(args).items() if k != "worker"}, rows, before,
                  memory="peak of the whole process (VmHWM), interpreter, libraries and model included",
                  minutes=(time.time() - began) / 60)
 

@@ -16,10 +16,11 @@ samples for that; ours and the plain loops only the second half, because at the 
   limit    as many tokens forward and backward through the bare model as ours, in full rows of one length without any
            padding: body, head matmul on response tokens, cross-entropy. No loss, no entropy, no optimizer
 
-Micro-batch sizes of trl, padded and sorted are scanned first (--micro), each plays with its best. The workloads: `tiny`,
-a random Qwen2 of 1.6 M parameters, 32 x 8 samples of 82 tokens on average, at most 208 (the ratio of the 16K stage);
-`smollm2`, 2 x 8 samples of 133 tokens. Checked: gradient norm of each update against ours (an on-policy GRPO loss is
-about 0 whatever the log-probs are, its gradient is not) and the mean entropy.
+Micro-batch sizes of trl, padded and sorted are scanned first (--micro), each plays with its best. The workloads:
+`tiny`, a random Qwen2 of 1.6 M parameters, 32 x 8 samples of 82 tokens on average, cut at 208 (the ratio of the 16K
+stage); `smollm2`, 2 x 8 samples of 133 tokens on average, cut at 240. The JSON says what the files hold.
+Checked: gradient norm of each update against ours (an on-policy GRPO loss is about 0 whatever the log-probs are, its
+gradient is not) and the mean entropy.
 """
 import argparse
 import os
@@ -34,8 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import common  # noqa: E402
 
 WORKLOADS = {  # prompts, group, mean, max_len, prompt_len, micro-batch sizes to scan
-    "tiny": dict(prompts=32, group=8, mean=83, max_len=208, prompt_len=32, micro=[8, 16, 32, 64]),
-    "smollm2": dict(prompts=2, group=8, mean=155, max_len=336, prompt_len=64, micro=[1, 2, 4, 8]),
+    "tiny": dict(prompts=32, group=8, mean=101, max_len=208, prompt_len=32, micro=[8, 16, 32, 64]),
+    "smollm2": dict(prompts=2, group=8, mean=200, max_len=240, prompt_len=64, micro=[1, 2, 4, 8]),
     "quick": dict(prompts=4, group=4, mean=24, max_len=60, prompt_len=8, micro=[4]),
 }
 
@@ -49,12 +50,14 @@ def ours(spec):
     import torch
     import grpo
     from rollout import Sample
-    run = common.grpo_run(spec, dtype=spec["dtype"], group=spec["group"], prompts=spec["prompts"], updates=spec["updates"],
+    run = common.grpo_run(spec, dtype=spec["dtype"], group=spec["group"], prompts=spec["prompts"],
+                          updates=spec["updates"],
                           max_len=spec["max_len"], temperature=1.0, lr=1e-6, token_budget=spec["token_budget"])
     rows = common.read_rollouts(spec["rollouts"])
     samples = [Sample(r["prompt"], r["response"], r["logprobs"], r["finish_reason"]) for r in rows]
     rewards = torch.tensor([r["reward"] for r in rows]).view(spec["prompts"], spec["group"])
-    warm_up(lambda: run.policy(run.pack(samples[:spec["group"]], rewards[:1], torch.arange(1))[0][0])[0].sum(), run.optimizer)
+    warm_up(lambda: run.policy(run.pack(samples[:spec["group"]], rewards[:1], torch.arange(1))[0][0])[0].sum(),
+            run.optimizer)
     norms, entropies = [], []
     with common.meter() as m:
         advantages = grpo.group_advantages(rewards)
@@ -82,7 +85,8 @@ def trl(spec):
 
     def rollout_func(prompts, trainer):
         box.append(stack.enter_context(common.meter()))
-        return {"prompt_ids": [r["prompt"] for r in rows], "completion_ids": [r["response"] for r in rows], "logprobs": None}
+        return {"prompt_ids": [r["prompt"] for r in rows], "completion_ids": [r["response"] for r in rows],
+                "logprobs": None}
 
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
@@ -94,7 +98,8 @@ def trl(spec):
     tokenizer = AutoTokenizer.from_pretrained(spec["model"])
     with tempfile.TemporaryDirectory() as folder:
         args = module.GRPOConfig(
-            folder, per_device_train_batch_size=k, gradient_accumulation_steps=n // updates // k, steps_per_generation=n // k,
+            folder, per_device_train_batch_size=k, gradient_accumulation_steps=n // updates // k,
+            steps_per_generation=n // k,
             num_generations=spec["group"], max_completion_length=spec["max_len"], max_steps=updates, learning_rate=1e-6,
             weight_decay=0.01, max_grad_norm=1.0, lr_scheduler_type="constant", loss_type="dapo", epsilon=0.2,
             epsilon_high=0.28, beta=0.0, temperature=1.0, bf16=spec["dtype"] == "bfloat16", use_cpu=not cuda,
@@ -114,7 +119,7 @@ def trl(spec):
 
 
 def plain_logp(model, rows, dtype, logits):
-    """Log-probs [R] of the response tokens of a padded micro-batch; full logits, or the head on response tokens only."""
+    """Log-probs [R] of the response tokens of a padded micro-batch; full logits, or head on these only."""
     import torch
     import torch.nn.functional as F
     device, longest = next(model.parameters()).device, max(len(r["prompt"]) + len(r["response"]) for r in rows)
@@ -156,13 +161,15 @@ def plain(spec, by_length):
             minis = [sorted(mini, key=lambda r: len(r["prompt"]) + len(r["response"])) for mini in minis]
         minis = [[mini[i:i + k] for i in range(0, half, k)] for mini in minis]
         with torch.no_grad():
-            old = {id(batch): plain_logp(model, batch, spec["dtype"], not by_length) for mini in minis[1:] for batch in mini}
+            old = {id(batch): plain_logp(model, batch, spec["dtype"],
+                                         not by_length) for mini in minis[1:] for batch in mini}
         for mini in minis:
             total = sum(len(r["response"]) for batch in mini for r in batch)
             for batch in mini:
                 logp = plain_logp(model, batch, spec["dtype"], not by_length)
-                loss, _ = grpo.grpo_loss(logp, old.get(id(batch)), torch.tensor([r["advantage"] for r in batch], device=device),
-                                         torch.tensor([len(r["response"]) for r in batch], device=device), clip_high=0.28, total=total)
+                advantages = torch.tensor([r["advantage"] for r in batch], device=device)
+                lengths = torch.tensor([len(r["response"]) for r in batch], device=device)
+                loss, _ = grpo.grpo_loss(logp, old.get(id(batch)), advantages, lengths, clip_high=0.28, total=total)
                 loss.backward()
             norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
             optimizer.step()
@@ -188,7 +195,8 @@ def limit(spec):
         pieces = -(-tokens // spec["token_budget"])  # as many micro-batches as ours, at least
         for j in range(pieces):
             b = (len(mini) * (j + 1)) // pieces - (len(mini) * j) // pieces
-            batches.append((torch.randint(5, model.config.vocab_size, (b, length), device=device), scored * b // len(mini), i > 0))
+            batches.append((torch.randint(5, model.config.vocab_size, (b, length), device=device),
+                            scored * b // len(mini), i > 0))
 
     def loss(ids, n):
         hidden = model.base_model(ids, use_cache=False).last_hidden_state.flatten(0, 1)[:n]
@@ -211,7 +219,8 @@ def warm_up(loss, optimizer):
     optimizer.zero_grad(set_to_none=True)
 
 
-SIDES = {"ours": ours, "trl": trl, "padded": lambda s: plain(s, False), "sorted": lambda s: plain(s, True), "limit": limit}
+SIDES = {"ours": ours, "trl": trl, "padded": lambda s: plain(s, False), "sorted": lambda s: plain(s, True),
+         "limit": limit}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -283,7 +292,8 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common.add_common(p, "update")
     add = p.add_argument
-    add("--workloads", nargs="+", default=None, help="tiny, smollm2:float32, smollm2:bfloat16; default: tiny, and both with --model")
+    add("--workloads", nargs="+", default=None,
+        help="tiny, smollm2:float32, smollm2:bfloat16; default: tiny, and both with --model")
     add("--model", default=None, help="SmolLM2 folder (python toy.py smollm2 --out FOLDER) or any other causal LM")
     add("--sides", nargs="+", choices=list(SIDES), default=None, help="default: all; trl only where it can be imported")
     add("--micro", type=int, nargs="+", default=None, help="micro-batch sizes (samples) to scan")
@@ -294,7 +304,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.worker:
         return common.serve(SIDES, args.worker)
-    common.start(args)
+    before = common.start(args)
     if args.quick:
         args.repeats, args.workloads, args.token_budget = 1, ["tiny"], 256
         args.sides = args.sides or ["ours", "padded", "sorted", "limit"]
@@ -302,18 +312,21 @@ def main(argv=None):
     workloads = args.workloads or ["tiny"] + ["smollm2:float32", "smollm2:bfloat16"] * bool(args.model)
     if not args.model and any(w != "tiny" for w in workloads):
         p.error("smollm2 needs --model FOLDER: python toy.py smollm2 --out FOLDER makes it")
-    load, rows, files, began = os.getloadavg(), [], {}, time.time()
+    rows, files, began = [], {}, time.time()
     for workload in workloads:
         name, _, dtype = workload.partition(":")
         more, files[workload] = one_workload(name, dtype or "float32", args)
         rows += more
     print()
-    common.table(rows, [("workload", "workload", ""), ("dtype", "dtype", ""), ("side", "side", ""), ("seconds", "seconds", ".2f"), ("CPU s", "cpu_seconds", ".2f"),
+    common.table(rows, [("workload", "workload", ""), ("dtype", "dtype", ""), ("side", "side", ""),
+                        ("seconds", "seconds", ".2f"), ("CPU s", "cpu_seconds", ".2f"),
                         ("x ours", "times_ours", ".2f"), ("response tokens/s", "tokens_per_second", ",.0f"),
-                        ("memory MiB", "memory_mb", ",.0f"), ("micro", "micro", ""), ("|g| off", "grad_norm_off", ".1e"),
+                        ("memory MiB", "memory_mb", ",.0f"), ("micro", "micro", ""),
+                        ("|g| off", "grad_norm_off", ".1e"),
                         ("H off", "entropy_off", ".1e")])
-    common.write(args.out, "one update phase on a saved rollout file", {k: v for k, v in vars(args).items() if k != "worker"},
-                 rows, load, rollout_files=files, minutes=(time.time() - began) / 60)
+    common.write(args.out, "one update phase on a saved rollout file",
+                 {k: v for k, v in vars(args).items() if k != "worker"},
+                 rows, before, rollout_files=files, minutes=(time.time() - began) / 60)
 
 
 if __name__ == "__main__":

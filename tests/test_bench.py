@@ -17,7 +17,8 @@ import scaling  # noqa: E402
 def quick(script, folder, *options):
     """The JSON that `bench/SCRIPT --quick` writes."""
     out = folder / f"{script}.json"
-    run([sys.executable, str(ROOT / "bench" / script), "--quick", "--work", str(folder), "--out", str(out), *options], timeout=1200)
+    run([sys.executable, str(ROOT / "bench" / script), "--quick", "--work", str(folder), "--out", str(out), *options],
+        timeout=1200)
     return check(json.loads(out.read_text()))
 
 
@@ -25,7 +26,8 @@ def check(result):
     """Everything a reader needs to judge a number is there."""
     assert result["date"] and result["what"] and result["memory"] and result["settings"]
     assert set(result["machine"]) == {"cpu", "cores", "device", "threads"} and len(result["machine"]["threads"]) == 1
-    assert len(result["load_before"]) == len(result["load_after"]) == 3 and "warning" in result
+    assert len(result["before"]["load"]) == len(result["load_after"]) == 3 and "warning" in result
+    assert 0 <= result["before"]["busy_cores"] <= result["machine"]["cores"]
     for versions in result["versions"].values():
         assert {"python", "torch", "transformers"} <= set(versions)
     for row in result["rows"]:
@@ -47,7 +49,8 @@ def test_update_sides_take_the_same_step(tmp_path):
 
 def test_head_sides_agree(tmp_path):
     out = tmp_path / "logprobs.json"
-    run([sys.executable, str(ROOT / "bench" / "logprobs.py"), "--quick", "--sides", "ours", "full", "--out", str(out)], timeout=1200)
+    run([sys.executable, str(ROOT / "bench" / "logprobs.py"), "--quick", "--sides", "ours", "full", "--out", str(out)],
+        timeout=1200)
     rows = {r["side"]: r for r in check(json.loads(out.read_text()))["rows"]}
     assert set(rows) == {"ours", "full", "model_ours"}
     assert rows["full"]["off"] < 1e-4 and rows["ours"]["grad_head"] > 0
@@ -78,7 +81,8 @@ def test_communication_is_counted_and_equals_the_formula(tmp_path):
 
 
 def test_a_side_that_fails_costs_one_row(tmp_path):
-    rows = common.rows_of({"a": [{"seconds": 2.0, "memory_mb": 5.0, "x": 1}, {"seconds": 4.0, "memory_mb": None, "x": 1}],
+    rows = common.rows_of({"a": [{"seconds": 2.0, "memory_mb": 5.0, "x": 1},
+                                 {"seconds": 4.0, "memory_mb": None, "x": 1}],
                            "b": [{"error": "MemoryError: no"}]}, workload="w")
     assert rows[0]["seconds"] == {"median": 3.0, "min": 2.0, "max": 4.0, "n": 2} and rows[0]["memory_mb"]["n"] == 1
     assert rows[1] == {"side": "b", "workload": "w", "error": "MemoryError: no"}
