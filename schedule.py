@@ -779,8 +779,9 @@ def activation_bytes(m, tokens, width, recompute):
 
 
 def tile_bytes(m, chunk, width):
-    """Two fp32 tiles of logits, the head's gradient in fp32 and once more in the compute type."""
-    return 2 * chunk * m["vocab"] * 4 + m["vocab"] * m["hidden"] * (4 + width)
+    """fp32 tiles of logits (one buffer in fp32; in bf16 the next is made while one is alive), the head's gradient in
+    fp32 and once more in the compute type."""
+    return (1 if width == 4 else 2) * chunk * m["vocab"] * 4 + m["vocab"] * m["hidden"] * (4 + width)
 
 
 def gathered_bytes(m, width, sharded):

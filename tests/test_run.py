@@ -110,7 +110,7 @@ def test_killed_during_a_save(undisturbed, tiny, problems, tmp_path, moment):
         out = tmp_path / f"r{int(after)}"
         work = tmp_path / f"code{int(after)}"
         work.mkdir()
-        for name in ("grpo.py", "rollout.py", "reward.py", "data.py", "policy.py"):
+        for name in ("grpo.py", "evaluate.py", "rollout.py", "reward.py", "data.py", "policy.py"):
             shutil.copy(ROOT / name, work)
         lines, done = (work / "policy.py").read_text().splitlines(), False
         start = next(i for i, x in enumerate(lines) if x.startswith("def save_checkpoint"))
