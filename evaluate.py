@@ -609,7 +609,9 @@ def compare(results, show=10):
         lines.append(markdown(["benchmark", "problems", first["name"], other["name"], "difference", "95 % interval", "p", "better", "worse"], rows))
         per_problem.sort(key=lambda d: -abs(d[0]))
         lines.append(f"\nProblems that changed most, {first['name']} -> {other['name']} (share of right samples):")
-        lines += [f"  {name} {i}: {p:.2f} -> {q:.2f} ({d:+.2f})" for d, name, i, p, q in per_problem[:show] if d] or ["  none"]
+        moved = [x for x in per_problem if x[0]]
+        lines += [f"  {name} {i}: {p:.2f} -> {q:.2f} ({d:+.2f})" for d, name, i, p, q in moved[:show or None]] or ["  none"]
+        lines += [f"  and {len(moved) - show} more (--show 0 prints them all)"] if show and len(moved) > show else []
     return "\n".join(lines)
 
 
@@ -642,6 +644,7 @@ def parse_args(argv=None):
     add("--max_seqs", type=int, default=0, help="rows generated at once on each rank; 0: vLLM 256 (CPU 128), torch 64")
     add("--regrade", nargs="+", metavar="RESULT", help="grade the saved responses of these results again")
     add("--compare", nargs="+", metavar="RESULT", help="compare two or more results with the first")
+    add("--show", type=int, default=10, help="problems that --compare lists, those that changed most; 0: all that changed")
     add("--table", nargs="+", metavar="RESULT", help="print the tables of these results")
     add("--published", action="store_true", help="add the published rows of DeepScaleR's blog to the table")
     args = p.parse_args(argv)
@@ -654,8 +657,8 @@ def parse_args(argv=None):
             p.error(f"--{name} must be at least 1")
     if not (0 < args.top_p <= 1 and args.temperature >= 0 and math.isfinite(args.temperature)):
         p.error("--top_p must be above 0 and at most 1, --temperature finite and not negative")
-    if args.limit < 0 or args.max_seqs < 0:
-        p.error("--limit and --max_seqs must not be negative")
+    if min(args.limit, args.max_seqs, args.show) < 0:
+        p.error("--limit, --max_seqs and --show must not be negative")
     if args.temperature == 0 and args.n > 1:
         p.error("--temperature 0 gives the same response every time: use --n 1")
     if args.model and not args.name:
@@ -680,7 +683,7 @@ def main(argv=None):
         if args.table:
             print(report([read_result(path) for path in args.table], args.published))
         if args.compare:
-            print(compare([read_result(path) for path in args.compare]))
+            print(compare([read_result(path) for path in args.compare], args.show))
     except (ValueError, OSError) as e:
         raise SystemExit(f"evaluate.py: {e}") from e
     if not args.model:

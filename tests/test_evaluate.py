@@ -339,7 +339,8 @@ def test_compare_is_paired():
     a, b = result("A", base), result("B", {p: c + 1 for p, c in base.items()})
     text = evaluate.compare([a, b])
     assert "+25.0 ± 0.0" in text and "0.0001" in text and "CAUTION" not in text  # unpaired, the error would be 8 points
-    assert "p0:" in text.split("changed most")[1]
+    assert "p0:" in text.split("changed most")[1] and "and 30 more" in text and text.count("(+0.25)") == 10
+    assert evaluate.compare([a, b], show=0).count("(+0.25)") == 40
     text = evaluate.compare([a, a, result("C", dict(list(base.items())[:30]), temperature=1.0)])
     assert "+0.0 ± 0.0" in text and "1.0000" in text and "only 30 problems" in text and "temperature 0.6 / 1.0" in text
     with pytest.raises(ValueError, match="no benchmark in common"):
