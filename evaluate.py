@@ -453,7 +453,7 @@ def generate(engine, tokenizer, items, args, style, path, protocol, stop, rank, 
 
 
 def finish(base, done, items, model, parameters, protocol, seconds):
-    """Scores of all rows -> (result, rows), written to disk; the part files go last."""
+    """Scores of all rows -> result, written to disk beside them; the part files go last."""
     rows = [done[name, p.id, j] for name, p, _, j in items]
     result = {"name": os.path.basename(base), "model": model, "parameters": parameters, "protocol": protocol,
               "protocol_line": protocol_line(protocol), **scores(rows, protocol["n"]),
@@ -479,7 +479,8 @@ def write(base, result, rows):
 
 
 def prepare(args):
-    """All that can be checked before the engine loads -> (tokenizer, parameters, style, items, protocol)."""
+    """All that can be checked before the engine loads -> (tokenizer, parameters, style, items, protocol, tokens of the
+    longest prompt)."""
     style = load_style(args.style)
     problems = load_benchmarks(args.benchmarks, args.limit)
     try:
