@@ -9,8 +9,9 @@ Three ideas, each a piece you can copy:
 
   token_logprobs   log-prob and entropy of the taken tokens without ever holding the [T, V] logits: at 32K tokens
                    and a 152K vocabulary these are 20 GB in fp32, one 1,024-token tile is 0.6 GB.
-  packing          sequences lie end to end in one row, positions restart, nothing is padded. `varlen` attention
-                   keeps documents apart: PyTorch's own flash kernel on CUDA, one SDPA call a document elsewhere.
+  packing          sequences lie end to end in one row, positions restart, nothing is padded, and the prompt of
+                   samples that lie together is there once. `varlen` attention keeps documents apart: PyTorch's own
+                   flash kernel on CUDA, one SDPA call a document elsewhere.
   Policy           any causal LM that transformers can load with a custom attention function, under FSDP2 with
                    fp32 master weights (at lr 1e-6 a bf16 weight of 0.02 would never move) and bf16 compute.
 
@@ -185,16 +186,43 @@ def document_attention(q, k, v, cu_seqlens, scale, window=None):
     return torch.cat(out)
 
 
+def unfold(x, layout):
+    """x [T, ...], a row in which some documents share their prompt -> [D, ...], every document with its own copy.
+
+    layout: (lengths of the row's pieces, which of them each document is made of, end to end).
+
+    >>> unfold(torch.tensor([7, 8, 1, 2, 3]), ([2, 1, 2], [0, 1, 0, 2])).tolist()
+    [7, 8, 1, 7, 8, 2, 3]
+    """
+    pieces, order = layout
+    parts = x.split(pieces)
+    return torch.cat([parts[i] for i in order])
+
+
+def fold(x, layout):
+    """The way back: of a prompt's copies, which are equal, the first.
+
+    >>> fold(torch.tensor([7, 8, 1, 7, 8, 2, 3]), ([2, 1, 2], [0, 1, 0, 2])).tolist()
+    [7, 8, 1, 2, 3]
+    """
+    pieces, order = layout
+    parts = dict(reversed(list(zip(order, x.split([pieces[i] for i in order])))))
+    return torch.cat([parts[i] for i in range(len(pieces))])
+
+
 def varlen_attention(module, query, key, value, attention_mask=None, scaling=None, cu_seq_lens_q=None,
-                     max_length_q=None, sliding_window=None, softcap=None, s_aux=None, **_):
+                     max_length_q=None, sliding_window=None, softcap=None, s_aux=None, layout=None, **_):
     """The attention function registered with transformers under the name "varlen".
 
     query [1, Hq, T, D], key and value [1, Hkv, T, D], cu_seq_lens_q [S+1] int32 -> ([1, T, Hq, D], None).
+    layout: see `unfold`; attention is the only place where a shared prompt must be seen by each of its documents.
     It must honour what a model passes: Gemma 3's `sliding_window`, silently dropped, costs 2 nats a token past it.
     """
     if softcap is not None or s_aux is not None:
         raise NotImplementedError("attention with soft-capping or sinks is not covered by the varlen kernel")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if layout:
+        q, k, v = (unfold(x, layout) for x in (q, k, v))
     scale = module.head_dim ** -0.5 if scaling is None else scaling
     if q.is_cuda and varlen_attn is not None and q.dtype in (torch.bfloat16, torch.float16):
         left = -1 if sliding_window is None else sliding_window - 1
@@ -202,7 +230,7 @@ def varlen_attention(module, query, key, value, attention_mask=None, scaling=Non
                           window_size=(left, 0), **GQA)
     else:
         out = document_attention(q, k, v, cu_seq_lens_q, scale, sliding_window)
-    return out[None], None
+    return (fold(out, layout) if layout else out)[None], None
 
 
 AttentionInterface.register("varlen", varlen_attention)
@@ -215,15 +243,19 @@ AttentionInterface.register("varlen", varlen_attention)
 @dataclass
 class MicroBatch:
     """One packed row. A hidden state predicts the token after it, so response token j of a sequence is scored at
-    the position before it, and the last token of one document never predicts the first of the next."""
+    the position before it, and the last token of one document never predicts the first of the next.
+
+    Neighbours with the same prompt share it: it lies once before their responses, whose first tokens are all scored
+    at its last position. Only attention then works on whole documents, of which cu_seqlens and layout tell."""
     rows: list                  # which of the packed sequences, in this order
     ids: torch.Tensor           # [T]
     positions: torch.Tensor     # [T], restarting at 0
-    cu_seqlens: torch.Tensor    # [S+1] int32
+    cu_seqlens: torch.Tensor    # [S+1] int32, bounds of the whole documents
     max_seqlen: int
     where: torch.Tensor         # [R] index into T of the state that predicts each response token
     targets: torch.Tensor       # [R] the response tokens
     lengths: torch.Tensor       # [S] response tokens of each sequence
+    layout: tuple | None        # how documents are made of the row's pieces, see `unfold`; None: they are the row
 
 
 def split_by_budget(lengths, budget, world=1):
@@ -258,37 +290,81 @@ def split_by_budget(lengths, budget, world=1):
     return [bins[r::world] for r in range(world)]
 
 
-def pack_row(sequences, rows=None, device="cpu"):
+def bundles(sequences, limit):
+    """Runs of neighbours with one prompt, cut evenly into bundles of at most `limit` tokens (or of one sequence), the
+    prompt counted once -> [[indices]].
+
+    >>> bundles([([7, 8], [1]), ([7, 8], [2, 3]), ([7, 8], [4]), ([9], [5])], limit=5)
+    [[0, 1], [2], [3]]
+    """
+    out, start = [], 0
+    for end in range(1, len(sequences) + 1):
+        if end < len(sequences) and sequences[end][0] == sequences[start][0]:
+            continue
+        for n in range(1, end - start + 1):  # the fewest bundles that all fit
+            cuts = [start - (start - end) * i // n for i in range(n + 1)]
+            parts = [list(range(a, b)) for a, b in zip(cuts, cuts[1:])]
+            if all(bundle_tokens(sequences, part) <= limit for part in parts):
+                break
+        out += parts
+        start = end
+    return out
+
+
+def bundle_tokens(sequences, rows):
+    """Tokens of sequences with one prompt, which lies in the row once."""
+    return len(sequences[rows[0]][0]) + sum(len(sequences[i][1]) for i in rows)
+
+
+def pack_row(sequences, rows=None, device="cpu", share=True):
     """[(prompt_ids, response_ids)] -> one MicroBatch; nothing is padded, an empty list makes a one-token row.
+
+    Neighbours with the same prompt share it; `share=False` is the plain twin with every document whole.
 
     >>> pack_row([([7, 8], [9]), ([1], [2, 3])]).positions.tolist()
     [0, 1, 2, 0, 1, 2]
+    >>> row = pack_row([([7, 8], [9]), ([7, 8], [5, 6])])
+    >>> row.ids.tolist(), row.positions.tolist(), row.where.tolist(), row.layout
+    ([7, 8, 9, 5, 6], [0, 1, 2, 2, 3], [1, 1, 3], ([2, 1, 2], [0, 1, 0, 2]))
     """
-    ids, positions, where, targets, bounds, lengths = [], [], [], [], [0], []
+    ids, positions, where, targets, bounds, pieces, order = [], [], [], [], [0], [], []
+    before = None
     for prompt, response in sequences or [([0], [])]:
-        start, n = len(ids), len(prompt) + len(response)
-        if not len(prompt):
+        prompt, response = list(prompt), list(response)
+        if not prompt:
             raise ValueError("an empty prompt cannot predict the first response token")
-        ids += list(prompt) + list(response)
-        positions += range(n)
-        where += range(start + len(prompt) - 1, start + n - 1)
-        targets += list(response)
-        bounds.append(start + n)
-        lengths.append(len(response))
+        if not share or prompt != before:
+            first, before = len(pieces), prompt
+            ids += prompt
+            positions += range(len(prompt))
+            pieces.append(len(prompt))
+            predicts = len(ids) - 1
+        order += [first, len(pieces)]
+        where += ([predicts] + list(range(len(ids), len(ids) + len(response) - 1)))[:len(response)]
+        ids += response
+        positions += range(len(prompt), len(prompt) + len(response))
+        targets += response
+        pieces.append(len(response))
+        bounds.append(bounds[-1] + len(prompt) + len(response))
+    shared = len(order) > len(pieces)
     tensor = lambda x, dtype=torch.int64: torch.tensor(x, dtype=dtype).to(device, non_blocking=True)
     return MicroBatch(list(range(len(sequences))) if rows is None else rows, tensor(ids), tensor(positions),
                       tensor(bounds, torch.int32), max(b - a for a, b in zip(bounds, bounds[1:])), tensor(where),
-                      tensor(targets), tensor(lengths))
+                      tensor(targets), tensor([len(r) for _, r in sequences or [([0], [])]]),
+                      (pieces, order) if shared else None)
 
 
-def pack(sequences, budget, rank=0, world=1, device="cpu"):
+def pack(sequences, budget, rank=0, world=1, device="cpu", share=True):
     """[(prompt_ids, response_ids)] -> this rank's micro-batches of at most `budget` tokens each.
 
-    Every rank is given the same `sequences` and takes its share; `MicroBatch.rows` says which.
+    Every rank is given the same `sequences` and takes its share; `MicroBatch.rows` says which. Neighbours with the
+    same prompt stay together where they fit a quarter of a micro-batch, so that micro-batches still fill evenly.
     """
-    lengths = [len(p) + len(r) for p, r in sequences]
-    return [pack_row([sequences[i] for i in rows], rows, device)
-            for rows in split_by_budget(lengths, budget, world)[rank]]
+    total = sum(len(p) + len(r) for p, r in sequences)
+    items = bundles(sequences, min(budget, total // world) // 4 if share else 0)
+    dealt = split_by_budget([bundle_tokens(sequences, rows) for rows in items], budget, world)[rank]
+    micro = [[i for item in bin for i in items[item]] for bin in dealt]
+    return [pack_row([sequences[i] for i in rows], rows, device, share) for rows in micro]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -321,7 +397,7 @@ class Policy(nn.Module):
         hidden = self.model.base_model(
             input_ids=batch.ids[None], position_ids=batch.positions[None], attention_mask=None, use_cache=False,
             cu_seq_lens_q=batch.cu_seqlens, cu_seq_lens_k=batch.cu_seqlens, max_length_q=batch.max_seqlen,
-            max_length_k=batch.max_seqlen).last_hidden_state[0]
+            max_length_k=batch.max_seqlen, layout=batch.layout).last_hidden_state[0]
         weight = self.model.get_output_embeddings().weight
         return token_logprobs(hidden[batch.where], weight, batch.targets, temperature, self.chunk, entropy_grad)
 
@@ -330,12 +406,13 @@ class Policy(nn.Module):
         """Refuse models whose logits are more than hidden @ head.T (soft-capping, scaling, a bias)."""
         vocab = self.model.get_output_embeddings().weight.shape[0]
         ids = torch.arange(2, 10) % vocab
-        batch = pack_row([(ids[:1].tolist(), ids[1:].tolist())])
-        logits = self.model(input_ids=ids[None], position_ids=batch.positions[None], use_cache=False,
-                            cu_seq_lens_q=batch.cu_seqlens, cu_seq_lens_k=batch.cu_seqlens, max_length_q=8,
-                            max_length_k=8).logits[0, :-1]
-        theirs = torch.log_softmax(logits.float(), -1).gather(-1, ids[1:, None])[:, 0]
-        ours = self(batch)[0]
+        prompt, response = ids[:2].tolist(), ids[2:].tolist()
+        alone = pack_row([(prompt, response)])
+        logits = self.model(input_ids=ids[None], position_ids=alone.positions[None], use_cache=False,
+                            cu_seq_lens_q=alone.cu_seqlens, cu_seq_lens_k=alone.cu_seqlens, max_length_q=8,
+                            max_length_k=8).logits[0, 1:-1]
+        theirs = torch.log_softmax(logits.float(), -1).gather(-1, ids[2:, None])[:, 0].repeat(2)
+        ours = self(pack_row([(prompt, response)] * 2))[0]  # two, or a model that drops `layout` would go unnoticed
         if not torch.isfinite(theirs).all():
             raise ValueError("the model computes non-finite logits: its weights are damaged")
         if not torch.allclose(theirs, ours, atol=1e-3, rtol=1e-3):

@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from conftest import make_model, sequences
-from policy import Policy, document_attention, pack, pack_row, split_by_budget, token_logprobs, token_logprobs_plain
+from policy import (Policy, bundles, document_attention, fold, pack, pack_row, split_by_budget, token_logprobs,
+                    token_logprobs_plain, unfold)
 
 
 def both(function, hidden, weight, targets, **options):
@@ -61,14 +62,24 @@ def separate(model, prompt, response, temperature):
     """The slow truth: one sequence through the unmodified model with its own eager attention."""
     ids = torch.tensor([prompt + response])
     logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1:-1].float() / temperature
-    return torch.log_softmax(logits, -1).gather(-1, torch.tensor(response)[:, None])[:, 0]
+    return torch.log_softmax(logits, -1).gather(-1, torch.tensor(response, dtype=torch.int64)[:, None])[:, 0]
 
 
+def groups(seed=0):
+    """Sequences as a rollout has them: neighbours with one prompt; empty and long responses, a prompt that comes back."""
+    g = torch.Generator().manual_seed(seed)
+    some = lambda n: torch.randint(0, 60, (n,), generator=g).tolist()
+    a, b, c = some(7), some(21), some(1)
+    return [(p, some(n)) for p, n in [(a, 5), (a, 0), (a, 30), (b, 9), (c, 12), (c, 1), (b, 2), (b, 17), (b, 17)]]
+
+
+@pytest.mark.parametrize("sequences", [sequences, groups])
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("recompute", [True, False], ids=["recompute", "keep"])
 @pytest.mark.parametrize("kind, tied", [("qwen2", False), ("qwen2", True), ("llama", False), ("llama", True), ("gemma3", True)])
-def test_packed_equals_separate(kind, tied, recompute, train):
-    """Log-probs and gradients; in eval mode too, where a cache left on would let documents see each other."""
+def test_packed_equals_separate(kind, tied, recompute, train, sequences):
+    """Log-probs and gradients; in eval mode too, where a cache left on would let documents see each other. `groups`
+    share their prompts: every token of a row is there once, and every document sees its own."""
     plain, batch = make_model(kind, tied), sequences()
     plain.set_attn_implementation("eager")
     plain.eval()
@@ -81,6 +92,46 @@ def test_packed_equals_separate(kind, tied, recompute, train):
     logp.mean().backward()
     for (name, a), b in zip(policy.model.named_parameters(), plain.parameters()):
         assert torch.allclose(a.grad, b.grad, atol=2e-5), name
+
+
+def test_a_shared_prompt_lies_in_the_row_once():
+    batch = groups()
+    shared, whole = pack_row(batch), pack_row(batch, share=False)
+    assert len(whole.ids) - len(shared.ids) == 2 * 7 + 2 * 21 + 1 and whole.layout is None
+    assert torch.equal(unfold(shared.ids, shared.layout), whole.ids)
+    assert torch.equal(unfold(shared.positions, shared.layout), whole.positions)
+    assert torch.equal(fold(whole.ids, shared.layout), shared.ids)
+    for name in ("cu_seqlens", "targets", "lengths", "max_seqlen", "rows"):
+        assert torch.equal(*map(torch.as_tensor, (getattr(shared, name), getattr(whole, name)))), name
+
+
+def test_a_model_that_drops_the_layout_is_refused():
+    """transformers hands keywords it does not know through to attention; a model that does not must not train wrongly."""
+    model = make_model()
+    forward = model.base_model.forward
+    model.base_model.forward = lambda *a, layout=None, **k: forward(*a, **k)
+    with pytest.raises((RuntimeError, ValueError)):
+        Policy(model)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("budget", [80, 200, 2000])
+def test_packing_of_groups(world, budget):
+    """Each sequence once, no row over the budget, as many rows on each rank, and never more tokens than without sharing."""
+    batch = [s for seed in range(4) for s in groups(seed)]
+    ranks = [pack(batch, budget, r, world) for r in range(world)]
+    assert sorted(i for r in ranks for m in r for i in m.rows) == list(range(len(batch)))
+    assert len({len(r) for r in ranks}) == 1 and all(len(m.ids) <= budget for r in ranks for m in r)
+    for m in (m for r in ranks for m in r if m.rows):
+        assert m.targets.tolist() == [t for i in m.rows for t in batch[i][1]]
+        assert len(m.ids) <= sum(len(p) + len(r) for p, r in (batch[i] for i in m.rows))
+
+
+def test_bundles_are_neighbours_of_one_prompt():
+    batch = groups()
+    assert bundles(batch, 1000) == [[0, 1, 2], [3], [4, 5], [6, 7, 8]]
+    assert bundles(batch, 50) == [[0, 1, 2], [3], [4, 5], [6, 7], [8]]
+    assert bundles(batch, 0) == [[i] for i in range(9)]
 
 
 def test_a_cache_would_leak_between_documents():
