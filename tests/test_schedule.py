@@ -639,7 +639,7 @@ def saved_bytes(p, batch):
 @pytest.mark.parametrize("kind", ["qwen2", "llama"])
 def test_activations_of_a_layer(kind, tmp_path):
     """One more layer, with and without recomputation: the difference of two depths leaves embedding and head out."""
-    batch = policy.pack_row([([1] * 64, [2] * 448)] * 2)
+    batch = policy.pack_row([([1] * 64, [2] * 448)] * 2, share=False)
     real, said = {}, {}
     for recompute in (False, True):
         for layers in (2, 4):
@@ -702,7 +702,7 @@ def test_peak_of_an_update(recompute, tmp_path):
     p = policy.Policy(model, recompute=recompute, chunk=256)
     for q in p.parameters():
         q.grad = torch.zeros_like(q)
-    batch = policy.pack_row([([1] * 64, [2] * 448)] * 4)
+    batch = policy.pack_row([([1] * 64, [2] * 448)] * 4, share=False)
     with Peak() as peak:
         p(batch)[0].sum().backward()
     said = schedule.activation_bytes(m, 2048, 4, recompute) + schedule.tile_bytes(m, 256, 4)
