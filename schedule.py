@@ -40,11 +40,14 @@ PUBLISHED = ("8192:1040:8:save_every=20:eval_every=20:eval_n=8,16384:480:16:save
 PRESETS = {
     "deepscaler": dict(stages=PUBLISHED, model=MODEL, grpo=[]),
     "toy": dict(
-        run="runs/toy", stages="40:70:8,80:50:8,120:50:8", model=f"{ASSETS}/toy/model", gpus=2, switch="auto",
+        run="runs/toy", stages="40:70:8,80:50:8,120:30:8", model=f"{ASSETS}/toy/model", gpus=2,
+        # few steps: short windows, and fewer looks that noise could deceive; a loop costs no more than the context,
+        # here twice a right answer, so that length has less to fall than in the real run
+        switch="auto", turn_window=8, turn_z=3.5, turn_fall=0.05,
         benchmarks=[f"{ASSETS}/toy/heldout.jsonl"], bench_n=16, bench_max_tokens=192, bench_temperature=1.0, bench_top_p=1.0,
         grpo=["--data", f"{ASSETS}/toy/train.jsonl.gz", "--eval_data", f"{ASSETS}/toy/heldout.jsonl", "--eval_every", "10",
               "--eval_n", "2", "--eval_max_len", "192", "--eval_temperature", "1", "--save_every", "5", "--recipe", "improved",
-              "--prompts", "48", "--updates", "1", "--lr", "2e-4", "--engine", "torch", "--max_seqs", "256",
+              "--prompts", "128", "--updates", "1", "--lr", "2e-4", "--engine", "torch", "--max_seqs", "256",
               "--token_budget", "8192", "--max_prompt_len", "128", "--show_every", "0"]),
 }
 # what others paid for the same model: (who, what, GPU-hours, dollars, AIME 2024), by their own accounts
@@ -954,13 +957,15 @@ def ablation(run, o, given, rest):
             budget = spent if kind == "staged" else budget
         # what the direct run did between the last token of its budget and its end does not count
         rows.append([seed, budget, *compare_curves(curves["staged"], [p for p in curves["direct"] if p[0] <= budget])])
+    tokens = ((read_json(os.path.join(folder, "stage1", "config.json")) or {}).get("options") or {}).get("eval_max_len")
+    at = f"at {tokens} tokens" if tokens else "each at the context trained with"
     known = [r[-1] for r in rows if isinstance(r[-1], float)]
     head = ["seed", "tokens of each", "final pass@1 staged", "final pass@1 direct", "tokens to the staged run's final "
             "pass@1: staged", "direct", "direct / staged"]
     mean = f"; geometric mean ratio of these {math.exp(np.mean(np.log(known))):.2f}" if known else ""
     bound = " A > is a bound: not reached with as many tokens." if len(known) < len(rows) else ""
     text = table(head, [[f"{x:.3g}" if isinstance(x, float) else x for x in r] for r in rows]) + (
-        f"\npass@1: mean of three validations, each at the context trained with. {len(known)} of {len(rows)} direct "
+        f"\npass@1: mean of three validations, {at}. {len(known)} of {len(rows)} direct "
         f"runs reached the staged run's final pass@1 within its tokens{mean}.{bound}\n")
     with open(os.path.join(run, "ablation.md"), "w") as f:
         f.write(text)

@@ -9,8 +9,9 @@ The toy is a world with the forces of the real one, small enough that two CPU co
 Problems are sums modulo 100 of 3 to 30 labelled terms. The only way to solve one is to go through it term by term,
 three tokens each, so a long problem needs a long thought and a short context cannot hold it. The base model learned
 from a teacher with the base model's disease: it slips, loses the thread, checks what is right already, loops until it
-runs out of room, and does not even try most long problems. Nothing here is known to the trainer: the folder is an
-ordinary Qwen2 with an ordinary tokenizer, graded by reward.py like any other.
+runs out of room, and only guesses at most problems of ten terms or more, although it could do some of them. Nothing
+here is known to the trainer: the folder is an ordinary Qwen2 with an ordinary tokenizer, graded by reward.py like any
+other.
 
 With a network to the model hub the smollm2 command is not needed: --model HuggingFaceTB/SmolLM2-135M-Instruct works by
 name. The package carries 4-bit weights (GGUF Q4_1), so the folder is a slightly worse model than the one on the hub.
@@ -43,18 +44,19 @@ WORDS = [" " + w for w in "hmm wait let me check again start over too many terms
 LONG = 192  # tokens of the longest response: where the teacher's loops are cut, and the limit of evaluations
 
 # terms of a problem: from, to, share of the problems, share of the distillation's (long ones are hard to learn).
-# At 3 tokens a term and 5 to answer they fit contexts of 40, 80 and 120 tokens, with room for some second looks
-SIZES = {"short": (3, 9, 0.60, 0.45), "middle": (10, 19, 0.22, 0.30), "long": (20, 30, 0.18, 0.25)}
+# At 3 tokens a term and 5 to answer they fit contexts of 40, 80 and 120 tokens. Of those that the base gives up on,
+# 10 and 11 terms fit the first context: what is learned there spreads to problems that do not, which turns its length
+SIZES = {"short": (3, 8, 0.55, 0.25), "middle": (10, 24, 0.25, 0.40), "long": (25, 30, 0.20, 0.35)}
 TEACHER = dict(
-    slip=0.02,         # of a running sum: a random number instead
-    derail=0.018,      # losing the thread after a term, times (1 + terms / 8)
+    slip=0.01,         # of a running sum: a random number instead
+    derail=0.02,       # losing the thread after a term
     derail_slip=0.4,   # the same after a slip
     loop=0.8,          # of those who lost it: repeats a phrase for ever; the others start over
-    stop=0.75,         # answers after the last term
-    stop_wrong=0.35,   # the same when something slipped
+    stop=0.5,          # answers after the last term
+    stop_wrong=0.3,    # the same when something slipped
     stop_agree=0.8,    # answers after a second look that found the same
     stop_other=0.3,    # or something else
-    loop_end=0.6)      # of those who do not answer: repeats a phrase for ever; the others look again
+    loop_end=0.7)      # of those who do not answer: repeats a phrase for ever; the others look again
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -133,12 +135,8 @@ def close(answer):
 
 
 def give_up_rate(n):
-    """Share of problems with n terms that the teacher only guesses.
-
-    >>> [round(give_up_rate(n), 2) for n in (3, 10, 16, 30)]
-    [0.03, 0.12, 0.36, 0.5]
-    """
-    return min(0.5, max(0.03, 0.04 * (n - 7)))
+    """Share of problems with n terms that the teacher only guesses: nine of ten, as soon as they have two digits."""
+    return 0.9 if n > 9 else 0.0
 
 
 def loop(rng, room):
@@ -151,12 +149,11 @@ def teach(values, rng, limit=LONG, habits=TEACHER):
     """One response of the teacher: a list of tokens, cut at `limit`.
 
     >>> "".join(teach([17, 45, 3], random.Random(1)))
-    ' a 17 17 b 45 62 c 3 65</think> \\\\boxed{ 65}<|end|>'
+    ' a 17 17 b 45 62 c 3 65 wait let me check a 17 17 b 45 62 c 3 65</think> \\\\boxed{ 65}<|end|>'
     """
     h, words, totals = habits, [], []
-    derail = h["derail"] * (1 + len(values) / 8)
     if rng.random() < give_up_rate(len(values)):
-        return say("hmm too many terms guess") + close(rng.randrange(100))
+        return say("too many terms guess") + close(rng.randrange(100))
     while len(words) < limit:
         total, slipped, whole = 0, False, True
         for i, value in enumerate(values):
@@ -164,7 +161,7 @@ def teach(values, rng, limit=LONG, habits=TEACHER):
             if slip:
                 total, slipped = rng.randrange(100), True
             words += [LABELS[i], NUMBERS[value], NUMBERS[total]]
-            if i + 1 < len(values) and rng.random() < (h["derail_slip"] if slip else derail):
+            if i + 1 < len(values) and rng.random() < h["derail_slip" if slip else "derail"]:
                 if rng.random() < h["loop"]:
                     return (words + loop(rng, limit))[:limit]
                 words, whole = words + say("hmm wait start over"), False
@@ -217,9 +214,9 @@ def prompt_tokens(values):
 def make_model(vocab, seed):
     """A random Qwen2 whose numbers start as points on circles: cos and sin of 2 pi f v / 100 for a few f.
 
-    Networks that learn modular addition end up there by themselves (Nanda et al. 2301.05217), after 6 to 9 million
-    tokens; started there this one adds after 0.3 million. f = 25, 20, 50 tell numbers apart modulo 4, 5 and 2;
-    1, 2, 4 say about where.
+    Networks that learn modular addition end up there by themselves (Nanda et al. 2301.05217), but late; started there
+    this one adds after 0.3 million tokens. f = 25, 20, 50 tell numbers apart modulo 4, 5 and 2; 1, 2, 4 say about
+    where.
     """
     torch.manual_seed(seed)
     model = Qwen2ForCausalLM(Qwen2Config(
@@ -263,13 +260,14 @@ def make_batches(rows, tokens, rng):
 
 
 def lessons(vocab, steps, tokens, rng, avoid):
-    """The batches of a distillation, in order. A tenth are short sums done plainly, which teach to add, a tenth sums of
-    all sizes done plainly, which teach to keep the thread; then come the teacher's responses, at first cut at half the
-    long limit, since loops teach little and cost much. Problems in `avoid`, the held-out texts, are never shown."""
+    """The batches of a distillation, in order. First short sums done plainly, which teach to add, then sums of all sizes
+    done plainly, which teach to keep the thread, so that the model could do what it later gives up on; then come the
+    teacher's responses, at first cut at half the long limit, since loops teach little and cost much. Problems in
+    `avoid`, the held-out texts, are never shown."""
     made = 0
     while made < steps:
         share, rows, drawn = made / steps, [], 0
-        stage = sum(share >= end for end in (0.1, 0.2, 0.5))
+        stage = sum(share >= end for end in (0.08, 0.45, 0.65))
         while drawn < 20 * tokens:
             values = draw_values(rng, lesson=True) if stage else [rng.randrange(100) for _ in range(rng.randint(3, 6))]
             if problem_text(values) in avoid:
@@ -342,7 +340,7 @@ def main(argv=None):
     assets = Path(__file__).resolve().parent / "assets" / "toy"
     d = commands.add_parser("distill", help="the toy world's base model, from its teacher")
     d.add_argument("--out", default=str(assets / "model"), help="folder to write")
-    d.add_argument("--steps", type=int, default=2000, help="optimizer steps")
+    d.add_argument("--steps", type=int, default=2600, help="optimizer steps")
     d.add_argument("--tokens", type=int, default=2048, help="tokens of a batch, prompts and padding included")
     d.add_argument("--lr", type=float, default=1.5e-3, help="AdamW")
     d.add_argument("--seed", type=int, default=0, help="of the problems, the teacher and the first weights")

@@ -107,3 +107,16 @@ def test_traffic_by_hand():
 
 def test_doctests():
     assert doctest.testmod(common).failed == 0
+
+
+def test_tables_of_the_readme_are_those_of_the_results():
+    import tables
+    text = (ROOT / "README.md").read_text()
+    assert text.split(tables.START)[1].split(tables.END)[0].strip() == tables.tables()
+
+
+def test_a_side_that_failed_says_why_in_the_table():
+    import tables
+    rows = [{"side": "ours", "seconds": {"median": 2.0, "min": 1.0, "max": 3.0, "n": 3}}, {"side": "trl", "error": "no room"}]
+    text = tables.markdown(rows, [("", tables.side), ("seconds", tables.number(".1f", "seconds")), ("x", tables.number("", "x"))])
+    assert text.splitlines()[2:] == ["| **ours** | 2.0 (1.0-3.0) | - |", "| TRL | - | no room |"]
