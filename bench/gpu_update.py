@@ -66,7 +66,9 @@ def peak_flops(device):
 
 def rate(row, shape):
     """Tokens a second, MFU and HFU of a measured row, in place."""
-    model, hardware = training_flops(shape, row["tokens"], row["responses"], row["squares"], row["recompute"])
+    # a prompt that samples share is computed once: those operations are not counted twice
+    packed = row.get("packed", row["tokens"])
+    model, hardware = training_flops(shape, packed, row["responses"], row["squares"], row["recompute"])
     peak = peak_flops(row["device"])
     row["tokens_per_second"] = row["tokens"] / row["seconds"]
     row["mfu"], row["hfu"] = (x / row["seconds"] / peak if peak else None for x in (model, hardware))
@@ -105,7 +107,8 @@ def ours(spec):
     answer = {"seconds": statistics.median(seconds), "all_seconds": seconds, "peak_gib": peak, "reserved_gib": reserved,
               "score_seconds": score.seconds, "micro_batches": len(mini[0]), "grad_norm": float(stats["grad_norm"]) / spec["repeats"],
               "entropy": float(stats["entropy"]) / float(stats["tokens"]), **counts(rows)}
-    answer["fill"] = answer["tokens"] / (len(mini[0]) * spec["budget"])
+    answer["packed"] = sum(len(m.ids) for m in mini[0])
+    answer["fill"] = answer["packed"] / (len(mini[0]) * spec["budget"])
     if spec["profile"]:
         answer["profile"] = profile(lambda: run.update(run.pack(samples, advantages, everything[:1]), Counter()))
     return answer
