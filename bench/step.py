@@ -45,6 +45,7 @@ def ours(spec, engine):
                    "--drop_zero_variance", "0", "--style", "plain", "--eval_data", "none", "--show_every", "0",
                    "--save_every", "100000",
                    "--temperature", "1.0", "--lr", "1e-6", "--dtype", spec["dtype"], *spec["options"],
+                   "--max_seqs", str(spec["prompts"] * spec["group"]),  # TRL generates all of them at once as well
                    *(x for k in ("steps", "prompts", "group", "updates", "max_len") for x in (f"--{k}", str(spec[k])))])
         lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()][1:]
     mean = lambda name: statistics.mean(line[name] for line in lines)
