@@ -571,7 +571,7 @@ def parse_args(argv=None):
     add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="compute; auto: bf16 on GPU, fp32 on CPU")
     add("--token_budget", type=int, default=0, help="packed tokens of a micro-batch: memory against speed; 0: 32,768 on "
         "a GPU, 2,048 on a CPU, at least one full sequence")
-    add("--logit_chunk", type=int, default=1024, help="tokens of one tile of logits")
+    add("--logit_chunk", type=int, default=0, help="tokens of one tile of logits; 0: as many as 0.6 GB hold")
     add("--recompute", type=int, choices=[0, 1], default=-1, help="activation checkpointing; -1: on a GPU yes, else no")
     add("--gpu_memory", type=float, default=0.6, help="vLLM's share of each GPU")
     add("--max_seqs", type=int, default=0, help="rows generated at once on each rank; 0: vLLM 256 (CPU 128), torch 64")
@@ -586,8 +586,7 @@ def parse_args(argv=None):
 
 def check_options(p, args):
     """Refuse what cannot work before anything is loaded."""
-    for name in ("steps", "prompts", "updates", "max_len", "max_prompt_len", "save_every", "keep", "eval_n", "max_skips",
-                 "logit_chunk"):
+    for name in ("steps", "prompts", "updates", "max_len", "max_prompt_len", "save_every", "keep", "eval_n", "max_skips"):
         if getattr(args, name) < 1:
             p.error(f"--{name} must be at least 1")
     if args.group < 2:
@@ -598,8 +597,8 @@ def check_options(p, args):
         if not (getattr(args, name) > 0 and math.isfinite(getattr(args, name))):
             p.error(f"--{name} must be a finite number above 0")
     for name in ("clip_low", "clip_high", "kl_coef", "entropy_coef", "tis_cap", "grad_clip", "weight_decay",
-                 "eval_temperature", "eval_every", "eval_max_len", "show_every", "warmup_steps", "max_seqs", "token_budget", "max_chars",
-                 "min_rate"):
+                 "eval_temperature", "eval_every", "eval_max_len", "show_every", "warmup_steps", "max_seqs", "token_budget",
+                 "logit_chunk", "max_chars", "min_rate"):
         if not (getattr(args, name) >= 0 and math.isfinite(getattr(args, name))):
             p.error(f"--{name} must not be negative")
     if not 0 < args.eval_top_p <= 1:

@@ -57,14 +57,15 @@ def token_logprobs_plain(hidden, head_weight, targets, temperature=1.0):
     return logprobs.gather(-1, targets[:, None])[:, 0], entropy
 
 
-def token_logprobs(hidden, head_weight, targets, temperature=1.0, chunk=1024, entropy_grad=True):
-    """Log-probability and entropy of each taken token, in tiles of `chunk` tokens.
+def token_logprobs(hidden, head_weight, targets, temperature=1.0, chunk=0, entropy_grad=True):
+    """Log-probability and entropy of each taken token, in tiles of `chunk` tokens (0: as many as 0.6 GB of logits are).
 
     hidden [T, H] final hidden states, head_weight [V, H], targets [T] int64, temperature > 0 divides the logits
     (sampling at T = 0.6 means training at T = 0.6) -> logp [T], entropy [T] in nats, both fp32.
     Gradients reach `hidden` and `head_weight`; with `entropy_grad=False` the entropy is a metric only, which
     saves nothing but keeps an accidental bonus out of the loss. Memory: one or two fp32 tiles [chunk, V] whatever T is,
-    plus the fp32 gradient of the head in backward; price: the head's matmul once more in backward.
+    plus the fp32 gradient of the head in backward; price: the head's matmul once more in backward, except for the last
+    tile, which stays.
     Reference for the idea: verl's FusedLinearForPPO, prime-rl's FusedOutputLinear.
 
     >>> h, w, y = torch.randn(5, 8), torch.randn(11, 8), torch.arange(5)
@@ -74,12 +75,16 @@ def token_logprobs(hidden, head_weight, targets, temperature=1.0, chunk=1024, en
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
+    chunk = chunk or max(1, TILE // len(head_weight))
     logp, entropy = _TokenLogprobs.apply(hidden, head_weight, targets, float(temperature), chunk)
     return logp, entropy if entropy_grad else entropy.detach()
 
 
+TILE = 150_000_000  # logits of a tile, 0.6 GB in fp32: 987 tokens at a vocabulary of 151,936
+
+
 class _TokenLogprobs(torch.autograd.Function):
-    """Forward keeps only [T] numbers; backward recomputes each tile of logits and spends it at once.
+    """Forward keeps [T] numbers and its last tile; backward recomputes the others and spends each at once.
 
     With q = softmax(z), z = h W^T / temperature, H = entropy:
       d logp_y / dz = onehot(y) - q          d H / dz = -q (log q + H)
@@ -88,7 +93,7 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head_weight, targets, temperature, chunk):
         logp = hidden.new_empty(len(hidden), dtype=torch.float32)
-        entropy, lse = torch.empty_like(logp), torch.empty_like(logp)
+        entropy, lse, z = torch.empty_like(logp), torch.empty_like(logp), None
         for s, z in _tiles(hidden, head_weight, temperature, chunk):
             for b in _blocks(s, z):
                 rows = z[b.start - s.start:b.stop - s.start]
@@ -98,7 +103,10 @@ class _TokenLogprobs(torch.autograd.Function):
                 lse[b] = top[:, 0] + log_total
                 logp[b] = rows.gather(-1, targets[b, None])[:, 0] - log_total
                 entropy[b] = log_total - e.mul_(rows).sum(-1) / log_total.exp()
+                if s.stop == len(hidden):
+                    rows.sub_(log_total[:, None])
         ctx.save_for_backward(hidden, head_weight, targets, lse, entropy)
+        ctx.last = z  # log-probs of the whole vocabulary: backward begins with this tile, so it costs no memory at the peak
         ctx.temperature, ctx.chunk = temperature, chunk
         ctx.set_materialize_grads(False)  # an entropy that is only a metric comes back as None
         return logp, entropy
@@ -115,9 +123,11 @@ class _TokenLogprobs(torch.autograd.Function):
         # d logp / dz is a multiple of the token's gradient: that factor is cheaper on the [T, H] side of both products
         inside, outside = (torch.ones_like(lse), grad_logp) if grad_entropy is None else (grad_logp, torch.ones_like(lse))
         outside = (outside / -ctx.temperature)[:, None]
-        for s, z in _tiles(hidden, head_weight, ctx.temperature, ctx.chunk):
+
+        def spend(s, z):
+            """The gradients of tokens s from their log-probs [t, V], which are overwritten."""
             for b in _blocks(s, z):
-                log_q = z[b.start - s.start:b.stop - s.start].sub_(lse[b, None])
+                log_q = z[b.start - s.start:b.stop - s.start]
                 if grad_entropy is None:
                     log_q.exp_()
                 else:
@@ -131,7 +141,17 @@ class _TokenLogprobs(torch.autograd.Function):
                 if narrow == torch.float32:
                     grad_head.addmm_(dz.T, scaled)
                 else:
-                    grad_head += dz.T @ scaled
+                    grad_head.add_(dz.T @ scaled)
+
+        end = len(hidden)
+        if ctx.last is not None:  # gone if this backward ran before (retain_graph)
+            end -= len(ctx.last)
+            spend(slice(end, len(hidden)), ctx.last)
+            ctx.last = None
+        for s, z in _tiles(hidden[:end], head_weight, ctx.temperature, ctx.chunk):
+            for b in _blocks(s, z):
+                z[b.start - s.start:b.stop - s.start].sub_(lse[b, None])
+            spend(s, z)
         return grad_hidden, None if grad_head is None else grad_head.to(head_weight.dtype), None, None, None
 
 
@@ -380,7 +400,7 @@ def pack(sequences, budget, rank=0, world=1, device="cpu", share=True):
 class Policy(nn.Module):
     """A causal LM whose forward returns log-probabilities, so that FSDP's hooks cover the head as well."""
 
-    def __init__(self, model, recompute=False, chunk=1024):
+    def __init__(self, model, recompute=False, chunk=0):
         """model: a path, a hub name, or a transformers causal LM in fp32. recompute: activation checkpointing."""
         super().__init__()
         if isinstance(model, (str, os.PathLike)):

@@ -781,6 +781,9 @@ def activation_bytes(m, tokens, width, recompute):
     return m["layers"] * m["hidden"] * width * tokens + 2 * layer_bytes(m, tokens, width)
 
 
+TILE = 150_000_000  # logits of a tile by default, see policy.py
+
+
 def tile_bytes(m, chunk, width):
     """fp32 tiles of logits (one buffer in fp32; in bf16 the next is made while one is alive), the head's gradient in
     fp32 and once more in the compute type."""
@@ -812,7 +815,7 @@ def predict(m, a, gpu, world):
     parts = {"states": state_bytes(m) / world, "reference": m["parameters"] * width / world if a["kl_coef"] else 0,
              "gathered": gathered_bytes(m, width, world > 1 or width == 2),
              "activations": activation_bytes(m, tokens, width, recompute),
-             "logit tiles": tile_bytes(m, a["logit_chunk"], width),
+             "logit tiles": tile_bytes(m, a["logit_chunk"] or max(1, TILE // m["vocab"]), width),
              "engine weights": weights, "KV cache": pool, "engine extra": extra}
     parts = {k: v / GIB for k, v in parts.items()}
     fixed = parts["states"] + parts["reference"] + (1.0 if cpu else RESERVE)
