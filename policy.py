@@ -106,7 +106,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 if s.stop == len(hidden):
                     rows.sub_(log_total[:, None])
         ctx.save_for_backward(hidden, head_weight, targets, lse, entropy)
-        ctx.last = z  # log-probs of the whole vocabulary: backward begins with this tile, so it costs no memory at the peak
+        ctx.last = z  # its log-probs of the whole vocabulary; backward begins with it, so it costs no memory at the peak
         ctx.temperature, ctx.chunk = temperature, chunk
         ctx.set_materialize_grads(False)  # an entropy that is only a metric comes back as None
         return logp, entropy
@@ -121,7 +121,8 @@ class _TokenLogprobs(torch.autograd.Function):
         narrow = hidden.dtype if hidden.is_cuda else torch.float32
         head = head_weight.to(narrow)
         # d logp / dz is a multiple of the token's gradient: that factor is cheaper on the [T, H] side of both products
-        inside, outside = (torch.ones_like(lse), grad_logp) if grad_entropy is None else (grad_logp, torch.ones_like(lse))
+        ones = torch.ones_like(lse)
+        inside, outside = (ones, grad_logp) if grad_entropy is None else (grad_logp, ones)
         outside = (outside / -ctx.temperature)[:, None]
 
         def spend(s, z):

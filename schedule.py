@@ -815,7 +815,7 @@ def predict(m, a, gpu, world):
     parts = {"states": state_bytes(m) / world, "reference": m["parameters"] * width / world if a["kl_coef"] else 0,
              "gathered": gathered_bytes(m, width, world > 1 or width == 2),
              "activations": activation_bytes(m, tokens, width, recompute),
-             "logit tiles": tile_bytes(m, a["logit_chunk"] or max(1, TILE // m["vocab"]), width),
+             "logit tiles": tile_bytes(m, min(tokens, a["logit_chunk"] or max(1, TILE // m["vocab"])), width),
              "engine weights": weights, "KV cache": pool, "engine extra": extra}
     parts = {k: v / GIB for k, v in parts.items()}
     fixed = parts["states"] + parts["reference"] + (1.0 if cpu else RESERVE)
