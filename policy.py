@@ -385,10 +385,12 @@ def pack(sequences, budget, rank=0, world=1, device="cpu", share=True):
     """[(prompt_ids, response_ids)] -> this rank's micro-batches of at most `budget` tokens each.
 
     Every rank is given the same `sequences` and takes its share; `MicroBatch.rows` says which. Neighbours with the
-    same prompt stay together where they fit a quarter of a micro-batch, so that micro-batches still fill evenly.
+    same prompt stay together where they fit a quarter of a micro-batch, so that micro-batches still fill evenly (one row
+    that holds everything has nothing to fill evenly).
     """
     total = sum(len(p) + len(r) for p, r in sequences)
-    items = bundles(sequences, min(budget, total // world) // 4 if share else 0)
+    limit = budget if world == 1 and total <= budget else min(budget, total // world) // 4
+    items = bundles(sequences, limit if share else 0)
     dealt = split_by_budget([bundle_tokens(sequences, rows) for rows in items], budget, world)[rank]
     micro = [[i for item in bin for i in items[item]] for bin in dealt]
     return [pack_row([sequences[i] for i in rows], rows, device, share) for rows in micro]
