@@ -234,7 +234,9 @@ def write(path, what, settings, rows, before, **more):
               "machine": {"cpu": cpu_name(), "cores": cores, "device": devices, "threads": threads},
               "before": before, "load_after": [round(x, 2) for x in os.getloadavg()], "commit": commit(),
               "versions": sides,
-              "memory": "peak beyond the level before the work, see bench/common.py", "settings": settings,
+              "memory": "peak beyond the level before the work, see bench/common.py",
+              # where something lay on this machine is nobody else's business: the last part of a path says what it was
+              "settings": {k: os.path.basename(v) if isinstance(v, str) and os.path.isabs(v) else v for k, v in settings.items()},
               "rows": rows} | more
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
