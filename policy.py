@@ -354,8 +354,8 @@ def pack_row(sequences, rows=None, device="cpu", share=True):
     >>> row.ids.tolist(), row.positions.tolist(), row.where.tolist(), row.layout
     ([7, 8, 9, 5, 6], [0, 1, 2, 2, 3], [1, 1, 3], ([2, 1, 2], [0, 1, 0, 2]))
     """
-    ids, positions, where, targets, bounds, pieces, order = [], [], [], [], [0], [], []
-    before = None
+    ids, positions, where, targets, bounds, lengths = [], [], [], [], [0], []
+    pieces, order, before = [], [], None
     for prompt, response in sequences or [([0], [])]:
         prompt, response = list(prompt), list(response)
         if not prompt:
@@ -372,12 +372,13 @@ def pack_row(sequences, rows=None, device="cpu", share=True):
         positions += range(len(prompt), len(prompt) + len(response))
         targets += response
         pieces.append(len(response))
+        lengths.append(len(response))
         bounds.append(bounds[-1] + len(prompt) + len(response))
     shared = len(order) > len(pieces)
     tensor = lambda x, dtype=torch.int64: torch.tensor(x, dtype=dtype).to(device, non_blocking=True)
     return MicroBatch(list(range(len(sequences))) if rows is None else rows, tensor(ids), tensor(positions),
                       tensor(bounds, torch.int32), max(b - a for a, b in zip(bounds, bounds[1:])), tensor(where),
-                      tensor(targets), tensor([len(r) for _, r in sequences or [([0], [])]]),
+                      tensor(targets), tensor(lengths),
                       (pieces, order) if shared else None)
 
 
