@@ -151,9 +151,13 @@ def projection():
             "assumed": a, "rows": rows}
 
 
+def assumptions(p):
+    """What a projection assumes, in one line."""
+    return ", ".join(f"{k} {v:g}" if not isinstance(v, str) else v for k, v in p["assumed"].items())
+
+
 def show(p):
-    assumed = ", ".join(f"{k} {v:g}" if not isinstance(v, str) else v for k, v in p["assumed"].items())
-    print(f"\n{p['label']}\nassumed: {assumed}")
+    print(f"\n{p['label']}\nassumed: {assumptions(p)}")
     common.table([{**r, **r["seconds"]} for r in p["rows"]],
                  [("model", "model", ""), ("GPUs", "gpus", ""), ("TFLOP", "tflop", ",.0f"),
                   ("GB moved by a GPU", "gigabytes_moved_per_gpu", ",.0f"),

@@ -14,6 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import common  # noqa: E402
+import scaling as scaling_script  # noqa: E402
 
 START, END = "<!-- made by bench/tables.py -->", "<!-- end of the tables -->"
 
@@ -117,8 +118,7 @@ def scaling(d):
 def projection(d):
     p = d["projection"]
     keys = list(p["rows"][0]["seconds"])
-    assumed = ", ".join(f"{k} {v:g}" if not isinstance(v, str) else v for k, v in p["assumed"].items())
-    return f"{p['label']}. Assumed: {assumed}.\n\n" + markdown(p["rows"], [
+    return f"{p['label']}. Assumed: {scaling_script.assumptions(p)}.\n\n" + markdown(p["rows"], [
         ("model", number("", "model")), ("GPUs", number("", "gpus")), ("TFLOP a step", number(",.0f", "tflop")),
         ("GB moved by a GPU", number(",.0f", "gigabytes_moved_per_gpu")),
         *((f"{k}, s", number(".1f", "seconds", k)) for k in keys), ("total, s", number(".0f", "seconds_total"))])
