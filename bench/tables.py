@@ -77,6 +77,7 @@ def update(d):
         text.append(f"{key[0]}, {key[1]}: {holds['samples']} samples, {holds['tokens_response']:,} response tokens of at "
                     f"most {holds['length_max']}, {holds['truncated']:.0%} cut off\n\n" + markdown(rows, [
                         ("old log-probs + loss + backward + AdamW", side), ("seconds", number(".2f", "seconds")),
+                        ("a run's first time", number(".2f", "first_seconds")),
                         ("times ours", number(".2f", "times_ours")),
                         ("response tokens/s", number(",.0f", "tokens_per_second")),
                         ("peak MiB", number(",.0f", "memory_mb")), ("gradient norm off ours", number(".0e", "grad_norm_off"))]))

@@ -5,7 +5,9 @@
     python bench/update.py --quick                                                    # seconds; what CI runs
 
 Timed: advantages, packing or padding, old log-probs, loss, backward, clipping, AdamW, from the samples in hand to the
-last optimizer step. The recipe's two updates a rollout (--updates): the second one needs old log-probs. TRL scores all
+last optimizer step. Every side does it twice on the same samples, and `seconds` is the second time: the first optimizer
+step of a run creates Adam's moments, 3 s of first touches of memory with SmolLM2, and no later one does
+(`first_seconds` tells). The recipe's two updates a rollout (--updates): the second one needs old log-probs. TRL scores all
 samples for that; ours and the plain loops only the second half, because at the first update the policy is the old one.
 
   ours     grpo.py's own Run.pack, Run.score and Run.update, default token budget; computes the entropy as well
@@ -58,18 +60,26 @@ def ours(spec):
     rewards = torch.tensor([r["reward"] for r in rows]).view(spec["prompts"], spec["group"])
     warm_up(lambda: run.policy(run.pack(samples[:spec["group"]], rewards[:1], torch.arange(1))[0][0])[0].sum(),
             run.optimizer)
-    norms, entropies = [], []
+    norms, entropies, halves = [], [], torch.arange(spec["prompts"]).chunk(spec["updates"])
     with common.meter() as m:
-        advantages = grpo.group_advantages(rewards)
-        minibatches = [run.pack(samples, advantages, p) for p in torch.arange(spec["prompts"]).chunk(spec["updates"])]
-        for mini in minibatches[1:]:
-            run.score(run.policy, mini, "old_logp")
-        for mini in minibatches:
-            stats = Counter()
-            run.update(mini, stats)
-            norms.append(float(stats["grad_norm"]))
-            entropies.append(float(stats["entropy"]) / float(stats["tokens"]))
+        for _ in twice(m):
+            advantages = grpo.group_advantages(rewards)
+            minibatches = [run.pack(samples, advantages, p) for p in halves]
+            for mini in minibatches[1:]:
+                run.score(run.policy, mini, "old_logp")
+            for mini in minibatches:
+                stats = Counter()
+                run.update(mini, stats)
+                norms.append(float(stats["grad_norm"]))
+                entropies.append(float(stats["entropy"]) / float(stats["tokens"]))
     return m.answer(grad_norm=norms, entropy=entropies, token_budget=run.args.token_budget)
+
+
+def twice(m):
+    """Two turns of a loop, of which the meter keeps the second."""
+    yield
+    m.again()
+    yield
 
 
 def trl(spec):
@@ -84,13 +94,16 @@ def trl(spec):
     n, k, updates, stack = len(rows), spec["micro"], spec["updates"], ExitStack()
 
     def rollout_func(prompts, trainer):
-        box.append(stack.enter_context(common.meter()))
+        if box:
+            box[0].again()
+        else:
+            box.append(stack.enter_context(common.meter()))
         return {"prompt_ids": [r["prompt"] for r in rows], "completion_ids": [r["response"] for r in rows],
                 "logprobs": None}
 
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
-            if state.global_step == updates:
+            if state.global_step == 2 * updates:
                 stack.close()
 
     box, rewards = [], [r["reward"] for r in rows]
@@ -100,7 +113,7 @@ def trl(spec):
         args = module.GRPOConfig(
             folder, per_device_train_batch_size=k, gradient_accumulation_steps=n // updates // k,
             steps_per_generation=n // k,
-            num_generations=spec["group"], max_completion_length=spec["max_len"], max_steps=updates, learning_rate=1e-6,
+            num_generations=spec["group"], max_completion_length=spec["max_len"], max_steps=2 * updates, learning_rate=1e-6,
             weight_decay=0.01, max_grad_norm=1.0, lr_scheduler_type="constant", loss_type="dapo", epsilon=0.2,
             epsilon_high=0.28, beta=0.0, temperature=1.0, bf16=spec["dtype"] == "bfloat16", use_cpu=not cuda,
             gradient_checkpointing=cuda, shuffle_dataset=False, logging_steps=1, report_to=[], save_strategy="no",
@@ -114,7 +127,7 @@ def trl(spec):
     log = [line for line in trainer.state.log_history if "grad_norm" in line]
     # TRL divides each mini-batch by the mean token count of all mini-batches, we by its own: put on our scale
     counts = [sum(len(r["response"]) for r in rows[i:i + n // updates]) for i in range(0, n, n // updates)]
-    norms = [line["grad_norm"] * sum(counts) / updates / c for line, c in zip(log, counts, strict=True)]
+    norms = [line["grad_norm"] * sum(counts) / updates / c for line, c in zip(log, counts * 2, strict=True)]
     return box[0].answer(grad_norm=norms, entropy=[line["entropy"] for line in log], micro=k)
 
 
@@ -153,27 +166,28 @@ def plain(spec, by_length):
     rewards = torch.tensor([r["reward"] for r in rows]).view(spec["prompts"], spec["group"])
     warm_up(lambda: plain_logp(model, rows[:2], spec["dtype"], not by_length).sum(), optimizer)
     with common.meter() as m:
-        for r, a in zip(rows, grpo.group_advantages(rewards).view(-1).tolist()):
-            r["advantage"], r["old"] = a, None
-        half = len(rows) // spec["updates"]
-        minis = [rows[i:i + half] for i in range(0, len(rows), half)]
-        if by_length:
-            minis = [sorted(mini, key=lambda r: len(r["prompt"]) + len(r["response"])) for mini in minis]
-        minis = [[mini[i:i + k] for i in range(0, half, k)] for mini in minis]
-        with torch.no_grad():
-            old = {id(batch): plain_logp(model, batch, spec["dtype"],
-                                         not by_length) for mini in minis[1:] for batch in mini}
-        for mini in minis:
-            total = sum(len(r["response"]) for batch in mini for r in batch)
-            for batch in mini:
-                logp = plain_logp(model, batch, spec["dtype"], not by_length)
-                advantages = torch.tensor([r["advantage"] for r in batch], device=device)
-                lengths = torch.tensor([len(r["response"]) for r in batch], device=device)
-                loss, _ = grpo.grpo_loss(logp, old.get(id(batch)), advantages, lengths, clip_high=0.28, total=total)
-                loss.backward()
-            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
-            optimizer.step()
-            optimizer.zero_grad()
+        for _ in twice(m):
+            for r, a in zip(rows, grpo.group_advantages(rewards).view(-1).tolist()):
+                r["advantage"] = a
+            half = len(rows) // spec["updates"]
+            minis = [rows[i:i + half] for i in range(0, len(rows), half)]
+            if by_length:
+                minis = [sorted(mini, key=lambda r: len(r["prompt"]) + len(r["response"])) for mini in minis]
+            minis = [[mini[i:i + k] for i in range(0, half, k)] for mini in minis]
+            with torch.no_grad():
+                old = {id(batch): plain_logp(model, batch, spec["dtype"], not by_length)
+                       for mini in minis[1:] for batch in mini}
+            for mini in minis:
+                total = sum(len(r["response"]) for batch in mini for r in batch)
+                for batch in mini:
+                    logp = plain_logp(model, batch, spec["dtype"], not by_length)
+                    advantages = torch.tensor([r["advantage"] for r in batch], device=device)
+                    lengths = torch.tensor([len(r["response"]) for r in batch], device=device)
+                    loss, _ = grpo.grpo_loss(logp, old.get(id(batch)), advantages, lengths, clip_high=0.28, total=total)
+                    loss.backward()
+                norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
+                optimizer.step()
+                optimizer.zero_grad()
     return m.answer(grad_norm=norms, micro=k)
 
 
@@ -204,12 +218,14 @@ def limit(spec):
 
     warm_up(lambda: loss(batches[0][0][:2], 8), model)
     with common.meter() as m:
-        with torch.no_grad():
-            for ids, n, old in batches:
-                if old:
-                    loss(ids, n)
-        for ids, n, _ in batches:
-            loss(ids, n).backward()
+        for _ in twice(m):
+            with torch.no_grad():
+                for ids, n, old in batches:
+                    if old:
+                        loss(ids, n)
+            for ids, n, _ in batches:
+                loss(ids, n).backward()
+            model.zero_grad()
     return m.answer(tokens=sum(ids.numel() for ids, _, _ in batches))
 
 
@@ -319,8 +335,8 @@ def main(argv=None):
         rows += more
     print()
     common.table(rows, [("workload", "workload", ""), ("dtype", "dtype", ""), ("side", "side", ""),
-                        ("seconds", "seconds", ".2f"), ("CPU s", "cpu_seconds", ".2f"),
-                        ("x ours", "times_ours", ".2f"), ("response tokens/s", "tokens_per_second", ",.0f"),
+                        ("seconds", "seconds", ".2f"), ("first", "first_seconds", ".2f"),
+                        ("CPU s", "cpu_seconds", ".2f"), ("x ours", "times_ours", ".2f"), ("response tokens/s", "tokens_per_second", ",.0f"),
                         ("memory MiB", "memory_mb", ",.0f"), ("micro", "micro", ""),
                         ("|g| off", "grad_norm_off", ".1e"),
                         ("H off", "entropy_off", ".1e")])

@@ -40,11 +40,11 @@ def test_update_sides_take_the_same_step(tmp_path):
     result = quick("update.py", tmp_path, "--sides", "ours", "padded", "sorted", "limit")
     rows = {r["side"]: r for r in result["rows"]}
     assert list(rows) == ["ours", "padded", "sorted", "limit"]
-    assert len(rows["ours"]["grad_norm"]) == 2 and min(rows["ours"]["grad_norm"]) > 0
+    assert len(rows["ours"]["grad_norm"]) == 4 and min(rows["ours"]["grad_norm"]) > 0  # two updates, done twice
     assert rows["padded"]["grad_norm_off"] < 1e-4 and rows["sorted"]["grad_norm_off"] < 1e-4
     held = result["rollout_files"]["tiny"]
     assert abs(rows["limit"]["tokens"] / (held["tokens_prompt"] + held["tokens_response"]) - 1) < 0.05
-    assert all(r["memory_mb"]["median"] > 0 for r in rows.values())
+    assert all(r["memory_mb"]["median"] > 0 and r["first_seconds"]["median"] > 0 for r in rows.values())
 
 
 def test_head_sides_agree(tmp_path):
