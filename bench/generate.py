@@ -11,6 +11,9 @@
   hf          transformers' `generate` in batches of as many rows (--max_seqs) as the torch engine has slots; the
               prompts of a batch are padded, and it runs until its longest sample is done
 
+The vLLM sides take turns on one engine in one process, --rounds times: they differ by less than two processes, or two
+minutes on a shared machine, do. "x bare" is the median of the ratios of neighbouring turns, with its range.
+
 Workloads: `tiny`, a random Qwen2 of 1.6 M parameters of whose 4,096 tokens --stops are end tokens, so that lengths are
 geometric, with a cut-off tail; `smollm2`, chat prompts of real problems, ended by the model itself. Sides draw
 different random numbers, so they write different numbers of tokens: compare tokens/s. Checked: greedy tokens of a few
@@ -30,43 +33,47 @@ import common  # noqa: E402
 # The sides: prompts in, lists of token ids out
 # ---------------------------------------------------------------------------------------------------------------
 
-def measured(spec, sample, greedy):
-    """sample(prompts, max_tokens) and greedy(prompts, max_tokens) -> lists of response ids."""
+def measured(spec, ways, rounds=1):
+    """ways {side: generate(prompts, max_tokens, temperature) -> lists of response ids}, called in turns ->
+    {"parts": {side: [numbers of a turn]}}."""
     prompts = json.loads(Path(spec["prompts"]).read_text())
-    sample(prompts[:2], 4)
     few = list({tuple(p): p for p in prompts}.values())[:4]
-    fixed = greedy(few, min(16, spec["max_len"]))
-    with common.meter() as m:
-        out = sample(prompts, spec["max_len"])
-    lengths = [len(r) for r in out]
-    return m.answer(greedy=fixed, tokens=sum(lengths), length_mean=sum(lengths) / len(lengths), length_max=max(lengths),
-                    samples=len(out))
+    parts, fixed = {side: [] for side in ways}, {}
+    for side, generate in ways.items():
+        generate(prompts[:2], 4, spec["temperature"])
+        fixed[side] = generate(few, min(16, spec["max_len"]), 0.0)
+    for _ in range(rounds):
+        for side, generate in ways.items():
+            with common.meter() as m:
+                out = generate(prompts, spec["max_len"], spec["temperature"])
+            lengths = [len(r) for r in out]
+            parts[side].append(m.answer(greedy=fixed[side], tokens=sum(lengths), samples=len(out),
+                                        length_mean=sum(lengths) / len(lengths), length_max=max(lengths)))
+    return {"parts": parts, "seconds": sum(a["seconds"] for turns in parts.values() for a in turns)}
 
 
 def engine(kind, spec):
+    """(engine, its generate as `measured` wants it)."""
     from rollout import make_engine
     e = make_engine(kind, spec["model"], max_model_len=spec["max_model_len"], dtype=spec["dtype"],
-                    max_seqs=spec["max_seqs"],
-                    load_weights=True)
-    ids = lambda samples: [s.response_ids for s in samples]
-    return measured(spec, lambda p, n: ids(e.generate(p, list(range(len(p))), n, spec["temperature"])),
-                    lambda p, n: ids(e.generate(p, [0] * len(p), n, 0.0)))
+                    max_seqs=spec["max_seqs"], load_weights=True)
+    return e, lambda prompts, n, temperature: [s.response_ids for s in e.generate(prompts, list(range(len(prompts))), n,
+                                                                                  temperature)]
 
 
-def bare_vllm(spec, same):
-    """The engine that VllmEngine made, called by vLLM's own LLM.generate: the options cannot differ."""
-    from rollout import make_engine
-    llm = make_engine("vllm", spec["model"], max_model_len=spec["max_model_len"], dtype=spec["dtype"],
-                      max_seqs=spec["max_seqs"],
-                      load_weights=True).llm
+def vllm(spec):
+    """Ours, and vLLM's own LLM.generate on the very engine that VllmEngine made: the options cannot differ."""
+    e, ours = engine("vllm", spec)
     from vllm import SamplingParams
 
-    def generate(prompts, n, temperature):
-        extra = [dict(seed=i, logprobs=0, flat_logprobs=True) if same else {} for i in range(len(prompts))]
-        params = [SamplingParams(temperature=temperature, max_tokens=n, detokenize=False, **e) for e in extra]
-        out = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-        return [list(o.outputs[0].token_ids) for o in out]
-    return measured(spec, lambda p, n: generate(p, n, spec["temperature"]), lambda p, n: generate(p, n, 0.0))
+    def bare(same):
+        def generate(prompts, n, temperature):
+            extra = [dict(seed=i, logprobs=0, flat_logprobs=True) if same else {} for i in range(len(prompts))]
+            params = [SamplingParams(temperature=temperature, max_tokens=n, detokenize=False, **x) for x in extra]
+            out = e.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+            return [list(o.outputs[0].token_ids) for o in out]
+        return generate
+    return measured(spec, {"vllm": ours, "bare_vllm": bare(False), "bare_vllm+": bare(True)}, spec["rounds"])
 
 
 def hf(spec):
@@ -77,7 +84,8 @@ def hf(spec):
     model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=getattr(torch, spec["dtype"])).to(device).eval()
     stops = stop_token_ids(spec["model"], model.config)
 
-    def generate(prompts, n, **how):
+    def generate(prompts, n, temperature):
+        how = dict(do_sample=True, temperature=temperature, top_p=1.0, top_k=0) if temperature else dict(do_sample=False)
         out = []
         for i in range(0, len(prompts), spec["max_seqs"]):
             batch = prompts[i:i + spec["max_seqs"]]
@@ -91,13 +99,10 @@ def hf(spec):
                 end = next((j + 1 for j, t in enumerate(row) if t in stops), len(row))
                 out.append(row[:end])
         return out
-    return measured(spec, lambda p, n: generate(p, n, do_sample=True, temperature=spec["temperature"], top_p=1.0,
-                                                top_k=0),
-                    lambda p, n: generate(p, n, do_sample=False))
+    return measured(spec, {"hf": generate})
 
 
-SIDES = {"vllm": lambda s: engine("vllm", s), "bare_vllm": lambda s: bare_vllm(s, False),
-         "bare_vllm+": lambda s: bare_vllm(s, True), "torch": lambda s: engine("torch", s), "hf": hf}
+SIDES = {"vllm": vllm, "torch": lambda spec: measured(spec, {"torch": engine("torch", spec)[1]}), "hf": hf}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -122,23 +127,36 @@ def prepare(name, args, work):
     path = work / f"prompts-{name}.json"
     path.write_text(json.dumps([p for p in prompts for _ in range(args.group)]))
     return {"model": str(model), "prompts": str(path), "max_len": args.max_len, "max_seqs": args.max_seqs,
-            "dtype": args.dtype,
-            "temperature": args.temperature, "max_model_len": args.max_len + max(map(len, prompts))}
+            "dtype": args.dtype, "rounds": args.rounds, "temperature": args.temperature,
+            "max_model_len": args.max_len + max(map(len, prompts))}
 
 
-def compare(rows):
-    """Tokens a second, against the bare side of the same kind, and greedy tokens against `generate`'s."""
+def by_side(answers):
+    """{job: [answer of a process]} -> {side: [numbers of a turn]}, in the order of time."""
+    turns = {}
+    for job, processes in answers.items():
+        for a in processes:
+            parts = a.pop("parts", {job: [{}]})  # one that failed has none
+            for side, some in parts.items():
+                turns.setdefault(side, []).extend({**a, **t} for t in some)
+    return turns
+
+
+def compare(rows, turns):
+    """Tokens a second, against the bare side of the same kind turn by turn, and greedy tokens against `generate`'s."""
     by = {r["side"]: r for r in rows if "error" not in r}
+    rates = {side: [t["tokens"] / t["seconds"] for t in turns[side] if "error" not in t] for side in by}
     fixed = by["hf"]["greedy"] if "hf" in by else None
-    for row in by.values():
-        row["tokens_per_second"] = row["tokens"] / row["seconds"]["median"]
+    for side, row in by.items():
+        row["tokens_per_second"] = common.spread(rates[side])
         if fixed:
             pairs = [(a, b) for mine, theirs in zip(row["greedy"], fixed, strict=True)
                      for a, b in zip(mine + [None] * (len(theirs) - len(mine)), theirs)]
             row["greedy_equal"] = sum(a == b for a, b in pairs) / len(pairs)
-    for side, bare in (("vllm", "bare_vllm"), ("bare_vllm+", "bare_vllm"), ("torch", "hf")):
+    for side, bare in (("vllm", "bare_vllm"), ("bare_vllm+", "bare_vllm"), ("vllm", "bare_vllm+"), ("torch", "hf")):
         if side in by and bare in by:
-            by[side]["times_bare"] = by[side]["tokens_per_second"] / by[bare]["tokens_per_second"]
+            key = "times_bare_same" if (side, bare) == ("vllm", "bare_vllm+") else "times_bare"
+            by[side][key] = common.spread([a / b for a, b in zip(rates[side], rates[bare])])
     for row in by.values():
         row.pop("greedy")
 
@@ -150,7 +168,9 @@ def main(argv=None):
     add("--workloads", nargs="+", choices=["tiny", "smollm2"], default=None,
         help="default: tiny, and smollm2 with --model")
     add("--model", default=None, help="SmolLM2 folder, or any other chat model")
-    add("--sides", nargs="+", choices=list(SIDES), default=None, help="default: all; the vLLM ones where vLLM runs")
+    add("--sides", nargs="+", choices=list(SIDES), default=None,
+        help="vllm is three sides; default: all, vllm where it is installed")
+    add("--rounds", type=int, default=6, help="turns of the three vLLM sides in one process")
     add("--prompts", type=int, default=32, help="prompts")
     add("--group", type=int, default=8, help="samples for each")
     add("--max_len", type=int, default=256, help="tokens of a response at most")
@@ -166,24 +186,25 @@ def main(argv=None):
     before = common.start(args)
     if args.quick:
         args.workloads, args.prompts, args.group, args.max_len, args.max_seqs = ["tiny"], 6, 2, 24, 4
+        args.rounds = 1
         args.sides = args.sides or ["torch", "hf"]
     work = Path(args.work)
     work.mkdir(parents=True, exist_ok=True)
     workloads = args.workloads or ["tiny"] + ["smollm2"] * bool(args.model)
     if "smollm2" in workloads and not args.model:
         p.error("smollm2 needs --model FOLDER: python toy.py smollm2 --out FOLDER makes it")
-    sides = args.sides or [s for s in SIDES if "vllm" not in s or common.has("vllm")]
+    sides = args.sides or [s for s in SIDES if s != "vllm" or common.has("vllm")]
     rows, began = [], time.time()
     for name in workloads:
         settings = prepare(name, args, work)
         print(f"{name}: {args.prompts * args.group} samples", flush=True)
-        some = common.rows_of(common.alternate(__file__, {s: (s, settings, None) for s in sides}, args.repeats),
-                              workload=name)
-        compare(some)
+        turns = by_side(common.alternate(__file__, {s: (s, settings, None) for s in sides}, args.repeats))
+        some = common.rows_of(turns, workload=name)
+        compare(some, turns)
         rows += some
     print()
     common.table(rows, [("workload", "workload", ""), ("side", "side", ""), ("tokens/s", "tokens_per_second", ",.0f"),
-                        ("x bare", "times_bare", ".2f"), ("seconds", "seconds", ".2f"), ("CPU s", "cpu_seconds", ".2f"),
+                        ("x bare", "times_bare", ".3f"), ("x bare+", "times_bare_same", ".3f"), ("seconds", "seconds", ".2f"), ("CPU s", "cpu_seconds", ".2f"),
                         ("mean length", "length_mean", ".1f"), ("memory MiB", "memory_mb", ",.0f"),
                         ("greedy equal", "greedy_equal", ".2f")])
     common.write(args.out, "generation", {k: v for k, v in vars(args).items() if k != "worker"}, rows, before,
