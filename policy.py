@@ -11,7 +11,7 @@ Three ideas, each a piece you can copy:
                    and a 152K vocabulary these are 20 GB in fp32, one 1,024-token tile is 0.6 GB.
   packing          sequences lie end to end in one row, positions restart, nothing is padded, and the prompt of
                    samples that lie together is there once. `varlen` attention keeps documents apart: PyTorch's own
-                   flash kernel on CUDA, one SDPA call a document elsewhere.
+                   flash kernel on CUDA, SDPA on documents of similar length elsewhere.
   Policy           any causal LM that transformers can load with a custom attention function, under FSDP2 with
                    fp32 master weights (at lr 1e-6 a bf16 weight of 0.02 would never move) and bf16 compute.
 
@@ -24,6 +24,7 @@ import json
 import os
 import shutil
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -35,13 +36,14 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
                                                      set_state_dict)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 try:
     from torch.nn.attention.varlen import varlen_attn
     # torch 2.11 takes fewer key heads without being told; later versions want to be told
     GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-except ImportError:  # an older torch: attention falls back to one call a document
+except ImportError:  # an older torch: attention falls back to padded batches
     varlen_attn = None
 
 
@@ -187,24 +189,67 @@ def _blocks(s, z):
 # ---------------------------------------------------------------------------------------------------------------
 
 def document_attention(q, k, v, cu_seqlens, scale, window=None):
-    """Causal attention inside each document, one SDPA call a document: runs anywhere, any dtype.
+    """Causal attention inside each document, one SDPA call a document: the readable twin of the two fast paths.
 
     q [T, Hq, D], k and v [T, Hkv, D], cu_seqlens [S+1] -> [T, Hq, D]. `window` counts the visible tokens,
     the current one included (transformers' and Gemma's meaning).
     """
-    out, lengths = [], cu_seqlens.diff().tolist()
-    groups = q.shape[1] // k.shape[1]
-    if groups > 1:  # by hand: SDPA's own enable_gqa leaves the flash path on CPU
-        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
     # split, not slices: the gradient of a slice is a tensor of zeros as large as the whole row, one for each document
-    for document in zip(*(x.split(lengths) for x in (q, k, v))):
-        mask, n = None, len(document[0])
-        if window is not None and n > window:
-            i = torch.arange(n, device=q.device)
-            mask = (i[None] <= i[:, None]) & (i[None] > i[:, None] - window)
-        out.append(F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in document), attn_mask=mask,
-                                                  is_causal=mask is None, scale=scale)[0].transpose(0, 1))
-    return torch.cat(out)
+    parts = zip(*(x.split(cu_seqlens.diff().tolist()) for x in (q, k, v)))
+    return torch.cat([_causal(*(x[None] for x in document), scale, window)[0] for document in parts])
+
+
+def _causal(q, k, v, scale, window):
+    """q [B, L, Hq, D], k and v [B, L, Hkv, D] -> [B, L, Hq, D]."""
+    groups, mask, n = q.shape[2] // k.shape[2], None, q.shape[1]
+    if groups > 1:  # by hand: SDPA's own enable_gqa leaves the flash path on CPU
+        k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
+    if window is not None and n > window:
+        i = torch.arange(n, device=q.device)
+        mask = (i[None] <= i[:, None]) & (i[None] > i[:, None] - window)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale).transpose(1, 2)
+
+
+def padded_attention(q, k, v, cu_seqlens, scale, window=None, layout=None):
+    """As `document_attention` (of the unfolded row, where there is a layout), documents of similar length together: many
+    small SDPA calls leave most cores idle. Runs anywhere, any dtype; on CUDA `varlen_attn` needs no padding."""
+    batches, back = padded_batches(tuple(cu_seqlens.diff().tolist()), layout)
+    if len(back) != len(q):
+        raise ValueError("the model does not hand `layout` through to its attention: it cannot train on shared prompts")
+    out, x = [], [t.flatten(1) for t in (q, k, v)]
+    for index in batches:  # F.embedding: rows by number, whose gradient is summed by several threads
+        documents = (F.embedding(index.to(q.device), t).unflatten(-1, (-1, q.shape[-1])) for t in x)  # [B, L, Hq or Hkv, D]
+        out.append(_causal(*documents, scale, window).flatten(0, 1).flatten(1))
+    return F.embedding(back.to(q.device), torch.cat(out)).view_as(q)
+
+
+@lru_cache(maxsize=64)  # every layer asks the same
+def padded_batches(lengths, layout=None):
+    """Cut documents into padded batches -> ([row indices [B, L] of each batch], where each of the row's T tokens lies in
+    their results end to end [T]). Padding stands at the end, where nothing that counts can see it.
+
+    A document joins a batch if padding the others to its length costs less than a call: about 2**13 pairs of tokens.
+
+    >>> [batch.tolist() for batch in padded_batches((2, 3))[0]], padded_batches((2, 3))[1].tolist()
+    ([[[0, 1, 0], [2, 3, 4]]], [0, 1, 3, 4, 5])
+    """
+    pieces, order = layout or (lengths, range(len(lengths)))
+    documents = unfold(torch.arange(sum(pieces)), (pieces, order)).split(lengths)
+    groups = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        group = groups[-1] if groups else []
+        if group and len(group) * (lengths[i] ** 2 - lengths[group[-1]] ** 2) <= 2 ** 13:
+            group.append(i)
+        else:
+            groups.append([i])
+    back, start, batches = torch.empty(sum(pieces), dtype=torch.int64), 0, []
+    for group in groups:
+        batches.append(pad_sequence([documents[i] for i in group], batch_first=True))
+        for i in group:
+            back[documents[i]] = start + torch.arange(lengths[i])  # of a prompt's copies, which are equal, the last
+            start += batches[-1].shape[1]
+    return batches, back
 
 
 def unfold(x, layout):
@@ -242,15 +287,14 @@ def varlen_attention(module, query, key, value, attention_mask=None, scaling=Non
     if softcap is not None or s_aux is not None:
         raise NotImplementedError("attention with soft-capping or sinks is not covered by the varlen kernel")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    scale = module.head_dim ** -0.5 if scaling is None else scaling
+    if not (q.is_cuda and varlen_attn is not None and q.dtype in (torch.bfloat16, torch.float16)):
+        return padded_attention(q, k, v, cu_seq_lens_q, scale, sliding_window, layout)[None], None
     if layout:
         q, k, v = (unfold(x, layout) for x in (q, k, v))
-    scale = module.head_dim ** -0.5 if scaling is None else scaling
-    if q.is_cuda and varlen_attn is not None and q.dtype in (torch.bfloat16, torch.float16):
-        left = -1 if sliding_window is None else sliding_window - 1
-        out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scale,
-                          window_size=(left, 0), **GQA)
-    else:
-        out = document_attention(q, k, v, cu_seq_lens_q, scale, sliding_window)
+    left = -1 if sliding_window is None else sliding_window - 1
+    out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scale,
+                      window_size=(left, 0), **GQA)
     return (fold(out, layout) if layout else out)[None], None
 
 
@@ -352,7 +396,7 @@ def pack_row(sequences, rows=None, device="cpu", share=True):
     [0, 1, 2, 0, 1, 2]
     >>> row = pack_row([([7, 8], [9]), ([7, 8], [5, 6])])
     >>> row.ids.tolist(), row.positions.tolist(), row.where.tolist(), row.layout
-    ([7, 8, 9, 5, 6], [0, 1, 2, 2, 3], [1, 1, 3], ([2, 1, 2], [0, 1, 0, 2]))
+    ([7, 8, 9, 5, 6], [0, 1, 2, 2, 3], [1, 1, 3], ((2, 1, 2), (0, 1, 0, 2)))
     """
     ids, positions, where, targets, bounds, lengths = [], [], [], [], [0], []
     pieces, order, before = [], [], None
@@ -379,7 +423,7 @@ def pack_row(sequences, rows=None, device="cpu", share=True):
     return MicroBatch(list(range(len(sequences))) if rows is None else rows, tensor(ids), tensor(positions),
                       tensor(bounds, torch.int32), max(b - a for a, b in zip(bounds, bounds[1:])), tensor(where),
                       tensor(targets), tensor(lengths),
-                      (pieces, order) if shared else None)
+                      (tuple(pieces), tuple(order)) if shared else None)
 
 
 def pack(sequences, budget, rank=0, world=1, device="cpu", share=True):

@@ -57,6 +57,12 @@ class Meter:
         self.first_seconds = self.seconds
         self.start()
 
+    def twice(self):
+        """`for _ in m.twice(): work`"""
+        yield
+        self.again()
+        yield
+
     def answer(self, **more):
         return {"seconds": self.seconds, "first_seconds": self.first_seconds, "cpu_seconds": self.cpu_seconds,
                 "memory_mb": self.memory_mb, **more}

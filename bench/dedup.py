@@ -1,8 +1,9 @@
-"""How time and memory of near-duplicate search grow from 5,000 to 40,000 problems.
+"""Throughput of data.py: its steps one by one, and how its near-duplicate search grows from 5,000 to 40,000 problems.
 
-    python bench/dedup.py --data SOURCE [--work FOLDER] [--threads 2]
+    python bench/dedup.py --data SOURCE [--against assets/benchmarks/*.jsonl] [--work FOLDER] [--threads 2]
 
-Prints a table and writes bench/results/dedup.json. SOURCE is anything `data.py build` reads; the
+Prints two tables and writes bench/results/dedup.json. The steps are those of `data.py build` on the whole of SOURCE, in
+its order, each timed once, embeddings at hand. SOURCE is anything `data.py build` reads; the
 embeddings are kept in --work (the build's own work folder serves), so they are made once. Each size
 runs in a process of its own, because peak memory can only be read per process; "memory" is the peak
 beyond what the vectors and the interpreter take. The embedding rate is the best of three runs over 512
@@ -21,19 +22,21 @@ times less work, at the price of some missed pairs, to be counted on a sample se
 """
 
 import argparse
+import datetime
 import json
-import os
 import platform
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
+import common  # noqa: E402
 import data  # noqa: E402
 
 
@@ -52,6 +55,33 @@ def seconds_of(function, *arguments):
     return time.perf_counter() - start
 
 
+def steps(source, against, work, vectors):
+    """The steps of data.build on one source -> (rows without answers filled in, [{step, rows, kept, seconds}])."""
+    tests, out = [t for b in against for t in data.load_problems(b)], []
+    found, rank = [data.parse_source(source, work / "hub")], {}
+
+    def step(name, function, rows=()):
+        start = time.perf_counter()
+        kept, gone = function(rows)
+        seconds = time.perf_counter() - start
+        out.append({"step": name, "rows": len(rows) or len(kept) + len(gone), "kept": len(kept),
+                    "seconds": round(seconds, 2), "rows_per_second": round((len(rows) or len(kept)) / seconds)})
+        return kept
+
+    first = rows = step("read", lambda _: data.read_sources(found, False))
+    rows = step("answers out of solutions", lambda r: data.fill_answers(r, work), rows)
+    rank.update({s: k for k, s in enumerate(dict.fromkeys(r["source"] for r in rows))})
+    rows = step("exact duplicates", lambda r: data.merge_exact(r, rank), rows)
+    near, problems = vectors([r["problem"] for r in rows]), [t.problem for t in tests]
+    rows = step("near duplicates", lambda r: data.merge_near(r, rank, near, 0.90), rows)
+    if tests:
+        left, theirs = vectors([r["problem"] for r in rows]), vectors(problems)
+        rows = step("benchmark problems", lambda r: data.decontaminate(r, tests, left, theirs, 0.90), rows)
+    with tempfile.TemporaryDirectory() as fresh:  # or the grader's verdicts of an earlier build would serve
+        step("gradable", lambda r: data.keep_gradable(r, Path(fresh)), rows)
+    return first, out
+
+
 def one_size(vectors_file, n):
     """Search the first n rows: a dict of seconds and memory."""
     vectors = np.array(np.load(vectors_file, mmap_mode="r")[:n])
@@ -66,6 +96,7 @@ def one_size(vectors_file, n):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--data", help="file of at least 40,000 problems")
+    parser.add_argument("--against", nargs="*", default=[], help="benchmark files, as for data.py build")
     parser.add_argument("--work", default=".dedup.work", help="where embeddings are kept (%(default)s)")
     parser.add_argument("--sizes", type=int, nargs="*", default=[5000, 10000, 20000, 40000])
     parser.add_argument("--threads", type=int, default=2)
@@ -78,10 +109,12 @@ def main():
     import torch
     import transformers
     torch.set_num_threads(args.threads)
+    busy = common.busy_cores()
     name, embed = data.make_embedder("auto")
-    rows, _ = data.read_sources([data.parse_source(args.data, Path(args.work))], strict=False)
+    embedded = lambda texts: data.cached_map(Path(args.work) / f"vectors-{data.digest(name)}", texts, embed, "embed")
+    rows, timed = steps(args.data, args.against, Path(args.work), embedded)
     texts = [row["problem"] for row in rows]
-    vectors = data.cached_map(Path(args.work) / f"vectors-{data.digest(name)}", texts, embed, "embed")
+    vectors = embedded(texts)
     vectors = vectors[np.random.default_rng(0).permutation(len(vectors))]
     file = Path(args.work) / "bench.npy"
     np.save(file, vectors)
@@ -97,22 +130,17 @@ def main():
                               stdout=subprocess.PIPE, text=True)
         table.append(json.loads(done.stdout) | {"embedding_seconds_at_measured_rate": round(n / rate)})
     file.unlink()
-    result = {"table": table, "embedder": name, "embedded_rows_per_second": round(rate, 1), "threads": args.threads,
-              "load_average": round(os.getloadavg()[0], 1),
-              "machine": {"cpu": cpu_name(), "python": platform.python_version(), "numpy": np.__version__,
+    result = {"steps": timed, "table": table, "embedder": name, "embedded_rows_per_second": round(rate, 1), "threads": args.threads,
+              "busy_cores_before": busy, "date": datetime.datetime.now().isoformat(timespec="minutes"),
+              "commit": common.commit(),
+              "machine": {"cpu": common.cpu_name(), "python": platform.python_version(), "numpy": np.__version__,
                           "torch": torch.__version__, "transformers": transformers.__version__}}
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+    print(data.table(["step", "rows", "kept", "seconds", "rows/s"], [tuple(t.values()) for t in timed]), end="\n\n")
     print(data.table(["rows", "cosines", "search s", "memory MB", "vectors MB", "all pairs at once MB", "embedding s"], [
         (t["rows"], f"{t['pairs']:.1e}", t["seconds"], t["extra_mb"], t["vectors_mb"], t["all_pairs_would_be_mb"],
          t["embedding_seconds_at_measured_rate"]) for t in table]))
-
-
-def cpu_name():
-    """The processor as the kernel names it, where it does."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """scaling.py - how an update phase grows: with response length, group size, model size and ranks; what it communicates.
 
-    python bench/scaling.py                     # half an hour on two cores
+    python bench/scaling.py                     # an hour on two cores
     python bench/scaling.py --axes ranks        # one and two processes over gloo, or two GPUs over NCCL
     python bench/scaling.py --quick             # seconds; what CI runs
 
-Our side only (grpo.py's Run.pack, score and update on a saved rollout file, two updates): seconds, peak memory beyond
-the loaded model, and for two ranks the bytes of every collective, counted where torch.distributed is called, beside the
-formula that the projection uses. One thread a rank, so that two ranks on two cores mean twice the hardware.
+Our side only (grpo.py's Run.pack, score and update on a saved rollout file, two updates; the second of two passes):
+seconds, peak memory beyond the loaded model, and for two ranks the bytes of every collective, counted where
+torch.distributed is called, beside the formula that the projection uses. One thread a rank, so that two ranks on two
+cores mean twice the hardware.
 
 The projection to 8 and 32 GPUs and to 7B is arithmetic, not a measurement: operations and bytes by the formulas
 below, with the assumptions it prints. It is there to be contradicted by a measurement.
@@ -77,15 +78,16 @@ def update(spec):
     run.policy(run.pack(samples, rewards, torch.arange(1))[0][0])[0].sum().backward()
     run.optimizer.zero_grad()
     dist.barrier()
-    counts.clear()
-    stats = Counter()
     with common.meter() as m:
-        advantages = grpo.group_advantages(rewards)
-        minibatches = [run.pack(samples, advantages, p) for p in torch.arange(spec["prompts"]).chunk(2)]
-        for mini in minibatches[1:]:
-            run.score(run.policy, mini, "old_logp")
-        for mini in minibatches:
-            run.update(mini, stats)
+        for _ in m.twice():
+            counts.clear()
+            stats = Counter()
+            advantages = grpo.group_advantages(rewards)
+            minibatches = [run.pack(samples, advantages, p) for p in torch.arange(spec["prompts"]).chunk(2)]
+            for mini in minibatches[1:]:
+                run.score(run.policy, mini, "old_logp")
+            for mini in minibatches:
+                run.update(mini, stats)
     layers = sum(p.numel() for layer in run.policy.model.base_model.layers for p in layer.parameters())
     parameters = sum(p.numel() for p in run.policy.parameters())
     formula = traffic(layers, parameters - layers, len(minibatches[1][0]), sum(len(m[0]) for m in minibatches), 4, 4)

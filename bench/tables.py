@@ -127,15 +127,20 @@ def projection(d):
 
 
 def dedup(d):
-    return f"{d['machine']['cpu']}, {d['threads']} threads, load average {d['load_average']} at the time\n\n" + markdown(d["table"], [
+    steps = markdown(d["steps"], [("step", number("", "step")), ("rows", number(",", "rows")), ("kept", number(",", "kept")),
+                                  ("seconds", number(".1f", "seconds")), ("rows/s", number(",", "rows_per_second"))])
+    search = markdown(d["table"], [
         ("problems", number(",", "rows")), ("pairs compared", number(",", "pairs")), ("seconds", number(".1f", "seconds")),
         ("extra MB", number("", "extra_mb")), ("all pairs would need MB", number(",", "all_pairs_would_be_mb"))])
+    return (f"The steps of `data.py build`, embeddings at hand ({d['embedder']} makes {d['embedded_rows_per_second']} a second):"
+            f"\n\n{steps}\n\nIts near-duplicate search by size:\n\n{search}\n\n{d['machine']['cpu']}, {d['threads']} threads, "
+            f"{d['busy_cores_before']} cores busy before, {d['date'][:10]}, commit {d['commit']}.")
 
 
 SECTIONS = [("Update", "update", update), ("Head", "logprobs", head), ("Generation", "generate", generate),
             ("Whole step", "step", step), ("Scaling", "scaling", scaling),
             ("Projection to 8 and 32 GPUs", "scaling", projection),
-            ("Near-duplicate search of data.py", "dedup", dedup)]
+            ("data.py", "dedup", dedup)]
 
 
 def tables(results=common.RESULTS):

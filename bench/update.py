@@ -62,7 +62,7 @@ def ours(spec):
             run.optimizer)
     norms, entropies, halves = [], [], torch.arange(spec["prompts"]).chunk(spec["updates"])
     with common.meter() as m:
-        for _ in twice(m):
+        for _ in m.twice():
             advantages = grpo.group_advantages(rewards)
             minibatches = [run.pack(samples, advantages, p) for p in halves]
             for mini in minibatches[1:]:
@@ -73,13 +73,6 @@ def ours(spec):
                 norms.append(float(stats["grad_norm"]))
                 entropies.append(float(stats["entropy"]) / float(stats["tokens"]))
     return m.answer(grad_norm=norms, entropy=entropies, token_budget=run.args.token_budget)
-
-
-def twice(m):
-    """Two turns of a loop, of which the meter keeps the second."""
-    yield
-    m.again()
-    yield
 
 
 def trl(spec):
@@ -166,7 +159,7 @@ def plain(spec, by_length):
     rewards = torch.tensor([r["reward"] for r in rows]).view(spec["prompts"], spec["group"])
     warm_up(lambda: plain_logp(model, rows[:2], spec["dtype"], not by_length).sum(), optimizer)
     with common.meter() as m:
-        for _ in twice(m):
+        for _ in m.twice():
             for r, a in zip(rows, grpo.group_advantages(rewards).view(-1).tolist()):
                 r["advantage"] = a
             half = len(rows) // spec["updates"]
@@ -218,7 +211,7 @@ def limit(spec):
 
     warm_up(lambda: loss(batches[0][0][:2], 8), model)
     with common.meter() as m:
-        for _ in twice(m):
+        for _ in m.twice():
             with torch.no_grad():
                 for ids, n, old in batches:
                     if old:

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from conftest import make_model, sequences
-from policy import (Policy, bundles, document_attention, fold, pack, pack_row, split_by_budget, token_logprobs,
-                    token_logprobs_plain, unfold)
+from policy import (Policy, bundles, document_attention, fold, pack, pack_row, padded_attention, padded_batches,
+                    split_by_budget, token_logprobs, token_logprobs_plain, unfold)
 
 
 def both(function, hidden, weight, targets, **options):
@@ -110,7 +110,7 @@ def test_a_model_that_drops_the_layout_is_refused():
     model = make_model()
     forward = model.base_model.forward
     model.base_model.forward = lambda *a, layout=None, **k: forward(*a, **k)
-    with pytest.raises((RuntimeError, ValueError)):
+    with pytest.raises(ValueError, match="does not hand `layout` through"):
         Policy(model)
 
 
@@ -191,10 +191,54 @@ def test_budget_does_not_change_the_gradient():
     assert torch.allclose(grads[0], grads[2], atol=1e-6) and torch.allclose(grads[1], grads[2], atol=1e-6)
 
 
-def test_window_counts_the_current_token():
+@pytest.mark.parametrize("attention", [document_attention, padded_attention])
+def test_window_counts_the_current_token(attention):
     q = torch.randn(6, 1, 8)
-    out = document_attention(q, q, q, torch.tensor([0, 6]), scale=1.0, window=1)
+    out = attention(q, q, q, torch.tensor([0, 6]), scale=1.0, window=1)
     assert torch.allclose(out, q, atol=1e-6)  # a window of one token sees only itself
+
+
+@pytest.mark.parametrize("window", [None, 1, 9])
+@pytest.mark.parametrize("lengths", [[1], [5, 5, 5], [40, 1, 17, 33, 3, 2, 38, 90, 91]])
+def test_padded_documents_equal_separate_ones(lengths, window):
+    g = torch.Generator().manual_seed(0)
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    q, k, v, out_grad = (torch.randn(sum(lengths), h, 8, generator=g, dtype=torch.float64) for h in (6, 2, 2, 6))
+
+    def run(attention):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = attention(*leaves, bounds, 0.3, window)
+        return [out, *torch.autograd.grad(out, leaves, out_grad)]
+
+    for a, b in zip(run(padded_attention), run(document_attention)):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_padded_documents_that_share_prompts_equal_whole_ones(window):
+    pieces, order = (3, 2, 5, 1, 4, 0, 7), (0, 1, 0, 2, 0, 3, 4, 5, 4, 6)  # the fourth response is empty
+    layout, bounds = (pieces, order), torch.tensor([0, 5, 13, 17, 21, 32])
+    g = torch.Generator().manual_seed(0)
+    q, k, v, out_grad = (torch.randn(sum(pieces), h, 8, generator=g, dtype=torch.float64) for h in (4, 2, 2, 4))
+
+    def run(attention):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = attention(*leaves)
+        return [out, *torch.autograd.grad(out, leaves, out_grad)]
+
+    fast = run(lambda *x: padded_attention(*x, bounds, 0.3, window, layout))
+    plain = run(lambda *x: fold(document_attention(*(unfold(t, layout) for t in x), bounds, 0.3, window), layout))
+    for a, b in zip(fast, plain):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+def test_padding_is_worth_its_tokens():
+    """Every token of the documents once; short ones together, long ones of different length alone."""
+    lengths = (30, 8000, 31, 8001, 29, 8001, 33)
+    batches, back = padded_batches(lengths)
+    assert sorted(tuple(b.shape) for b in batches) == [(1, 8000), (2, 8001), (4, 33)]
+    flat = torch.cat([b.flatten() for b in batches])
+    assert torch.equal(flat[back], torch.arange(sum(lengths)))
 
 
 def test_a_head_that_does_more_is_refused():
