@@ -36,7 +36,6 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
                                                      set_state_dict)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 try:
@@ -214,25 +213,26 @@ def _causal(q, k, v, scale, window):
 def padded_attention(q, k, v, cu_seqlens, scale, window=None, layout=None):
     """As `document_attention` (of the unfolded row, where there is a layout), documents of similar length together: many
     small SDPA calls leave most cores idle. Runs anywhere, any dtype; on CUDA `varlen_attn` needs no padding."""
-    batches, back = padded_batches(tuple(cu_seqlens.diff().tolist()), layout)
+    index, shapes, back = padded_batches(tuple(cu_seqlens.diff().tolist()), layout)
     if len(back) != len(q):
         raise ValueError("the model does not hand `layout` through to its attention: it cannot train on shared prompts")
-    out, x = [], [t.flatten(1) for t in (q, k, v)]
-    for index in batches:  # F.embedding: rows by number, whose gradient is summed by several threads
-        documents = (F.embedding(index.to(q.device), t).unflatten(-1, (-1, q.shape[-1])) for t in x)  # [B, L, Hq or Hkv, D]
-        out.append(_causal(*documents, scale, window).flatten(0, 1).flatten(1))
+    # F.embedding: rows by number, whose gradient is summed by several threads
+    padded = (F.embedding(index.to(q.device), x.flatten(1)).split([b * n for b, n in shapes]) for x in (q, k, v))
+    out = [_causal(*(x.view(b, n, -1, q.shape[-1]) for x in documents), scale, window).flatten(0, 1).flatten(1)
+           for (b, n), documents in zip(shapes, zip(*padded))]
     return F.embedding(back.to(q.device), torch.cat(out)).view_as(q)
 
 
 @lru_cache(maxsize=64)  # every layer asks the same
 def padded_batches(lengths, layout=None):
-    """Cut documents into padded batches -> ([row indices [B, L] of each batch], where each of the row's T tokens lies in
-    their results end to end [T]). Padding stands at the end, where nothing that counts can see it.
+    """Cut documents into padded batches -> (the row's tokens in them, end to end; shape of each batch; where in them
+    each of the row's T tokens lies). Padding stands at the end of a document, where nothing that counts can see it.
 
     A document joins a batch if padding the others to its length costs less than a call: about 2**13 pairs of tokens.
 
-    >>> [batch.tolist() for batch in padded_batches((2, 3))[0]], padded_batches((2, 3))[1].tolist()
-    ([[[0, 1, 0], [2, 3, 4]]], [0, 1, 3, 4, 5])
+    >>> index, shapes, back = padded_batches((2, 3))
+    >>> index.tolist(), shapes, back.tolist()
+    ([0, 1, 0, 2, 3, 4], [(2, 3)], [0, 1, 3, 4, 5])
     """
     pieces, order = layout or (lengths, range(len(lengths)))
     documents = unfold(torch.arange(sum(pieces)), (pieces, order)).split(lengths)
@@ -243,13 +243,14 @@ def padded_batches(lengths, layout=None):
             group.append(i)
         else:
             groups.append([i])
-    back, start, batches = torch.empty(sum(pieces), dtype=torch.int64), 0, []
+    back, start, index, shapes = torch.empty(sum(pieces), dtype=torch.int64), 0, [], []
     for group in groups:
-        batches.append(pad_sequence([documents[i] for i in group], batch_first=True))
+        shapes.append((len(group), lengths[group[-1]]))
         for i in group:
+            index.append(F.pad(documents[i], (0, shapes[-1][1] - lengths[i])))
             back[documents[i]] = start + torch.arange(lengths[i])  # of a prompt's copies, which are equal, the last
-            start += batches[-1].shape[1]
-    return batches, back
+            start += len(index[-1])
+    return torch.cat(index), shapes, back
 
 
 def unfold(x, layout):
