@@ -450,7 +450,7 @@ def attention_path(device, dtype):
     """What policy.varlen_attention will call."""
     import policy
     kernel = device.type == "cuda" and policy.varlen_attn is not None and dtype != "float32"
-    return "torch varlen_attn" if kernel else "one SDPA call a document"
+    return "torch varlen_attn" if kernel else "SDPA, padded batches"
 
 
 def main(argv=None):

@@ -28,6 +28,7 @@ AXES = {
     "group": [dict(group=g) for g in (4, 8, 16, 32)],
     "model": [dict(hidden=h, layers=n) for h, n in ((192, 4), (384, 6), (768, 12))],
     "ranks": [dict(ranks=1), dict(ranks=2)],
+    "ranks_long": [dict(ranks=1, mean=332, max_len=832), dict(ranks=2, mean=332, max_len=832)],  # more work a gather
 }
 QUICK = dict(prompts=2, group=4, mean=12, max_len=32, prompt_len=8, hidden=64, layers=2)
 
