@@ -107,7 +107,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 if s.stop == len(hidden):
                     rows.sub_(log_total[:, None])
         ctx.save_for_backward(hidden, head_weight, targets, lse, entropy)
-        ctx.last = z  # its log-probs of the whole vocabulary; backward begins with it, so it costs no memory at the peak
+        ctx.last = z  # its log-probs of the whole vocabulary; backward begins with it: no memory more at the peak
         ctx.temperature, ctx.chunk = temperature, chunk
         ctx.set_materialize_grads(False)  # an entropy that is only a metric comes back as None
         return logp, entropy
@@ -211,8 +211,8 @@ def _causal(q, k, v, scale, window):
 
 
 def padded_attention(q, k, v, cu_seqlens, scale, window=None, layout=None):
-    """As `document_attention` (of the unfolded row, where there is a layout), documents of similar length together: many
-    small SDPA calls leave most cores idle. Runs anywhere, any dtype; on CUDA `varlen_attn` needs no padding."""
+    """As `document_attention` (of the unfolded row, where there is a layout), documents of similar length together:
+    many small SDPA calls leave most cores idle. Runs anywhere, any dtype; on CUDA `varlen_attn` needs no padding."""
     index, shapes, back = padded_batches(tuple(cu_seqlens.diff().tolist()), layout)
     if len(back) != len(q):
         raise ValueError("the model does not hand `layout` through to its attention: it cannot train on shared prompts")
@@ -431,8 +431,8 @@ def pack(sequences, budget, rank=0, world=1, device="cpu", share=True):
     """[(prompt_ids, response_ids)] -> this rank's micro-batches of at most `budget` tokens each.
 
     Every rank is given the same `sequences` and takes its share; `MicroBatch.rows` says which. Neighbours with the
-    same prompt stay together where they fit a quarter of a micro-batch, so that micro-batches still fill evenly (one row
-    that holds everything has nothing to fill evenly).
+    same prompt stay together where they fit a quarter of a micro-batch, so that micro-batches still fill evenly (one
+    row that holds everything has nothing to fill evenly).
     """
     total = sum(len(p) + len(r) for p, r in sequences)
     limit = budget if world == 1 and total <= budget else min(budget, total // world) // 4

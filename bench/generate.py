@@ -85,7 +85,9 @@ def hf(spec):
     stops = stop_token_ids(spec["model"], model.config)
 
     def generate(prompts, n, temperature):
-        how = dict(do_sample=True, temperature=temperature, top_p=1.0, top_k=0) if temperature else dict(do_sample=False)
+        how = dict(do_sample=bool(temperature))
+        if temperature:
+            how |= dict(temperature=temperature, top_p=1.0, top_k=0)
         out = []
         for i in range(0, len(prompts), spec["max_seqs"]):
             batch = prompts[i:i + spec["max_seqs"]]
@@ -204,7 +206,8 @@ def main(argv=None):
         rows += some
     print()
     common.table(rows, [("workload", "workload", ""), ("side", "side", ""), ("tokens/s", "tokens_per_second", ",.0f"),
-                        ("x bare", "times_bare", ".3f"), ("x bare+", "times_bare_same", ".3f"), ("seconds", "seconds", ".2f"), ("CPU s", "cpu_seconds", ".2f"),
+                        ("x bare", "times_bare", ".3f"), ("x bare+", "times_bare_same", ".3f"),
+                        ("seconds", "seconds", ".2f"), ("CPU s", "cpu_seconds", ".2f"),
                         ("mean length", "length_mean", ".1f"), ("memory MiB", "memory_mb", ",.0f"),
                         ("greedy equal", "greedy_equal", ".2f")])
     common.write(args.out, "generation", {k: v for k, v in vars(args).items() if k != "worker"}, rows, before,

@@ -1,19 +1,20 @@
 """gpu_correctness.py - is what we compute on a card right? Each fast path against its plain twin, with bounds.
 
-    python bench/gpu_correctness.py                          # one GPU, two minutes; writes bench/results/gpu_correctness.json
-    python bench/gpu_correctness.py --size tiny --out X.json # any machine, seconds; what CI runs
+    python bench/gpu_correctness.py  # one GPU, two minutes; writes bench/results/gpu_correctness.json
+    python bench/gpu_correctness.py --size tiny --out X.json  # any machine, seconds; what CI runs
 
   attention   policy.varlen_attention, forward and backward, against one call a document and against fp64
   packed      log-probs and gradients of packed rows against one sequence a call, same weights
   head        token_logprobs in tiles against full logits, values and both gradients
-  update      Run.pack, score, update (two mini-batches, KL, entropy bonus) on the card against the CPU in fp32: gradients
-              and weights. In bf16 the gradients only: Adam turns their rounding into signs
+  update      Run.pack, score, update (two mini-batches, KL, entropy bonus) on the card against the CPU in fp32:
+              gradients and weights. In bf16 the gradients only: Adam turns their rounding into signs
   step        grpo.py itself, two whole steps with the torch engine in fp32, on the card against on the CPU: same
               responses, same metrics
 
-Errors are norms of differences over norms of the fp64 (or fp32) result. Where two paths round in bf16, the fast one may be
-off by twice what its twin is off, or by the floor, whichever is more. A check that fails, or does not run, makes the exit
-status 1 and says what differed. Without a GPU the card's side is the CPU with other tiles, budgets and recomputation.
+Errors are norms of differences over norms of the fp64 (or fp32) result. Where two paths round in bf16, the fast one may
+be off by twice what its twin is off, or by the floor, whichever is more. A check that fails, or does not run, makes the
+exit status 1 and says what differed. Without a GPU the card's side is the CPU with other tiles, budgets and
+recomputation.
 
 The other gpu_*.py scripts take from here what they share: the random 1.5B model, the header, the result file.
 """
@@ -36,10 +37,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import common  # noqa: E402
 
 SHAPES = {  # Qwen2 shapes
-    "r1-1.5b": dict(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,  # R1-Distill-Qwen-1.5B
-                    num_attention_heads=12, num_key_value_heads=2, max_position_embeddings=131072),
-    "width": dict(vocab_size=16384, hidden_size=1536, intermediate_size=8960, num_hidden_layers=3,  # three of its layers
-                  num_attention_heads=12, num_key_value_heads=2, max_position_embeddings=131072),
+    "r1-1.5b": dict(  # R1-Distill-Qwen-1.5B
+        vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+        num_key_value_heads=2, max_position_embeddings=131072),
+    "width": dict(  # three of its layers
+        vocab_size=16384, hidden_size=1536, intermediate_size=8960, num_hidden_layers=3, num_attention_heads=12,
+        num_key_value_heads=2, max_position_embeddings=131072),
     "small": dict(vocab_size=8192, hidden_size=512, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4,
                   num_key_value_heads=2, max_position_embeddings=4096),
     "tiny": dict(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
@@ -64,7 +67,8 @@ class Results:
             "what": what, "device": torch.cuda.get_device_name() if self.cuda else "cpu", "size": args.size,
             "date": datetime.datetime.now().isoformat(timespec="minutes"), "command": command(), "commit": commit(),
             "versions": common.versions() | ({"cuda": torch.version.cuda} if self.cuda else {}),
-            "cpu": common.cpu_name(), "settings": {k: v for k, v in vars(args).items() if k not in ("worker", "out", "name")}}
+            "cpu": common.cpu_name(),
+            "settings": {k: v for k, v in vars(args).items() if k not in ("worker", "out", "name")}}
         print("\n".join(f"{k}: {v}" for k, v in self.head.items() if k not in ("settings", "cpu")))
         print("| " + " | ".join(title for title, _, _ in columns) + " |", flush=True)
 
@@ -100,18 +104,16 @@ def options(p, name, minutes):
     """Options every GPU script has."""
     p.add_argument("--size", choices=["card", "tiny"], default="card", help="tiny: seconds on a CPU, what CI runs")
     p.add_argument("--minutes", type=float, default=minutes, help="start nothing new after so many minutes")
-    p.add_argument(
-    "--out",
-    default=None,
-     help=f"JSON to write; default bench/results/{name}.json with a GPU, nothing without")
+    p.add_argument("--out", default=None,
+                   help=f"JSON to write; default bench/results/{name}.json with a GPU, nothing without")
     p.set_defaults(name=name)
 
 
 def command():
     """This command as one would type it in the repository; folders outside of it are nobody's business."""
     inside = lambda a: os.path.relpath(a, common.ROOT) if a.startswith(str(common.ROOT)) else os.path.basename(a)
-    return "python " + shlex.join([inside(os.path.abspath(sys.argv[0])), * \
-                                  (inside(a) if os.path.isabs(a) else a for a in sys.argv[1:])])
+    return "python " + shlex.join([inside(os.path.abspath(sys.argv[0])),
+                                   *(inside(a) if os.path.isabs(a) else a for a in sys.argv[1:])])
 
 
 def commit():
@@ -127,11 +129,12 @@ def device_of(kind=None):
 
 
 def empty_model(shape):
-    """A Qwen2 of this shape on the CPU, all zeros: drawing 1.8 billion random numbers there would take half a minute."""
+    """A Qwen2 of this shape on the CPU, all zeros: drawing 1.8 billion random numbers there
+    would take half a minute."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
-    config = Qwen2Config(**SHAPES[shape], rope_theta=10000.0, tie_word_embeddings=False, eos_token_id=0, bos_token_id=None,
-                         pad_token_id=0, dtype=torch.float32)
+    config = Qwen2Config(**SHAPES[shape], rope_theta=10000.0, tie_word_embeddings=False, eos_token_id=0,
+                         bos_token_id=None, pad_token_id=0, dtype=torch.float32)
     with torch.device("meta"):
         model = Qwen2ForCausalLM(config)
     model = model.to_empty(device="cpu")
@@ -143,8 +146,8 @@ def empty_model(shape):
 
 
 def fill(module, seed=0, std=0.02, same_everywhere=False):
-    """Random weights, norms around 1, drawn on the device they live on; same_everywhere: drawn on the CPU, so that every
-    device gets the same. One rank: the shard of a parameter is all of it."""
+    """Random weights, norms around 1, drawn on the device they live on; same_everywhere: drawn on the CPU, so that
+    every device gets the same. One rank: the shard of a parameter is all of it."""
     import torch
     from torch.distributed.tensor import DTensor
     with torch.no_grad():
@@ -162,13 +165,8 @@ def make_run(shape, device, dtype="float32", seed=0, std=0.02, compile="none", s
     import torch
     import grpo
     import policy as policy_lib
-    flags = {
-    "model": "random",
-    "recipe": "improved",
-    "drop_zero_variance": 0,
-    "eval_data": "none",
-    "prompts": 2,
-     **flags}
+    flags = {"model": "random", "recipe": "improved", "drop_zero_variance": 0, "eval_data": "none", "prompts": 2,
+             **flags}
     args = grpo.parse_args([x for k, v in flags.items() for x in (f"--{k}", str(v))])
     args.dtype, args.recompute = dtype, max(0, args.recompute)
     run = grpo.Run(args)
@@ -183,13 +181,14 @@ def make_run(shape, device, dtype="float32", seed=0, std=0.02, compile="none", s
 
 def compile_layers(policy, how):
     """"none"; "parts": the MLP and the norms of each layer, which is all the elementwise work but the rotary embedding,
-    with no hook and no attention inside; "layers": each decoder layer as a whole. A suffix names a backend (layers:eager)."""
+    with no hook and no attention inside; "layers": each decoder layer as a whole. A suffix names a backend
+    (layers:eager)."""
     how, _, backend = how.partition(":")
     if how not in ("none", "parts", "layers"):
         raise ValueError(f'compile must be "none", "parts" or "layers", not {how!r}')
     for layer in policy.model.base_model.layers if how != "none" else ():
-        for module in [layer] if how == "layers" else [layer.mlp,
-            layer.input_layernorm, layer.post_attention_layernorm]:
+        for module in ([layer] if how == "layers" else
+                       [layer.mlp, layer.input_layernorm, layer.post_attention_layernorm]):
             module.compile(dynamic=True, backend=backend or "inductor")
 
 
@@ -221,7 +220,7 @@ def off(a, b):
     """|a - b| / |b| over all numbers, tensors or lists of tensors."""
     import torch
     flat = lambda x: torch.cat([t.detach().double().cpu().flatten()
-                               for t in (x if isinstance(x, (list, tuple)) else [x])])
+                                for t in (x if isinstance(x, (list, tuple)) else [x])])
     a, b = flat(a), flat(b)
     return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
 
@@ -240,28 +239,25 @@ def dense_attention(q, k, v, lengths, scale, window):
 def check_attention(device, dtype, size):
     import torch
     import policy
-    heads = [(12, 2, 128, None), (9, 3, 64, None), (4, 4, 128, 100)
-              ] if size == "card" else [(6, 2, 32, None), (2, 2, 32, 5)]
+    heads = ([(12, 2, 128, None), (9, 3, 64, None), (4, 4, 128, 100)] if size == "card" else
+             [(6, 2, 32, None), (2, 2, 32, 5)])
     documents = [[300, 1, 17, 500, 128], [4096, 1, 1500, 2600]] if size == "card" else [[30, 1, 17, 50]]
     for hq, hkv, d, window in heads:
         for lengths in documents:
             torch.manual_seed(0)
-            q, k, v, g = (
-    torch.randn(
-        sum(lengths), h, d, device=device).to(
-            getattr(
-                torch, dtype)) for h in (
-                    hq, hkv, hkv, hq))
+            q, k, v, g = (torch.randn(sum(lengths), h, d, device=device).to(getattr(torch, dtype))
+                          for h in (hq, hkv, hkv, hq))
             bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
             module = SimpleNamespace(head_dim=d)
 
             def fast(q, k, v):
-                return policy.varlen_attention(module, *(x.transpose(0, 1)[None] for x in (q, k, v)), scaling=d ** -0.5,
-                                               cu_seq_lens_q=bounds, max_length_q=max(lengths), sliding_window=window)[0][0]
+                return policy.varlen_attention(module, *(x.transpose(0, 1)[None] for x in (q, k, v)),
+                                               scaling=d ** -0.5, cu_seq_lens_q=bounds, max_length_q=max(lengths),
+                                               sliding_window=window)[0][0]
 
             twin = lambda q, k, v: policy.document_attention(q, k, v, bounds, d ** -0.5, window)
-            exact = twin if sum(lengths) > 2000 else lambda q, k, v: dense_attention(
-                q, k, v, lengths, d ** -0.5, window)
+            exact = twin if sum(lengths) > 2000 else (
+                lambda q, k, v: dense_attention(q, k, v, lengths, d ** -0.5, window))
 
             def run(f, dtype):
                 leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
@@ -269,8 +265,8 @@ def check_attention(device, dtype, size):
                 return [out, *torch.autograd.grad(out, leaves, g.to(out.dtype))]
 
             truth, plain, ours = run(exact, torch.float64), run(twin, q.dtype), run(fast, q.dtype)
-            case = f"{hq}/{hkv} heads of {d}, {len(lengths)} documents, {sum(lengths)} tokens" + \
-                                                   f", window {window}" * bool(window)
+            case = (f"{hq}/{hkv} heads of {d}, {len(lengths)} documents, {sum(lengths)} tokens"
+                    + f", window {window}" * bool(window))
             for name, t, p, o in zip(("out", "dq", "dk", "dv"), truth, plain, ours):
                 yield f"attention {name}", case, off(o, t), max(2 * off(p, t), FLOOR[dtype])
 
@@ -296,27 +292,22 @@ def check_packed(device, dtype, size):
 
     row = [policy_lib.pack_row(sequences, device=device)]
     alone = [policy_lib.pack_row([s], device=device) for s in sequences]
-    make = lambda dtype: make_run(
-    shape,
-    device,
-    dtype,
-    std=0.05 if size == "tiny" else 0.02,
-    logit_chunk=100,
-    recompute=int(
-        size == "card")).policy
+    make = lambda dtype: make_run(shape, device, dtype, std=0.05 if size == "tiny" else 0.02, logit_chunk=100,
+                                  recompute=int(size == "card")).policy
     exact = make("float32")
     truth = run(exact, alone)
     del exact
     policy = make(dtype)
     for name, t, p, o in zip(("log-probs", "gradients"), truth, run(policy, alone), run(policy, row)):
-        yield f"packed {name}", f"{shape}, 7 sequences, {len(row[0].ids)} tokens", off(o, t), max(2 * off(p, t), FLOOR[dtype])
+        yield (f"packed {name}", f"{shape}, 7 sequences, {len(row[0].ids)} tokens", off(o, t),
+               max(2 * off(p, t), FLOOR[dtype]))
 
 
 def gradients(policy):
     """Copies on the CPU, in fp32."""
     from torch.distributed.tensor import DTensor
     return [(p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad).detach().float().cpu().clone()
-             for p in policy.parameters()]
+            for p in policy.parameters()]
 
 
 def check_head(device, dtype, size):
@@ -337,7 +328,8 @@ def check_head(device, dtype, size):
     plain = run(lambda a, b: policy.token_logprobs_plain(a, b, targets, 0.6), hidden.dtype)
     ours = run(lambda a, b: policy.token_logprobs(a, b, targets, 0.6, chunk), hidden.dtype)
     for name, e, p, o in zip(("log-probs", "entropy", "d hidden", "d weight"), exact, plain, ours):
-        yield f"head {name}", f"{t} tokens, vocabulary {v}, tiles of {chunk}", off(o, e), max(2 * off(p, e), FLOOR[dtype])
+        yield (f"head {name}", f"{t} tokens, vocabulary {v}, tiles of {chunk}", off(o, e),
+               max(2 * off(p, e), FLOOR[dtype]))
 
 
 def exact_head(hidden, weight, targets, temperature):
@@ -353,8 +345,9 @@ def one_update(device, dtype, size, **other):
     import grpo
     from rollout import Sample
     shape, mean, cap = ("small", 150, 400) if size == "card" else ("tiny", 12, 30)
-    make = lambda seed: make_run(shape, device, dtype, seed=seed, std=0.05, same_everywhere=True, lr=1e-4, prompts=4, group=4,
-                                 temperature=0.6, updates=2, max_len=cap, kl_coef=0.01, entropy_coef=0.01, **other)
+    make = lambda seed: make_run(shape, device, dtype, seed=seed, std=0.05, same_everywhere=True, lr=1e-4, prompts=4,
+                                 group=4, temperature=0.6, updates=2, max_len=cap, kl_coef=0.01, entropy_coef=0.01,
+                                 **other)
     run, reference = make(0), make(1).policy
     with tempfile.TemporaryDirectory() as folder:
         common.rollouts(Path(folder) / "r", SHAPES[shape]["vocab_size"], 4, 4, mean, cap, 8)
@@ -394,7 +387,8 @@ def check_update(device, dtype, size):
 
 
 def check_step(device, dtype, size):
-    """grpo.py as a program. Its random numbers depend on (seed, step, problem, sample) alone, so sides can be compared."""
+    """grpo.py as a program. Its random numbers depend on (seed, step, problem, sample) alone, so
+    sides can be compared."""
     if dtype != "float32":
         return
     cap, prompts = (80, 16) if size == "card" else (24, 4)
@@ -402,44 +396,40 @@ def check_step(device, dtype, size):
         folder, g = Path(folder), random.Random(0)
         shape = dict(stops=50) if size == "card" else dict(vocab=256, hidden=64, layers=2, stops=3)
         model, problems = common.tiny_model(folder / "model", **shape), folder / "problems.jsonl"
-        problems.write_text("".join(json.dumps({"id": str(i), "problem": "".join(g.choices(common.LETTERS, k=20)), "answer": str(i % 2)}) + "\n"
-                                    for i in range(2 * prompts)))
+        problems.write_text("".join(
+            json.dumps({"id": str(i), "problem": "".join(g.choices(common.LETTERS, k=20)),
+                        "answer": str(i % 2)}) + "\n"
+            for i in range(2 * prompts)))
 
         def run(name, visible, *more):
-            line = [sys.executable, str(common.ROOT / "grpo.py"), "--model", model, "--data", str(problems), "--out", str(folder / name),
-                    "--recipe", "improved", "--style", "plain", "--no_chat", "--eval_data", "none", "--show_every", "0", "--engine", "torch",
-                    "--dtype", "float32", "--steps", "2", "--prompts", str(prompts), "--group", "4", "--max_len", str(cap), "--lr", "1e-3", *more]
+            line = [sys.executable, str(common.ROOT / "grpo.py"), "--model", model, "--data", str(problems),
+                    "--out", str(folder / name), "--recipe", "improved", "--style", "plain", "--no_chat",
+                    "--eval_data", "none", "--show_every", "0", "--engine", "torch", "--dtype", "float32",
+                    "--steps", "2", "--prompts", str(prompts), "--group", "4", "--max_len", str(cap), "--lr", "1e-3",
+                    *more]
             done = subprocess.run(line, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300,
                                   env=alone() | ({} if visible else {"CUDA_VISIBLE_DEVICES": ""}))
             if done.returncode:
                 raise RuntimeError(f"grpo.py on {name}: {done.stderr.strip().splitlines()[-1][:200]}")
-            rows = [
-    json.loads(r) for n in (
-        1,
-        2) for r in gzip.open(
-            folder /
-            name /
-            "rollouts" /
-            f"{n:06d}.jsonl.gz",
-             "rt")]
+            rows = [json.loads(r) for n in (1, 2)
+                    for r in gzip.open(folder / name / "rollouts" / f"{n:06d}.jsonl.gz", "rt")]
             return [json.loads(m) for m in (folder / name / "metrics.jsonl").read_text().splitlines()], rows
 
         metrics, rows = run("cpu", False)
-        other, same = run("card", True, "--recompute", "1", "--token_budget",
-                          "300" if size == "card" else "100", "--logit_chunk", "37")
+        other, same = run("card", True, "--recompute", "1", "--token_budget", "300" if size == "card" else "100",
+                          "--logit_chunk", "37")
     case = f"two steps of {prompts} x 4 samples, torch engine"
-    yield "step responses that differ", case, sum(a["response"] != b["response"] for a, b in zip(rows, same, strict=True)) / len(rows), 0.0
+    yield ("step responses that differ", case,
+           sum(a["response"] != b["response"] for a, b in zip(rows, same, strict=True)) / len(rows), 0.0)
     names = ("reward", "length_mean", "pg_loss", "entropy", "grad_norm", "approx_kl", "tokens_trained")
-    yield "step metrics", case, max(abs(a[n] - b[n]) / max(abs(a[n]), 0.01) for a, b in zip(metrics, other, strict=True) for n in names), 2e-3
+    yield ("step metrics", case,
+           max(abs(a[n] - b[n]) / max(abs(a[n]), 0.01) for a, b in zip(metrics, other, strict=True) for n in names),
+           2e-3)
     yield "step KL(engine, trainer)", case, max(abs(m["mismatch_kl"]) for m in other), 1e-7
 
 
-CHECKS = {
-    "attention": check_attention,
-    "packed": check_packed,
-    "head": check_head,
-    "update": check_update,
-     "step": check_step}
+CHECKS = {"attention": check_attention, "packed": check_packed, "head": check_head, "update": check_update,
+          "step": check_step}
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -457,21 +447,14 @@ def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options(p, "gpu_correctness", 5)
     p.add_argument("--checks", nargs="+", choices=list(CHECKS), default=list(CHECKS), help="which")
-    p.add_argument(
-    "--dtypes",
-    nargs="+",
-    choices=[
-        "float32",
-        "bfloat16"],
-        default=[
-            "float32",
-            "bfloat16"],
-             help="precisions")
+    p.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"],
+                   help="precisions")
     args = p.parse_args(argv)
     join()
     device = device_of()
-    results = Results("correctness on one device", args, [("check", "check", ""), ("dtype", "dtype", ""), ("case", "case", ""),
-                                                          ("error", "off", ".1e"), ("bound", "bound", ".1e"), ("verdict", "verdict", "")])
+    results = Results("correctness on one device", args, [
+        ("check", "check", ""), ("dtype", "dtype", ""), ("case", "case", ""),
+        ("error", "off", ".1e"), ("bound", "bound", ".1e"), ("verdict", "verdict", "")])
     results.head["attention"] = {t: attention_path(device, t) for t in args.dtypes}
     for name in args.checks:
         for dtype in args.dtypes:
@@ -483,10 +466,8 @@ def main(argv=None):
                     results.add({"check": what, "dtype": dtype, "case": case, "off": error, "bound": bound,
                                  "verdict": "ok" if error <= bound else "WRONG"})  # a NaN is not <= anything
             except Exception as e:  # one path that does not run must not hide what the others say
-                results.add({"check": name,
-    "dtype": dtype,
-    "case": f"{type(e).__name__}: {' '.join(str(e).split())[:200]}",
-     "verdict": "FAILED"})
+                results.add({"check": name, "dtype": dtype,
+                             "case": f"{type(e).__name__}: {' '.join(str(e).split())[:200]}", "verdict": "FAILED"})
     bad = [f"{r['check']} {r['dtype']}: {r['verdict']} ({r['case']}, error {common.cell(r.get('off'), '.1e')}, "
            f"bound {common.cell(r.get('bound'), '.1e')})" for r in results.rows if r["verdict"] != "ok"]
     results.finish([*bad, f"{len(results.rows) - len(bad)} of {len(results.rows)} checks passed"])

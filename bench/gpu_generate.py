@@ -1,17 +1,20 @@
-"""gpu_generate.py - generation on one GPU: tokens a second at 8K, pushing weights, sleeping and waking, engine against trainer.
+"""gpu_generate.py - generation on one GPU: tokens a second at 8K, pushing weights, sleeping and waking,
+engine against trainer.
 
-    python bench/gpu_generate.py                                      # one GPU, eight minutes; bench/results/gpu_generate.json
-    python bench/gpu_generate.py --size tiny --engine torch --out X.json     # any machine, seconds; what CI runs
+    python bench/gpu_generate.py  # one GPU, eight minutes; bench/results/gpu_generate.json
+    python bench/gpu_generate.py --size tiny --engine torch --out X.json  # any machine, seconds; what CI runs
 
-The engine is made by rollout.make_engine, as training makes it, with the exact shape of DeepSeek-R1-Distill-Qwen-1.5B and
-random weights; a sharded policy with fp32 masters of the same shape lives beside it. Of the vocabulary 35 tokens end a text,
-so that lengths are roughly geometric with a mean near 4,000, cut at 8,192: one GPU's share (16 problems x 8) of an 8K step.
+The engine is made by rollout.make_engine, as training makes it, with the exact shape of DeepSeek-R1-Distill-Qwen-1.5B
+and random weights; a sharded policy with fp32 masters of the same shape lives beside it. Of the vocabulary 35 tokens
+end a text, so that lengths are roughly geometric with a mean near 4,000, cut at 8,192: one GPU's share
+(16 problems x 8) of an 8K step.
 
   start, sleep, push, wake   seconds, and GiB of the card they took or gave back (the whole card, as the driver counts)
-  match, stale               mean KL(engine, trainer) on sampled tokens: after a push, and after the policy changed without
-                             one. Wrong, and exit status 1, if a fresh push exceeds 5e-4 (NeMo-RL's bound for this model)
-                             or stale weights do not show
-  short, step, context       generation: 1K responses, the step's share of 8K responses, 512 tokens behind contexts of 7.6K
+  match, stale               mean KL(engine, trainer) on sampled tokens: after a push, and after the policy changed
+                             without one. Wrong, and exit status 1, if a fresh push exceeds 5e-4 (NeMo-RL's bound for
+                             this model) or stale weights do not show
+  short, step, context       generation: 1K responses, the step's share of 8K responses, 512 tokens behind contexts
+                             of 7.6K
 """
 import argparse
 import json
@@ -27,9 +30,10 @@ import gpu_correctness as card  # noqa: E402
 
 BOUND = 5e-4
 SIZES = {  # shape; samples of a problem; (what, problems, prompt tokens, longest response) in the order of their price
-    "card": dict(shape="r1-1.5b", group=8, stops=35, match=(8, 100, 384), work=[("short", 16, 130, 1024), ("context", 8, 7600, 512),
-                                                                              ("step", 16, 130, 8192)]),
-    "tiny": dict(shape="tiny", group=2, stops=3, match=(4, 8, 24), work=[("short", 3, 8, 16), ("context", 2, 40, 8), ("step", 3, 8, 48)]),
+    "card": dict(shape="r1-1.5b", group=8, stops=35, match=(8, 100, 384),
+                 work=[("short", 16, 130, 1024), ("context", 8, 7600, 512), ("step", 16, 130, 8192)]),
+    "tiny": dict(shape="tiny", group=2, stops=3, match=(4, 8, 24),
+                 work=[("short", 3, 8, 16), ("context", 2, 40, 8), ("step", 3, 8, 48)]),
 }
 
 
@@ -48,8 +52,8 @@ def model_folder(folder, size, weights):
         model.to(torch.bfloat16).save_pretrained(folder)
     else:
         model.config.save_pretrained(folder)
-    (Path(folder) / \
-     "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(size["stops"])), "pad_token_id": 0}))
+    (Path(folder) / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": list(range(size["stops"])), "pad_token_id": 0}))
     return str(folder)
 
 
@@ -67,11 +71,8 @@ def timed(results, what, work, **more):
     value = work()
     wait()
     seconds, after = time.perf_counter() - start, free_gib()
-    results.add({"what": what,
-    "seconds": seconds,
-    "freed_gib": None if before is None else after - before,
-    "free_gib": after,
-     **more})
+    results.add({"what": what, "seconds": seconds, "freed_gib": None if before is None else after - before,
+                 "free_gib": after, **more})
     return value
 
 
@@ -99,8 +100,8 @@ def match(run, engine, size, seed):
     sums = Counter()
     for m in micro:
         grpo.add_stats(sums, grpo.mismatch(m.old_logp, m.engine_logp))
-    return {"tokens": tokens, "kl": sums["gap_kl"] / tokens, "mean_gap": sums["gap"] / tokens, "max_gap": sums["max_gap"],
-            "mult": sums["gap_mult"] / tokens, "far": sums["gap_far"] / tokens}
+    return {"tokens": tokens, "kl": sums["gap_kl"] / tokens, "mean_gap": sums["gap"] / tokens,
+            "max_gap": sums["max_gap"], "mult": sums["gap_mult"] / tokens, "far": sums["gap_far"] / tokens}
 
 
 def change(policy, seed):
@@ -115,7 +116,8 @@ def change(policy, seed):
 
 
 def check_match(results, run, engine, size):
-    """The policy's weights are in the engine already. Then they change: stale, pushed, fresh again. -> what is wrong."""
+    """The policy's weights are in the engine already. Then they change: stale, pushed, fresh again.
+    -> what is wrong."""
     wrong, add = [], lambda what, m: results.add({"what": what, "seconds": None, **m})
     fresh = [match(run, engine, size, 1)]
     add("match", fresh[0])
@@ -127,10 +129,11 @@ def check_match(results, run, engine, size):
     engine.wake()
     fresh.append(match(run, engine, size, 2))
     add("match", fresh[1])
-    wrong += [f"WRONG: KL(engine, trainer) {m['kl']:.1e} after a push is above {BOUND:.0e}" for m in fresh if not m["kl"] <= BOUND]
+    wrong += [f"WRONG: KL(engine, trainer) {m['kl']:.1e} after a push is above {BOUND:.0e}"
+              for m in fresh if not m["kl"] <= BOUND]
     if not stale["kl"] > 10 * fresh[1]["kl"]:
-        wrong.append(
-            f"WRONG: stale weights have a KL of {stale['kl']:.1e}, fresh ones of {fresh[1]['kl']:.1e}: the check or the push does nothing")
+        wrong.append(f"WRONG: stale weights have a KL of {stale['kl']:.1e}, fresh ones of {fresh[1]['kl']:.1e}: "
+                     "the check or the push does nothing")
     return wrong
 
 
@@ -146,8 +149,9 @@ def generate(results, engine, what, problems, length, limit, group, vocab, tempe
     samples = engine.generate(prompts, list(range(len(prompts))), limit, temperature)
     seconds = time.perf_counter() - start
     lengths = [len(s.response_ids) for s in samples]
-    results.add({"what": what, "seconds": seconds, "tokens": sum(lengths), "tokens_per_second": sum(lengths) / seconds, "samples": len(samples),
-                 "length_mean": sum(lengths) / len(lengths), "length_max": max(lengths), "prompt_mean": sum(map(len, prompts)) / len(prompts),
+    results.add({"what": what, "seconds": seconds, "tokens": sum(lengths), "tokens_per_second": sum(lengths) / seconds,
+                 "samples": len(samples), "length_mean": sum(lengths) / len(lengths), "length_max": max(lengths),
+                 "prompt_mean": sum(map(len, prompts)) / len(prompts),
                  "truncated": sum(s.finish_reason == "length" for s in samples) / len(samples),
                  "seconds_a_token": seconds / max(lengths), "limit": limit})
     return sum(lengths) / seconds
@@ -161,13 +165,16 @@ def run_all(results, args, size, folder):
     dtype = "bfloat16" if results.cuda else "float32"
     longest = max(length + length // 8 + limit for _, _, length, limit in size["work"])
     model = model_folder(folder, size, weights=args.engine == "torch")
-    engine = timed(results, "start", lambda: make_engine(
-        args.engine, model, max_model_len=longest, dtype=dtype, device=device, max_seqs=args.max_seqs, gpu_memory=args.gpu_memory,
-        enable_sleep=True, enforce_eager=args.enforce_eager), detail=f"{args.engine}, {dtype}, contexts of {longest}")
+    engine = timed(
+        results, "start", lambda: make_engine(
+            args.engine, model, max_model_len=longest, dtype=dtype, device=device, max_seqs=args.max_seqs,
+            gpu_memory=args.gpu_memory, enable_sleep=True, enforce_eager=args.enforce_eager),
+        detail=f"{args.engine}, {dtype}, contexts of {longest}")
     try:
         timed(results, "sleep", engine.sleep, detail="weights dropped")
-        run = card.make_run(size["shape"], device, dtype, std=0.02 if args.size == "card" else 0.1, prompts=size["match"][0], group=size["group"],
-                            updates=1, max_len=longest, temperature=args.temperature, token_budget=16384, recompute=0)
+        run = card.make_run(size["shape"], device, dtype, std=0.02 if args.size == "card" else 0.1,
+                            prompts=size["match"][0], group=size["group"], updates=1, max_len=longest,
+                            temperature=args.temperature, token_budget=16384, recompute=0)
         gib = sum(p.numel() for p in run.policy.parameters()) * (2 if dtype == "bfloat16" else 4) / 2**30
         timed(results, "push", lambda: engine.push(run.policy.full_weights()),
               detail=f"first push, {gib:.2f} GiB to the engine")
@@ -180,8 +187,8 @@ def run_all(results, args, size, folder):
                 results.add({"what": what, "seconds": None,
                             "error": f"not run: may take {need:.0f} s, {results.left():.0f} are left of --minutes"})
                 continue
-            tokens_per_second = generate(results, engine, what, problems, length,
-                                         limit, size["group"], vocab, args.temperature)
+            tokens_per_second = generate(results, engine, what, problems, length, limit, size["group"], vocab,
+                                         args.temperature)
         timed(results, "sleep", lambda: engine.sleep(keep_weights=True),
               detail="weights parked in CPU memory, as before an evaluation ends")
         timed(results, "wake", engine.wake, detail="weights and KV cache")
@@ -204,9 +211,9 @@ def main(argv=None):
     args = p.parse_args(argv)
     size = SIZES[args.size]
     results = card.Results("generation on one device", args, [
-        ("what", "what", ""), ("seconds", "seconds", ".2f"), ("freed GiB", "freed_gib", ".1f"), ("tokens", "tokens", ",.0f"),
-        ("tokens/s", "tokens_per_second", ",.0f"), ("samples", "samples",
-         ""), ("mean length", "length_mean", ",.0f"), ("cut", "truncated", ".0%"),
+        ("what", "what", ""), ("seconds", "seconds", ".2f"), ("freed GiB", "freed_gib", ".1f"),
+        ("tokens", "tokens", ",.0f"), ("tokens/s", "tokens_per_second", ",.0f"), ("samples", "samples", ""),
+        ("mean length", "length_mean", ",.0f"), ("cut", "truncated", ".0%"),
         ("KL", "kl", ".1e"), ("max gap", "max_gap", ".1e"), ("", "detail", "")])
     results.save(shape=card.SHAPES[size["shape"]], engine=args.engine)
     card.join()

@@ -1,19 +1,19 @@
 """gpu_learn.py - does it learn? grpo.py itself for so many minutes, with the curve.
 
-    python bench/gpu_learn.py --model models/smollm2              # nine minutes on a GPU: SmolLM2-135M-Instruct, easy real problems
-    python bench/gpu_learn.py                                     # the same with the toy of this repository, if there is no SmolLM2
-    python bench/gpu_learn.py --size tiny --out X.json            # any machine, a minute; what CI runs
+    python bench/gpu_learn.py --model models/smollm2  # nine minutes on a GPU: SmolLM2-135M-Instruct, easy real problems
+    python bench/gpu_learn.py  # the same with the toy of this repository, if there is no SmolLM2
+    python bench/gpu_learn.py --size tiny --out X.json  # any machine, a minute; what CI runs
 
   --model   the demonstration of the README at a larger scale: 48 problems x 16 samples a step
   toy       toy.py's base model on its sums modulo 100, at a larger scale: 128 problems x 16 samples of up to 192 tokens
-  sums      (--world sums, and --size tiny) random weights that know nothing: a problem reads "3+4", an answer is one of the
-            boxed numbers among the tokens, the reward is the only teacher
+  sums      (--world sums, and --size tiny) random weights that know nothing: a problem reads "3+4", an answer is one of
+            the boxed numbers among the tokens, the reward is the only teacher
 
 grpo.py runs as a program and is stopped by SIGTERM when the time is up, as a person would.
 
-Reported: reward of training in tenths of the run, its first and last tenth with standard errors over steps, the KL between
-engine and trainer, skipped updates. Exit status 1 if the last tenth is not above the first by two standard errors, or if
-updates were skipped: then it did not learn, whatever it did.
+Reported: reward of training in tenths of the run, its first and last tenth with standard errors over steps, the KL
+between engine and trainer, skipped updates. Exit status 1 if the last tenth is not above the first by two standard
+errors, or if updates were skipped: then it did not learn, whatever it did.
 """
 import argparse
 import json
@@ -44,8 +44,8 @@ ASSETS = common.ROOT / "assets"
 # ---------------------------------------------------------------------------------------------------------------
 
 def sums(folder, digits, hidden, layers, heads, held_out=0.2, seed=0):
-    """A random model that reads "a+b" and can write every boxed sum, its tokenizer, and the problems, a fifth of them held out
-    where there are enough -> (model, train, test)."""
+    """A random model that reads "a+b" and can write every boxed sum, its tokenizer, and the problems, a fifth of them
+    held out where there are enough -> (model, train, test)."""
     import torch
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -53,18 +53,16 @@ def sums(folder, digits, hidden, layers, heads, held_out=0.2, seed=0):
     core = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, merges=[]))
     core.decoder = decoders.Fuse()
     folder = Path(folder)
-    PreTrainedTokenizerFast(
-    tokenizer_object=core,
-    eos_token="<eos>",
-    pad_token="<eos>").save_pretrained(
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>").save_pretrained(
         folder / "model")
     torch.manual_seed(seed)
-    config = Qwen2Config(vocab_size=len(words), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-                         num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=64, tie_word_embeddings=False,
-                         eos_token_id=0, pad_token_id=0, bos_token_id=None)
+    config = Qwen2Config(vocab_size=len(words), hidden_size=hidden, intermediate_size=2 * hidden,
+                         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
+                         max_position_embeddings=64, tie_word_embeddings=False, eos_token_id=0, pad_token_id=0,
+                         bos_token_id=None)
     Qwen2ForCausalLM(config).save_pretrained(folder / "model")
-    rows = [{"id": f"{a}+{b}", "problem": f"{a}+{b}",
-        "answer": str(a + b)} for a in range(digits) for b in range(digits)]
+    rows = [{"id": f"{a}+{b}", "problem": f"{a}+{b}", "answer": str(a + b)}
+            for a in range(digits) for b in range(digits)]
     random.Random(seed).shuffle(rows)
     cut = round(held_out * len(rows)) if digits > 2 else 0
     for name, part in (("test", rows[:cut] or rows), ("train", rows[cut:])):
@@ -81,27 +79,27 @@ def sums_options(args, folder):
 
 def toy_options():
     toy = ASSETS / "toy"
-    return ["--model", str(toy / "model"), "--data", str(toy / "train.jsonl.gz"), "--eval_data", str(toy / "heldout.jsonl"), "--prompts", "128",
-            "--group", "16", "--max_len", "192", "--lr", "3e-4", "--eval_n", "4", "--max_seqs", "1024"]
+    return ["--model", str(toy / "model"), "--data", str(toy / "train.jsonl.gz"),
+            "--eval_data", str(toy / "heldout.jsonl"), "--prompts", "128", "--group", "16", "--max_len", "192",
+            "--lr", "3e-4", "--eval_n", "4", "--max_seqs", "1024"]
 
 
 def model_options(model):
     """The README's demonstration: easy real problems, two solved examples in the prompt."""
-    return ["--model", model, "--examples", str(ASSETS / "examples.jsonl"), "--data", str(ASSETS / "easy" / "train.jsonl"), "--style", "plain",
-            "--eval_data", str(ASSETS /
-    "easy" /
-     "heldout.jsonl"), "--prompts", "48", "--group", "16", "--max_len", "256", "--lr", "1e-5",
-            "--max_seqs", "768"]
+    return ["--model", model, "--examples", str(ASSETS / "examples.jsonl"),
+            "--data", str(ASSETS / "easy" / "train.jsonl"), "--style", "plain",
+            "--eval_data", str(ASSETS / "easy" / "heldout.jsonl"), "--prompts", "48", "--group", "16",
+            "--max_len", "256", "--lr", "1e-5", "--max_seqs", "768"]
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The run
 # ---------------------------------------------------------------------------------------------------------------
 
-def train(results, line, run, steps):
+def train(results, line, run):
     """grpo.py until the time or the steps are over; a row for every tenth of the way -> its metrics lines."""
-    done = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=open(
-        run + ".log", "w"), stderr=subprocess.STDOUT, env=card.alone())
+    done = subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=open(run + ".log", "w"), stderr=subprocess.STDOUT,
+                            env=card.alone())
     reserve, shown, stopped = min(45, results.limit / 4), 0, False  # seconds for the checkpoint at the end
     try:
         while done.poll() is None:
@@ -140,25 +138,14 @@ def note(results, lines):
     """Print where the run is; the file keeps the curve so far."""
     last = [m for m in lines if "reward" in m][-10:]
     if last:
-        print(
-    f"  step {last[-1]['step']}: reward {statistics.mean(m['reward'] for m in last):.3f} over the last {len(last)} steps",
-     flush=True)
+        print(f"  step {last[-1]['step']}: reward {statistics.mean(m['reward'] for m in last):.3f} "
+              f"over the last {len(last)} steps", flush=True)
     results.save(curve=curve(lines))
 
 
 def curve(lines):
-    keys = (
-    "step",
-    "reward",
-    "length_mean",
-    "entropy",
-    "grad_norm",
-    "mismatch_kl",
-    "seconds",
-    "tokens_per_second",
-    "memory_gib",
-    "eval_reward",
-     "eval_se")
+    keys = ("step", "reward", "length_mean", "entropy", "grad_norm", "mismatch_kl", "seconds", "tokens_per_second",
+            "memory_gib", "eval_reward", "eval_se")
     return [{k: m[k] for k in keys if m.get(k) is not None} for m in lines]
 
 
@@ -179,8 +166,10 @@ def tenths(lines):
         part = steps[i * len(steps) // n:(i + 1) * len(steps) // n]
         reward, se = mean_se([m["reward"] for m in part])
         average = lambda key: statistics.mean([m[key] for m in part if m.get(key) is not None] or [float("nan")])
-        rows.append({"steps": f"{part[0]['step']}-{part[-1]['step']}", "reward": reward, "se": se, "bar": "#" * round(40 * reward),
-                     **{k: average(k) for k in ("entropy", "grad_norm", "mismatch_kl", "seconds", "tokens_per_second", "length_mean")}})
+        rows.append({"steps": f"{part[0]['step']}-{part[-1]['step']}", "reward": reward, "se": se,
+                     "bar": "#" * round(40 * reward),
+                     **{k: average(k) for k in ("entropy", "grad_norm", "mismatch_kl", "seconds", "tokens_per_second",
+                                                "length_mean")}})
     return rows
 
 
@@ -191,11 +180,12 @@ def verdict(rows, lines):
     skipped = max((m.get("updates_skipped") or 0 for m in lines), default=0)
     evals = [(m["step"], m["eval_reward"], m["eval_se"]) for m in lines if m.get("eval_reward") is not None]
     learned = rise > 2 * se and rise > 0 and not skipped and len(rows) > 1
-    out = [f"reward {first['reward']:.3f} +- {first['se']:.3f} -> {last['reward']:.3f} +- {last['se']:.3f} in {lines[-1]['step']} steps: "
-           + ("it learned" if learned else "it did NOT learn"), f"updates skipped: {skipped}"]
+    out = [f"reward {first['reward']:.3f} +- {first['se']:.3f} -> {last['reward']:.3f} +- {last['se']:.3f} "
+           f"in {lines[-1]['step']} steps: " + ("it learned" if learned else "it did NOT learn"),
+           f"updates skipped: {skipped}"]
     if evals:
-        out.append("held out: " + ", ".join(f"step {s} {r:.3f}" + \
-                   (f" +- {e:.3f}" if e is not None else "") for s, r, e in (evals[0], evals[-1])))
+        out.append("held out: " + ", ".join(f"step {s} {r:.3f}" + (f" +- {e:.3f}" if e is not None else "")
+                                            for s, r, e in (evals[0], evals[-1])))
     return out, learned
 
 
@@ -212,22 +202,21 @@ def main(argv=None):
     if args.size == "tiny":
         args.steps, args.minutes, args.engine = min(args.steps, 30), min(args.minutes, 3), "torch"
     results = card.Results("a learning run on one device", args, [
-        ("steps", "steps", ""), ("reward", "reward", ".3f"), ("+-", "se",
-         ".3f"), ("H", "entropy", ".3f"), ("|g|", "grad_norm", ".3f"),
-        ("KL gap", "mismatch_kl", ".1e"), ("seconds a step", "seconds", ".3f"), ("tokens/s", "tokens_per_second", ",.0f"),
-        ("length", "length_mean", ".1f"), ("", "bar", "")])
+        ("steps", "steps", ""), ("reward", "reward", ".3f"), ("+-", "se", ".3f"), ("H", "entropy", ".3f"),
+        ("|g|", "grad_norm", ".3f"), ("KL gap", "mismatch_kl", ".1e"), ("seconds a step", "seconds", ".3f"),
+        ("tokens/s", "tokens_per_second", ",.0f"), ("length", "length_mean", ".1f"), ("", "bar", "")])
     with tempfile.TemporaryDirectory() as folder:
         run = os.path.join(folder, "run")
         world = args.world or ("sums" if args.size == "tiny" else "toy")
-        own = model_options(args.model) if args.model else toy_options(
-        ) if world == "toy" else sums_options(args, folder)
-        line = [sys.executable, str(common.ROOT / "grpo.py"), "--recipe", "improved", "--show_every", "0", "--save_every",
-                "100000", "--keep", "1", "--updates", "1", "--out", run, "--engine", args.engine, "--steps", str(
-                    args.steps),
-                "--eval_every", str(10 if args.size == "tiny" else 50), *own, *args.grpo.split()]
+        own = (model_options(args.model) if args.model else
+               toy_options() if world == "toy" else sums_options(args, folder))
+        line = [sys.executable, str(common.ROOT / "grpo.py"), "--recipe", "improved", "--show_every", "0",
+                "--save_every", "100000", "--keep", "1", "--updates", "1", "--out", run, "--engine", args.engine,
+                "--steps", str(args.steps), "--eval_every", str(10 if args.size == "tiny" else 50),
+                *own, *args.grpo.split()]
         results.save(grpo=" ".join(os.path.basename(x) if os.path.isabs(x) else x for x in line[1:]))
         try:
-            lines = train(results, line, run, args.steps)
+            lines = train(results, line, run)
         except RuntimeError as e:
             results.finish([f"FAILED: {e}"])
             return 1

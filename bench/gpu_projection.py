@@ -1,12 +1,14 @@
-"""gpu_projection.py - seconds of an 8K step on 8 GPUs, by arithmetic from what one GPU measured. A projection, not a measurement.
+"""gpu_projection.py - seconds of an 8K step on 8 GPUs, by arithmetic from what one GPU measured. A projection,
+not a measurement.
 
     python bench/gpu_projection.py                        # reads bench/results/gpu_update.json and gpu_generate.json
     python bench/gpu_projection.py --update A --generate B --out X.json
 
 The step is the original's: 128 problems x 8 samples, one eighth for each GPU. It refuses to run where a measurement is
-missing or was made without a GPU. Each line of the table says how it comes about; what is not measured is an option with
-its assumed value printed. The same arithmetic is done for both recipes: `deepscaler` scores all tokens with a reference as
-well, `improved` has none. The second of the two updates needs old log-probs, the first does not (grpo.train).
+missing or was made without a GPU. Each line of the table says how it comes about; what is not measured is an option
+with its assumed value printed. The same arithmetic is done for both recipes: `deepscaler` scores all tokens with a
+reference as well, `improved` has none. The second of the two updates needs old log-probs, the first does not
+(grpo.train).
 """
 import argparse
 import json
@@ -40,9 +42,10 @@ def read(path, tiny):
 def best_update(rows):
     """The fastest row of ours with checkpointing, not compiled (grpo.py compiles nothing)."""
     good = [r for r in rows if r["side"] == "ours" and "error" not in r and r["recompute"]
-        and r["compile"] == "none" and r.get("score_tokens_per_second")]
+            and r["compile"] == "none" and r.get("score_tokens_per_second")]
     if not good:
-        raise SystemExit("the update file has no finished row of ours with checkpointing: run bench/gpu_update.py again")
+        raise SystemExit("the update file has no finished row of ours with checkpointing: "
+                         "run bench/gpu_update.py again")
     return max(good, key=lambda r: r["tokens_per_second"])
 
 
@@ -60,10 +63,11 @@ def named(rows, what, which=0):
 # ---------------------------------------------------------------------------------------------------------------
 
 def communication(tokens, budget, fill, scored, gpus, bytes_per_second):
-    """Seconds of FSDP2's collectives on one GPU, nothing of them hidden behind computation. bf16 gathers of each layer twice
-    in training (forward, backward) and once in scoring, of the root once; fp32 gradients reduced for each micro-batch.
+    """Seconds of FSDP2's collectives on one GPU, nothing of them hidden behind computation. bf16 gathers of each layer
+    twice in training (forward, backward) and once in scoring, of the root once; fp32 gradients reduced for each
+    micro-batch. By hand: (2 x 2 x 1.3103e9 + 2 x 0.4668e9 + 4 x 1.7771e9) x 7/8 / 300e9.
 
-    >>> round(communication(32768, 32768, 1.0, 0, 8, 300e9), 4)   # (2 x 2 x 1.3103e9 + 2 x 0.4668e9 + 4 x 1.7771e9) x 7/8 / 300e9
+    >>> round(communication(32768, 32768, 1.0, 0, 8, 300e9), 4)
     0.0387
     """
     micro = tokens / (budget * fill)
@@ -80,18 +84,18 @@ def project(update, generate, a, recipe):
     push = [r for r in generate if r["what"] == "push" and "error" not in r][-1]["seconds"]
     generation = written / step["tokens_per_second"]
     return [
-        ("generate", generation, f"{samples:.0f} samples x {a.length:.0f} tokens / {step['tokens_per_second']:,.0f} tokens/s, measured with "
-                                 f"{step['samples']} samples of {step['length_mean']:.0f}"),
+        ("generate", generation,
+         f"{samples:.0f} samples x {a.length:.0f} tokens / {step['tokens_per_second']:,.0f} tokens/s, measured with "
+         f"{step['samples']} samples of {step['length_mean']:.0f}"),
         ("wait for the slowest GPU", generation * (a.imbalance - 1), f"ASSUMED: {a.imbalance:g} x the mean"),
         ("log-probs", again / update["score_tokens_per_second"],
          f"{again:,.0f} tokens / {update['score_tokens_per_second']:,.0f} tokens/s scored"),
-        ("update",
-    tokens / update["tokens_per_second"],
-     f"{tokens:,.0f} tokens / {update['tokens_per_second']:,.0f} tokens/s at a budget of {update['budget']:,}"),
+        ("update", tokens / update["tokens_per_second"],
+         f"{tokens:,.0f} tokens / {update['tokens_per_second']:,.0f} tokens/s at a budget of {update['budget']:,}"),
         ("communication", communication(tokens, update["budget"], update["fill"], again, a.gpus, a.nvlink * 1e9),
          f"ASSUMED: {a.nvlink:g} GB/s for each GPU, nothing hidden behind computation"),
-        ("push, sleep, wake", push + named(generate, "sleep")
-         ["seconds"] + named(generate, "wake")["seconds"], "measured on one GPU"),
+        ("push, sleep, wake", push + named(generate, "sleep")["seconds"] + named(generate, "wake")["seconds"],
+         "measured on one GPU"),
         ("reward, records", a.other, f"ASSUMED: {a.other:g} s; rewards are computed while others generate"),
     ]
 
@@ -113,8 +117,8 @@ def main(argv=None):
     args = p.parse_args(argv)
     update, generate = read(args.update, args.size == "tiny"), read(args.generate, args.size == "tiny")
     if update["device"] != generate["device"]:
-        raise SystemExit(
-            f"the two files come from different devices ({update['device']}, {generate['device']}): measure both on one")
+        raise SystemExit(f"the two files come from different devices ({update['device']}, {generate['device']}): "
+                         "measure both on one")
     row = best_update(update["rows"])
     if not args.out and args.size != "tiny":  # this machine needs no GPU, its sources had one
         args.out = str(common.RESULTS / "gpu_projection.json")
@@ -122,18 +126,15 @@ def main(argv=None):
         ("recipe", "recipe", ""), ("part", "part", ""), ("seconds", "seconds", ".1f"), ("how", "how", "")])
     results.head["device"] = f"{update['device']} (one measured, {args.gpus} projected)"
     results.head["sources"] = {k: {n: r.get(n) for n in ("date", "device", "command", "versions", "commit")}
-                                            for k, r in (("update", update), ("generate", generate))}
+                               for k, r in (("update", update), ("generate", generate))}
     lines = [f"PROJECTION by arithmetic from one {update['device']}, not measured on {args.gpus}:"]
     for recipe in ("deepscaler", "improved"):
         parts = project(row, generate["rows"], args, recipe)
         total = sum(seconds for _, seconds, _ in parts)
         for part, seconds, how in [*parts, ("TOTAL", total, "sum")]:
             results.add({"recipe": recipe, "part": part, "seconds": seconds, "how": how})
-        lines.append(
-    f"  {recipe}: {total:.0f} s a step; " +
-    "; ".join(
-        f"{who}: {s:.0f} s published, {s / total:.2f}x" for who,
-         s in PUBLISHED.items()))
+        lines.append(f"  {recipe}: {total:.0f} s a step; " + "; ".join(
+            f"{who}: {s:.0f} s published, {s / total:.2f}x" for who, s in PUBLISHED.items()))
     results.finish(lines)
     return 0
 

@@ -1,19 +1,21 @@
-"""gpu_update.py - the update on one GPU: tokens a second, MFU and memory of a 1.5B model at packed budgets, TRL beside it.
+"""gpu_update.py - the update on one GPU: tokens a second, MFU and memory of a 1.5B model at packed budgets,
+TRL beside it.
 
-    python bench/gpu_update.py                                     # nine minutes on an H100; bench/results/gpu_update.json
+    python bench/gpu_update.py                           # nine minutes on an H100; bench/results/gpu_update.json
     python bench/gpu_update.py --budgets 16384 --recompute 1 --profile --trl_micro --out bench/results/gpu_profile.json
     python bench/gpu_update.py --budgets 16384 --recompute 1 --compile none parts layers --trl_micro --out ...
     python bench/gpu_update.py --budgets 16384 --recompute 1 --chunk 512 2048 4096 --trl_micro --out ...
-    python bench/gpu_update.py --size tiny --out X.json            # any machine, seconds; what CI runs
+    python bench/gpu_update.py --size tiny --out X.json  # any machine, seconds; what CI runs
 
 The model has the exact shape of DeepSeek-R1-Distill-Qwen-1.5B and random weights: what they say changes no time. The
 rollouts are --prompts x 8 samples with lengths like those of the 8K stage (see common.rollouts). Timed: Run.pack and
-Run.update of grpo.py for one mini-batch, from samples in hand to the optimizer's step; then Run.score, a forward without
-gradient, as old log-probs need it. Each row is a fresh process, warmed up; seconds are the median of --repeats.
+Run.update of grpo.py for one mini-batch, from samples in hand to the optimizer's step; then Run.score, a forward
+without gradient, as old log-probs need it. Each row is a fresh process, warmed up; seconds are the median of --repeats.
 
-Operations are counted as in the sizing notes of the original: 2 a matmul weight and token, attention 2 x layers x width x
-length^2 a document (causal), training 3 forwards. MFU counts those 3 only. HFU counts what runs: body and attention once
-more with activation checkpointing, the head once more always. The head counts on response tokens only, where it is computed.
+Operations are counted as in the sizing notes of the original: 2 a matmul weight and token, attention 2 x layers x width
+x length^2 a document (causal), training 3 forwards. MFU counts those 3 only. HFU counts what runs: body and attention
+once more with activation checkpointing, the head once more always. The head counts on response tokens only, where it is
+computed.
 TRL: GRPOTrainer on the same rollouts and weights, one optimizer step, bf16, checkpointing, SDPA, micro-batches of
 --trl_micro samples; its gradient norm is held against ours. Peak memory is absolute: weights, gradients, Adam, all.
 """
@@ -86,9 +88,9 @@ def ours(spec):
     from rollout import Sample
     card.join()
     rows = common.read_rollouts(spec["rollouts"])
-    run = card.make_run(spec["shape"], card.device_of(), spec["dtype"], compile=spec["compile"], lr=1e-6, prompts=spec["prompts"],
-                        group=spec["group"], updates=1, max_len=spec["max_len"], token_budget=spec["budget"], recompute=spec["recompute"],
-                        logit_chunk=spec["chunk"])
+    run = card.make_run(spec["shape"], card.device_of(), spec["dtype"], compile=spec["compile"], lr=1e-6,
+                        prompts=spec["prompts"], group=spec["group"], updates=1, max_len=spec["max_len"],
+                        token_budget=spec["budget"], recompute=spec["recompute"], logit_chunk=spec["chunk"])
     samples = [Sample(r["prompt"], r["response"], r["logprobs"], r["finish_reason"]) for r in rows]
     advantages = grpo.group_advantages(torch.tensor([r["reward"] for r in rows]).view(-1, spec["group"]))
     everything = torch.arange(spec["prompts"])
@@ -105,7 +107,8 @@ def ours(spec):
     with common.meter() as score:
         run.score(run.policy, mini, "old_logp")
     answer = {"seconds": statistics.median(seconds), "all_seconds": seconds, "peak_gib": peak, "reserved_gib": reserved,
-              "score_seconds": score.seconds, "micro_batches": len(mini[0]), "grad_norm": float(stats["grad_norm"]) / spec["repeats"],
+              "score_seconds": score.seconds, "micro_batches": len(mini[0]),
+              "grad_norm": float(stats["grad_norm"]) / spec["repeats"],
               "entropy": float(stats["entropy"]) / float(stats["tokens"]), **counts(rows)}
     answer["packed"] = sum(len(m.ids) for m in mini[0])
     answer["fill"] = answer["packed"] / (len(mini[0]) * spec["budget"])
@@ -116,8 +119,8 @@ def ours(spec):
 
 def counts(rows):
     lengths = [len(r["prompt"]) + len(r["response"]) for r in rows]
-    return {"tokens": sum(lengths), "responses": sum(len(r["response"])
-                          for r in rows), "squares": sum(n * n for n in lengths)}
+    return {"tokens": sum(lengths), "responses": sum(len(r["response"]) for r in rows),
+            "squares": sum(n * n for n in lengths)}
 
 
 def memory():
@@ -136,8 +139,8 @@ def trl(spec):
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
-    rows, cuda, k, starts, seconds = common.read_rollouts(
-    spec["rollouts"]), torch.cuda.is_available(), spec["micro"], [], []
+    rows, cuda, k, starts, seconds = (common.read_rollouts(spec["rollouts"]), torch.cuda.is_available(), spec["micro"],
+                                      [], [])
     wait = torch.cuda.synchronize if cuda else lambda: None
 
     def rollout_func(prompts, trainer):
@@ -145,8 +148,8 @@ def trl(spec):
         if cuda and len(starts) == 1:  # the first step warms up
             torch.cuda.reset_peak_memory_stats()
         starts.append(time.perf_counter())
-        return {"prompt_ids": [r["prompt"] for r in rows], "completion_ids": [r["response"]
-            for r in rows], "logprobs": None}
+        return {"prompt_ids": [r["prompt"] for r in rows], "completion_ids": [r["response"] for r in rows],
+                "logprobs": None}
 
     class Times(TrainerCallback):
         def on_step_end(self, *_, **__):
@@ -159,22 +162,25 @@ def trl(spec):
     rewards = [r["reward"] for r in rows]
     with tempfile.TemporaryDirectory() as folder:
         args = GRPOConfig(
-            folder, per_device_train_batch_size=k, gradient_accumulation_steps=len(rows) // k, steps_per_generation=len(rows) // k,
-            num_generations=spec["group"], max_completion_length=spec["max_len"], max_steps=1 + spec["repeats"], learning_rate=1e-6,
-            weight_decay=0.01, max_grad_norm=1.0, lr_scheduler_type="constant", loss_type="dapo", epsilon=0.2, epsilon_high=0.28, beta=0.0,
-            temperature=1.0, bf16=spec["dtype"] == "bfloat16", use_cpu=not cuda, gradient_checkpointing=bool(spec["recompute"]),
-            gradient_checkpointing_kwargs={"use_reentrant": False}, optim="adamw_torch_fused", shuffle_dataset=False, logging_steps=1,
-            report_to=[], save_strategy="no", disable_tqdm=True, dataloader_pin_memory=cuda)
+            folder, per_device_train_batch_size=k, gradient_accumulation_steps=len(rows) // k,
+            steps_per_generation=len(rows) // k, num_generations=spec["group"], max_completion_length=spec["max_len"],
+            max_steps=1 + spec["repeats"], learning_rate=1e-6, weight_decay=0.01, max_grad_norm=1.0,
+            lr_scheduler_type="constant", loss_type="dapo", epsilon=0.2, epsilon_high=0.28, beta=0.0, temperature=1.0,
+            bf16=spec["dtype"] == "bfloat16", use_cpu=not cuda, gradient_checkpointing=bool(spec["recompute"]),
+            gradient_checkpointing_kwargs={"use_reentrant": False}, optim="adamw_torch_fused", shuffle_dataset=False,
+            logging_steps=1, report_to=[], save_strategy="no", disable_tqdm=True, dataloader_pin_memory=cuda)
         trainer = GRPOTrainer(
-            model, args=args, reward_funcs=lambda completions, **_: rewards, processing_class=AutoTokenizer.from_pretrained(spec["tokenizer"]),
-            train_dataset=Dataset.from_dict({"prompt": [str(r["problem"])
-                                            for r in rows[::spec["group"]]] * (1 + spec["repeats"])}),
+            model, args=args, reward_funcs=lambda completions, **_: rewards,
+            processing_class=AutoTokenizer.from_pretrained(spec["tokenizer"]),
+            train_dataset=Dataset.from_dict({
+                "prompt": [str(r["problem"]) for r in rows[::spec["group"]]] * (1 + spec["repeats"])}),
             rollout_func=rollout_func, callbacks=[Times()])
         trainer.train()
     norms = [line["grad_norm"] for line in trainer.state.log_history if "grad_norm" in line]
     peak, reserved = memory()
-    return {"seconds": statistics.median(seconds[1:]), "all_seconds": seconds, "peak_gib": peak, "reserved_gib": reserved,
-            "micro_batches": len(rows) // k, "grad_norm": statistics.mean(norms[1:]), **counts(rows)}
+    return {"seconds": statistics.median(seconds[1:]), "all_seconds": seconds, "peak_gib": peak,
+            "reserved_gib": reserved, "micro_batches": len(rows) // k, "grad_norm": statistics.mean(norms[1:]),
+            **counts(rows)}
 
 
 SIDES = {"ours": ours, "trl": trl}
@@ -189,12 +195,8 @@ KINDS = {  # of kernels, by words in their names; the first that fits
     "matmul": ("gemm", "nvjet", "cutlass", "cublas", "wgmma", "addmm", "::mm", "bmm"),
     "copies": ("memcpy", "memset", "copy", "direct_copy", "cat"),
 }
-SYNCS = (
-    "cudaStreamSynchronize",
-    "cudaDeviceSynchronize",
-    "cudaEventSynchronize",
-    "aten::_local_scalar_dense",
-     "aten::nonzero")
+SYNCS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense",
+         "aten::nonzero")
 
 
 def kind_of(name):
@@ -207,14 +209,14 @@ def kind_of(name):
 
 
 def profile(work):
-    """torch.profiler over work(): seconds by kind of kernel, the ten longest, how long the device was busy, and each kind of
-    synchronisation with its count. Without a GPU, kernels are the CPU's operators."""
+    """torch.profiler over work(): seconds by kind of kernel, the ten longest, how long the device was busy, and each
+    kind of synchronisation with its count. Without a GPU, kernels are the CPU's operators."""
     import torch
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
     # FSDP and the optimizer mark ranges on the device's time line, which hold kernels that are listed by themselves
-    on_device = lambda e: e.device_type == DeviceType.CUDA and not getattr(
-        e, "is_user_annotation", False) and not e.key.startswith(("FSDP::", "Optimizer."))
+    on_device = lambda e: (e.device_type == DeviceType.CUDA and not getattr(e, "is_user_annotation", False)
+                           and not e.key.startswith(("FSDP::", "Optimizer.")))
     cuda = torch.cuda.is_available()
     with torch.profiler.profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda) as prof:
         start = time.perf_counter()
@@ -228,20 +230,22 @@ def profile(work):
     kinds, total = Counter(), sum(map(spent, kernels))
     for e in kernels:
         kinds[kind_of(e.key)] += spent(e)
-    return {"seconds": wall, "kernel_seconds": total, "busy": total / wall, "kinds": {k: v / total for k, v in kinds.most_common()},
-            "top": [{"kernel": e.key[:110], "calls": e.count, "seconds": spent(e), "share": spent(e) / total} for e in kernels[:15]],
+    return {"seconds": wall, "kernel_seconds": total, "busy": total / wall,
+            "kinds": {k: v / total for k, v in kinds.most_common()},
+            "top": [{"kernel": e.key[:110], "calls": e.count, "seconds": spent(e), "share": spent(e) / total}
+                    for e in kernels[:15]],
             "syncs": {e.key: {"calls": e.count, "seconds": e.cpu_time_total / 1e6} for e in events if e.key in SYNCS},
             "launches": sum(e.count for e in events if e.key.startswith(("cudaLaunchKernel", "cuLaunchKernel")))}
 
 
 def print_profile(label, p):
-    print(f"\nprofile of {label}: {p['seconds']:.2f} s under the profiler, kernels {p['kernel_seconds']:.2f} s (busy {p['busy']:.0%}), "
-          f"{p['launches']} launches")
+    print(f"\nprofile of {label}: {p['seconds']:.2f} s under the profiler, kernels {p['kernel_seconds']:.2f} s "
+          f"(busy {p['busy']:.0%}), {p['launches']} launches")
     print("  shares: " + ", ".join(f"{k} {v:.1%}" for k, v in p["kinds"].items()))
-    print("  synchronisations: " +
-     (", ".join(f"{k} {v['calls']} x, {v['seconds']:.3f} s" for k, v in p["syncs"].items()) or "none"))
-    common.table(p["top"], [("kernel", "kernel", ""), ("calls", "calls", ""),
-                 ("seconds", "seconds", ".4f"), ("share", "share", ".1%")])
+    print("  synchronisations: "
+          + (", ".join(f"{k} {v['calls']} x, {v['seconds']:.3f} s" for k, v in p["syncs"].items()) or "none"))
+    common.table(p["top"], [("kernel", "kernel", ""), ("calls", "calls", ""), ("seconds", "seconds", ".4f"),
+                            ("share", "share", ".1%")])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -254,39 +258,36 @@ def verdicts(rows, trl_asked):
     on_gpu = [r for r in good if r["device"] != "cpu"]
     mine = [r for r in good if r["side"] == "ours"]
     at = lambda budget: [r for r in mine if r["budget"] == budget and r["recompute"]]
-    say = lambda what, found, met: f"{what}: not measured" if found is None else f"{what}: {'MET' if met else 'MISSED'} ({found})"
+    say = lambda what, found, met: (f"{what}: not measured" if found is None else
+                                    f"{what}: {'MET' if met else 'MISSED'} ({found})")
     best = max((r for r in at(16384) if r["mfu"]), key=lambda r: r["mfu"], default=None)
-    lines = [say("at least 40 % MFU at 16K with checkpointing", best and f"MFU {best['mfu']:.1%}, HFU {best['hfu']:.1%}", best and best["mfu"] >= 0.4),
-             say("prime-rl's published 11-22 % beaten", best and f"{best['mfu']:.1%}", best and best["mfu"] > max(PRIME_RL))]
+    lines = [say("at least 40 % MFU at 16K with checkpointing",
+                 best and f"MFU {best['mfu']:.1%}, HFU {best['hfu']:.1%}", best and best["mfu"] >= 0.4),
+             say("prime-rl's published 11-22 % beaten",
+                 best and f"{best['mfu']:.1%}", best and best["mfu"] > max(PRIME_RL))]
     memory = min((r["peak_gib"] for r in at(24576) if r["peak_gib"]), default=None)
     lines.append(say("24K with checkpointing in under 45 GiB",
-    memory and f"{memory:.1f} GiB allocated at most",
-     memory and memory < 45))
+                     memory and f"{memory:.1f} GiB allocated at most", memory and memory < 45))
     theirs = max((r for r in good if r["side"] == "trl"), key=lambda r: r["tokens_per_second"], default=None)
     fast = max((r for r in mine if r["recompute"]), key=lambda r: r["tokens_per_second"], default=None)
     if trl_asked:
         ratio = fast["tokens_per_second"] / theirs["tokens_per_second"] if fast and theirs and on_gpu else None
         lines.append(say("at least 2x TRL, both with checkpointing, each at its best setting",
-                     ratio and f"{ratio:.2f}x", ratio and ratio >= 2))
+                         ratio and f"{ratio:.2f}x", ratio and ratio >= 2))
     if fast and theirs:
         apart = abs(theirs["grad_norm"] / fast["grad_norm"] - 1)
-        lines.append(f"gradient norms of TRL and ours are {apart:.1%} apart" + \
-                     ("" if apart < 0.1 else ": they do NOT compute the same"))
+        lines.append(f"gradient norms of TRL and ours are {apart:.1%} apart"
+                     + ("" if apart < 0.1 else ": they do NOT compute the same"))
     return lines
 
 
 def plan(args, settings):
     """[(side, settings)]: ours with checkpointing, TRL, ours without, so that what matters most is measured first."""
     mine = [("ours", settings | {"budget": b, "recompute": r, "chunk": c, "compile": k})
-            for r in sorted(args.recompute, reverse=True) for b in args.budgets for c in args.chunk for k in args.compile]
-    theirs = [
-    ("trl",
-    settings | {
-        "budget": None,
-        "recompute": 1,
-        "chunk": None,
-        "compile": "none",
-         "micro": k}) for k in args.trl_micro]
+            for r in sorted(args.recompute, reverse=True) for b in args.budgets
+            for c in args.chunk for k in args.compile]
+    theirs = [("trl", settings | {"budget": None, "recompute": 1, "chunk": None, "compile": "none", "micro": k})
+              for k in args.trl_micro]
     first = [job for job in mine if job[1]["recompute"]]
     return first + theirs + mine[len(first):]
 
@@ -298,10 +299,8 @@ def main(argv=None):
     add("--budgets", type=int, nargs="+", default=[8192, 16384, 24576, 32768], help="packed tokens of a micro-batch")
     add("--recompute", type=int, nargs="+", choices=[0, 1], default=[1, 0], help="activation checkpointing")
     add("--chunk", type=int, nargs="+", default=[1024], help="tokens of a tile of logits")
-    add("--compile",
-    nargs="+",
-    default=["none"],
-     help="none, parts, layers: see compile_layers; a suffix names a backend (parts:eager)")
+    add("--compile", nargs="+", default=["none"],
+        help="none, parts, layers: see compile_layers; a suffix names a backend (parts:eager)")
     add("--trl_micro", type=int, nargs="*", default=[1, 2],
         help="TRL's micro-batches in samples; without a number: no TRL")
     add("--peer_python", default=None, help="interpreter that has TRL; default: this one")
@@ -321,13 +320,11 @@ def main(argv=None):
         args.budgets, args.repeats = [64] if args.budgets == p.get_default("budgets") else args.budgets, 1
         args.trl_micro = [] if args.trl_micro == p.get_default("trl_micro") else args.trl_micro
     results = card.Results("update throughput and memory on one device", args, [
-        ("side", "side", ""), ("budget", "budget", ""), ("ckpt",
-         "recompute", ""), ("tile", "chunk", ""), ("compile", "compile", ""),
-        ("micro", "micro", ""), ("tokens/s", "tokens_per_second", ",.0f"), ("MFU",
-         "mfu", ".1%"), ("HFU", "hfu", ".1%"), ("peak GiB", "peak_gib", ".1f"),
-        ("reserved", "reserved_gib", ".1f"), ("seconds", "seconds",
-         ".3f"), ("score tok/s", "score_tokens_per_second", ",.0f"),
-        ("fill", "fill", ".0%"), ("|g|", "grad_norm", ".4f")])
+        ("side", "side", ""), ("budget", "budget", ""), ("ckpt", "recompute", ""), ("tile", "chunk", ""),
+        ("compile", "compile", ""), ("micro", "micro", ""), ("tokens/s", "tokens_per_second", ",.0f"),
+        ("MFU", "mfu", ".1%"), ("HFU", "hfu", ".1%"), ("peak GiB", "peak_gib", ".1f"),
+        ("reserved", "reserved_gib", ".1f"), ("seconds", "seconds", ".3f"),
+        ("score tok/s", "score_tokens_per_second", ",.0f"), ("fill", "fill", ".0%"), ("|g|", "grad_norm", ".4f")])
     dtype = args.dtype or ("bfloat16" if results.cuda else "float32")
     with tempfile.TemporaryDirectory() as folder:
         # ids below the size of a small tokenizer, which TRL wants to decode with
@@ -335,10 +332,11 @@ def main(argv=None):
         holds = common.rollouts(path, vocab, args.prompts, 8, args.mean, args.max_len, prompt_len)
         longest = max(len(r["prompt"]) + len(r["response"]) for r in common.read_rollouts(path))
         if longest > min(args.budgets):
-            p.error(
-                f"the longest sample has {longest} tokens, more than the budget of {min(args.budgets)}: lower --max_len")
-        settings = {"shape": shape, "rollouts": str(path), "dtype": dtype, "repeats": args.repeats, "prompts": args.prompts, "group": 8,
-                    "max_len": args.max_len, "profile": args.profile, "micro": None, "tokenizer": None}
+            p.error(f"the longest sample has {longest} tokens, more than the budget of {min(args.budgets)}: "
+                    "lower --max_len")
+        settings = {"shape": shape, "rollouts": str(path), "dtype": dtype, "repeats": args.repeats,
+                    "prompts": args.prompts, "group": 8, "max_len": args.max_len, "profile": args.profile,
+                    "micro": None, "tokenizer": None}
         if args.trl_micro:
             settings["tokenizer"] = common.tiny_model(Path(folder) / "tokenizer", vocab=vocab, hidden=64, layers=1)
         results.save(shape=card.SHAPES[shape], rollouts=holds, dtype=dtype)

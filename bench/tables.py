@@ -74,13 +74,15 @@ def update(d):
     for key in dict.fromkeys((r["workload"], r["dtype"]) for r in d["rows"]):
         rows = [r for r in d["rows"] if (r["workload"], r["dtype"]) == key]
         holds = d["rollout_files"].get(f"{key[0]}:{key[1]}") or d["rollout_files"][key[0]]
-        text.append(f"{key[0]}, {key[1]}: {holds['samples']} samples, {holds['tokens_response']:,} response tokens of at "
-                    f"most {holds['length_max']}, {holds['truncated']:.0%} cut off\n\n" + markdown(rows, [
+        said = (f"{key[0]}, {key[1]}: {holds['samples']} samples, {holds['tokens_response']:,} response tokens of at "
+                f"most {holds['length_max']}, {holds['truncated']:.0%} cut off\n\n")
+        text.append(said + markdown(rows, [
                         ("old log-probs + loss + backward + AdamW", side), ("seconds", number(".2f", "seconds")),
                         ("a run's first time", number(".2f", "first_seconds")),
                         ("times ours", number(".2f", "times_ours")),
                         ("response tokens/s", number(",.0f", "tokens_per_second")),
-                        ("peak MiB", number(",.0f", "memory_mb")), ("gradient norm off ours", number(".0e", "grad_norm_off"))]))
+                        ("peak MiB", number(",.0f", "memory_mb")),
+                        ("gradient norm off ours", number(".0e", "grad_norm_off"))]))
     return "\n\n".join(text)
 
 
@@ -97,8 +99,9 @@ def generate(d):
     return markdown(d["rows"], [
         ("", lambda r: f"{side(r)}, {r['workload']}"), ("tokens/s", number(",.0f", "tokens_per_second")),
         ("times its bare side", number(".2f", "times_bare")),
-        ("times bare vLLM with seeds and log-probs", number(".2f", "times_bare_same")), ("seconds", number(".1f", "seconds")),
-        ("mean length", number(".0f", "length_mean")), ("greedy tokens equal", number(".2f", "greedy_equal"))])
+        ("times bare vLLM with seeds and log-probs", number(".2f", "times_bare_same")),
+        ("seconds", number(".1f", "seconds")), ("mean length", number(".0f", "length_mean")),
+        ("greedy tokens equal", number(".2f", "greedy_equal"))])
 
 
 def step(d):
@@ -127,14 +130,16 @@ def projection(d):
 
 
 def dedup(d):
-    steps = markdown(d["steps"], [("step", number("", "step")), ("rows", number(",", "rows")), ("kept", number(",", "kept")),
-                                  ("seconds", number(".1f", "seconds")), ("rows/s", number(",", "rows_per_second"))])
+    seconds = ("seconds", number(".1f", "seconds"))
+    steps = markdown(d["steps"], [("step", number("", "step")), ("rows", number(",", "rows")),
+                                  ("kept", number(",", "kept")), seconds, ("rows/s", number(",", "rows_per_second"))])
     search = markdown(d["table"], [
-        ("problems", number(",", "rows")), ("pairs compared", number(",", "pairs")), ("seconds", number(".1f", "seconds")),
+        ("problems", number(",", "rows")), ("pairs compared", number(",", "pairs")), seconds,
         ("extra MB", number("", "extra_mb")), ("all pairs would need MB", number(",", "all_pairs_would_be_mb"))])
-    return (f"The steps of `data.py build`, embeddings at hand ({d['embedder']} makes {d['embedded_rows_per_second']} a second):"
-            f"\n\n{steps}\n\nIts near-duplicate search by size:\n\n{search}\n\n{d['machine']['cpu']}, {d['threads']} threads, "
-            f"{d['busy_cores_before']} cores busy before, {d['date'][:10]}, commit {d['commit']}.")
+    return (f"The steps of `data.py build`, embeddings at hand ({d['embedder']} makes {d['embedded_rows_per_second']} "
+            f"a second):\n\n{steps}\n\nIts near-duplicate search by size:\n\n{search}\n\n{d['machine']['cpu']}, "
+            f"{d['threads']} threads, {d['busy_cores_before']} cores busy before, {d['date'][:10]}, "
+            f"commit {d['commit']}.")
 
 
 SECTIONS = [("Update", "update", update), ("Head", "logprobs", head), ("Generation", "generate", generate),
@@ -144,7 +149,7 @@ SECTIONS = [("Update", "update", update), ("Head", "logprobs", head), ("Generati
 
 
 def tables(results=common.RESULTS):
-    """All sections for which there is a file, as Markdown. A workload may have a file of its own: update_smollm2.json."""
+    """All sections for which there is a file, as Markdown. A workload may have one of its own: update_smollm2.json."""
     text = []
     for title, name, section in SECTIONS:
         found = [d for f in sorted(Path(results).glob(f"{name}*.json")) if (d := load(f.stem, results))]

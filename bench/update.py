@@ -7,7 +7,7 @@
 Timed: advantages, packing or padding, old log-probs, loss, backward, clipping, AdamW, from the samples in hand to the
 last optimizer step. Every side does it twice on the same samples, and `seconds` is the second time: the first optimizer
 step of a run creates Adam's moments, 3 s of first touches of memory with SmolLM2, and no later one does
-(`first_seconds` tells). The recipe's two updates a rollout (--updates): the second one needs old log-probs. TRL scores all
+(`first_seconds` tells). The recipe's two updates a rollout (--updates): the second needs old log-probs. TRL scores all
 samples for that; ours and the plain loops only the second half, because at the first update the policy is the old one.
 
   ours     grpo.py's own Run.pack, Run.score and Run.update, default token budget; computes the entropy as well
@@ -106,11 +106,11 @@ def trl(spec):
         args = module.GRPOConfig(
             folder, per_device_train_batch_size=k, gradient_accumulation_steps=n // updates // k,
             steps_per_generation=n // k,
-            num_generations=spec["group"], max_completion_length=spec["max_len"], max_steps=2 * updates, learning_rate=1e-6,
-            weight_decay=0.01, max_grad_norm=1.0, lr_scheduler_type="constant", loss_type="dapo", epsilon=0.2,
-            epsilon_high=0.28, beta=0.0, temperature=1.0, bf16=spec["dtype"] == "bfloat16", use_cpu=not cuda,
-            gradient_checkpointing=cuda, shuffle_dataset=False, logging_steps=1, report_to=[], save_strategy="no",
-            disable_tqdm=True, dataloader_pin_memory=cuda)
+            num_generations=spec["group"], max_completion_length=spec["max_len"], max_steps=2 * updates,
+            learning_rate=1e-6, weight_decay=0.01, max_grad_norm=1.0, lr_scheduler_type="constant", loss_type="dapo",
+            epsilon=0.2, epsilon_high=0.28, beta=0.0, temperature=1.0, bf16=spec["dtype"] == "bfloat16",
+            use_cpu=not cuda, gradient_checkpointing=cuda, shuffle_dataset=False, logging_steps=1, report_to=[],
+            save_strategy="no", disable_tqdm=True, dataloader_pin_memory=cuda)
         trainer = module.GRPOTrainer(
             model, args=args, reward_funcs=lambda completions, **_: rewards, processing_class=tokenizer,
             train_dataset=Dataset.from_dict({"prompt": [str(r["problem"]) for r in rows[::spec["group"]]]}),
@@ -329,7 +329,8 @@ def main(argv=None):
     print()
     common.table(rows, [("workload", "workload", ""), ("dtype", "dtype", ""), ("side", "side", ""),
                         ("seconds", "seconds", ".2f"), ("first", "first_seconds", ".2f"),
-                        ("CPU s", "cpu_seconds", ".2f"), ("x ours", "times_ours", ".2f"), ("response tokens/s", "tokens_per_second", ",.0f"),
+                        ("CPU s", "cpu_seconds", ".2f"), ("x ours", "times_ours", ".2f"),
+                        ("response tokens/s", "tokens_per_second", ",.0f"),
                         ("memory MiB", "memory_mb", ",.0f"), ("micro", "micro", ""),
                         ("|g| off", "grad_norm_off", ".1e"),
                         ("H off", "entropy_off", ".1e")])

@@ -23,8 +23,8 @@ import gpu_update  # noqa: E402
 def tiny(script, folder, *options, check=True):
     """(exit status, JSON, printed) of bench/SCRIPT --size tiny."""
     out = folder / f"{script}.json"
-    done = run([sys.executable, str(ROOT / "bench" / script), "--size", "tiny", "--out", str(out), *options], check=check,
-               CUDA_VISIBLE_DEVICES="")
+    done = run([sys.executable, str(ROOT / "bench" / script), "--size", "tiny", "--out", str(out), *options],
+               check=check, CUDA_VISIBLE_DEVICES="")
     result = json.loads(out.read_text())
     assert result["device"] == "cpu" or script == "gpu_projection.py"
     assert result["date"] and {"python", "torch", "transformers"} <= set(result["versions"]) and "commit" in result
@@ -44,13 +44,8 @@ def test_correctness_checks_pass(tmp_path):
     assert {r["check"].split()[0] for r in rows} == {"attention", "packed", "head", "update", "step"}
     assert {r["dtype"] for r in rows} == {"float32", "bfloat16"}
     assert any(r["off"] > 0 for r in rows if r["dtype"] == "bfloat16"), "bf16 was not bf16"
-    assert {
-    "update gradients, second",
-    "update change of weights",
-    "step metrics",
-    "attention dv",
-    "head d weight"} <= {
-        r["check"] for r in rows}
+    assert {"update gradients, second", "update change of weights", "step metrics", "attention dv",
+            "head d weight"} <= {r["check"] for r in rows}
 
 
 def wrong(check, dtype="float32"):
@@ -87,15 +82,16 @@ def test_a_wrong_entropy_and_a_wrong_head_gradient_are_found(monkeypatch):
 
 
 def test_a_check_that_does_not_run_fails_the_script(monkeypatch, tmp_path, capsys):
-    """What a card with an unfit attention kernel would show: a row that says why, the others still run, exit status 1."""
+    """What a card with an unfit attention kernel would show: a row that says why, the others still run,
+    exit status 1."""
     def broken(device, dtype, size):
         raise TypeError("varlen_attn() got an unexpected keyword argument")
         yield
 
     monkeypatch.setitem(gpu_correctness.CHECKS, "packed", broken)
     monkeypatch.setattr(gpu_correctness, "join", lambda: None)
-    assert gpu_correctness.main(["--size", "tiny", "--checks", "packed", "head", "--dtypes",
-                                "float32", "--out", str(tmp_path / "x.json")]) == 1
+    assert gpu_correctness.main(["--size", "tiny", "--checks", "packed", "head", "--dtypes", "float32",
+                                 "--out", str(tmp_path / "x.json")]) == 1
     rows = json.loads((tmp_path / "x.json").read_text())["rows"]
     assert rows[0]["verdict"] == "FAILED" and "unexpected keyword" in rows[0]["case"] and rows[1]["verdict"] == "ok"
     assert "packed float32: FAILED" in capsys.readouterr().out
@@ -146,23 +142,13 @@ def test_mfu_by_hand():
     A layer's matmul weights: q 64, k and v 2 x 8 x 4 = 64, o 64, MLP 3 x 8 x 16 = 384: 576.
     body 2 x 2 x 576 x 8 = 18,432; attention 2 layers x 2 x 8 x (9 + 25) = 1,088; head 2 x 10 x 8 x 6 = 960.
     """
-    shape = dict(
-    hidden_size=8,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-    intermediate_size=16,
-     vocab_size=10)
+    shape = dict(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                 intermediate_size=16, vocab_size=10)
     assert gpu_update.forward_flops(shape, 8, 6, 34) == (18432, 1088, 960)
     assert gpu_update.training_flops(shape, 8, 6, 34, 0) == (3 * 20480, 3 * 19520 + 4 * 960)
     assert gpu_update.training_flops(shape, 8, 6, 34, 1) == (3 * 20480, 4 * 20480)
-    row = {
-    "tokens": 8,
-    "responses": 6,
-    "squares": 34,
-    "recompute": 1,
-    "seconds": 2.0,
-     "device": "NVIDIA H100 80GB HBM3"}
+    row = {"tokens": 8, "responses": 6, "squares": 34, "recompute": 1, "seconds": 2.0,
+           "device": "NVIDIA H100 80GB HBM3"}
     gpu_update.rate(row, shape)
     assert row["tokens_per_second"] == 4 and row["mfu"] == pytest.approx(61440 / 2 / 989.4e12)
     assert row["hfu"] / row["mfu"] == pytest.approx(4 / 3)
@@ -170,8 +156,8 @@ def test_mfu_by_hand():
 
 @pytest.mark.parametrize("length, tflop", [(4000, 13.7), (8192, 31), (24576, 128)])
 def test_operations_are_those_of_the_sizing_notes(length, tflop):
-    assert sum(gpu_update.forward_flops(
-        gpu_correctness.SHAPES["r1-1.5b"], length, length, length**2)) / 1e12 == pytest.approx(tflop, rel=0.005)
+    assert (sum(gpu_update.forward_flops(gpu_correctness.SHAPES["r1-1.5b"], length, length, length**2)) / 1e12
+            == pytest.approx(tflop, rel=0.005))
 
 
 def test_peaks_by_device_name():
@@ -180,23 +166,17 @@ def test_peaks_by_device_name():
 
 
 def made_up(**changes):
-    return {"side": "ours", "budget": 16384, "recompute": 1, "chunk": 1024, "compile": "none", "device": "NVIDIA H100", "mfu": 0.41, "hfu": 0.5, "peak_gib": 40.0,
-            "tokens_per_second": 30000.0, "score_tokens_per_second": 100000.0, "grad_norm": 1.0, "fill": 0.8} | changes
+    return {"side": "ours", "budget": 16384, "recompute": 1, "chunk": 1024, "compile": "none",
+            "device": "NVIDIA H100", "mfu": 0.41, "hfu": 0.5, "peak_gib": 40.0, "tokens_per_second": 30000.0,
+            "score_tokens_per_second": 100000.0, "grad_norm": 1.0, "fill": 0.8} | changes
 
 
 def test_goals_are_judged():
-    rows = [
-    made_up(),
-    made_up(
-        budget=24576,
-        peak_gib=44.0),
-        made_up(
-            side="trl",
-            budget=None,
-            tokens_per_second=20000.0,
-             grad_norm=1.5)]
+    rows = [made_up(), made_up(budget=24576, peak_gib=44.0),
+            made_up(side="trl", budget=None, tokens_per_second=20000.0, grad_norm=1.5)]
     lines = gpu_update.verdicts(rows, True)
-    assert "MET (MFU 41.0%" in lines[0] and "MET" in lines[1] and "MET (44.0 GiB" in lines[2] and "MISSED (1.50x)" in lines[3]
+    assert ("MET (MFU 41.0%" in lines[0] and "MET" in lines[1] and "MET (44.0 GiB" in lines[2]
+            and "MISSED (1.50x)" in lines[3])
     assert "do NOT compute the same" in lines[4]
     lines = gpu_update.verdicts([made_up(mfu=0.2), made_up(budget=24576, error="OutOfMemoryError")], True)
     assert "MISSED" in lines[0] and "MISSED" in lines[1] and "not measured" in lines[2] and "not measured" in lines[3]
@@ -210,26 +190,13 @@ def test_generation_rows(tmp_path):
     code, result, _ = tiny("gpu_generate.py", tmp_path, "--engine", "torch")
     rows = result["rows"]
     assert code == 0
-    assert [
-    r["what"] for r in rows] == [
-        "start",
-        "sleep",
-        "push",
-        "wake",
-        "match",
-        "stale",
-        "push",
-        "match",
-        "short",
-        "context",
-        "step",
-        "sleep",
-         "wake"]
+    assert [r["what"] for r in rows] == ["start", "sleep", "push", "wake", "match", "stale", "push", "match",
+                                         "short", "context", "step", "sleep", "wake"]
     fresh, stale = [r for r in rows if r["what"] == "match"], next(r for r in rows if r["what"] == "stale")
     assert max(abs(r["kl"]) for r in fresh) < 1e-9 < 1e-2 < stale["kl"]
     step = next(r for r in rows if r["what"] == "step")
-    assert step["tokens_per_second"] == pytest.approx(step["tokens"] /
-     step["seconds"]) and step["length_max"] <= step["limit"] == 48
+    assert (step["tokens_per_second"] == pytest.approx(step["tokens"] / step["seconds"])
+            and step["length_max"] <= step["limit"] == 48)
     assert step["tokens"] == pytest.approx(step["samples"] * step["length_mean"])
 
 
@@ -244,8 +211,8 @@ def test_an_engine_that_keeps_old_weights_is_found(monkeypatch):
     kls = iter([1e-6, 0.2, 0.2])
     monkeypatch.setattr(gpu_generate, "match", lambda *a: {"kl": next(kls)})
     args = argparse.Namespace(minutes=1, out=None, name="x", size="tiny")
-    said = gpu_generate.check_match(gpu_correctness.Results(
-        "x", args, [("KL", "kl", ".1e")]), Run(), Engine(), gpu_generate.SIZES["tiny"])
+    said = gpu_generate.check_match(gpu_correctness.Results("x", args, [("KL", "kl", ".1e")]), Run(), Engine(),
+                                    gpu_generate.SIZES["tiny"])
     assert len(said) == 2 and "above 5e-04" in said[0] and "does nothing" in said[1]
 
 
@@ -253,8 +220,8 @@ def test_learning_is_seen(tmp_path):
     code, result, printed = tiny("gpu_learn.py", tmp_path)
     assert code == 0 and "it learned" in printed and len(result["rows"]) == 10
     steps = [m for m in result["curve"] if "reward" in m]
-    assert [m["step"] for m in steps] == list(
-        range(1, 31)) and result["rows"][-1]["reward"] > result["rows"][0]["reward"] + 0.3
+    assert ([m["step"] for m in steps] == list(range(1, 31))
+            and result["rows"][-1]["reward"] > result["rows"][0]["reward"] + 0.3)
     assert any("eval_reward" in m for m in result["curve"]) and "grpo.py --recipe improved" in result["grpo"]
 
 
@@ -269,13 +236,11 @@ def test_not_learning_is_said():
 
 
 def files(folder, device="NVIDIA H100"):
-    generate = [{"what": "start", "seconds": 60.0}, {"what": "sleep", "seconds": 1.0}, {"what": "push", "seconds": 9.0}, {"what": "wake", "seconds": 2.0},
-                {"what": "push", "seconds": 3.0}, {"what": "step", "seconds": 50.0, "tokens_per_second": 10000.0, "samples": 128, "length_mean": 4000.0}]
-    update = [
-    made_up(
-        budget=32768), made_up(
-            budget=8192, tokens_per_second=1.0), made_up(
-                compile="parts", tokens_per_second=1e9)]
+    generate = [{"what": "start", "seconds": 60.0}, {"what": "sleep", "seconds": 1.0},
+                {"what": "push", "seconds": 9.0}, {"what": "wake", "seconds": 2.0}, {"what": "push", "seconds": 3.0},
+                {"what": "step", "seconds": 50.0, "tokens_per_second": 10000.0, "samples": 128, "length_mean": 4000.0}]
+    update = [made_up(budget=32768), made_up(budget=8192, tokens_per_second=1.0),
+              made_up(compile="parts", tokens_per_second=1e9)]
     for name, rows in (("gpu_update", update), ("gpu_generate", generate)):
         (folder / f"{name}.json").write_text(json.dumps({"device": device, "rows": rows}))
     return ["--update", str(folder / "gpu_update.json"), "--generate", str(folder / "gpu_generate.json")]
@@ -298,10 +263,10 @@ def test_projection_by_hand(tmp_path, capsys):
     assert parts["improved", "communication"] == pytest.approx(size * 7 / 8 / 300e9)
     total = parts["improved", "TOTAL"]
     assert total == pytest.approx(sum(v for (recipe, part), v in parts.items()
-                                  if recipe == "improved" and part != "TOTAL"))
+                                      if recipe == "improved" and part != "TOTAL"))
     printed = capsys.readouterr().out
-    assert "PROJECTION" in result[
-        "what"] and "not measured on 8" in printed and f"{252 / total:.2f}x" in printed and "396 s published" in printed
+    assert ("PROJECTION" in result["what"] and "not measured on 8" in printed and f"{252 / total:.2f}x" in printed
+            and "396 s published" in printed)
 
 
 def test_projection_refuses(tmp_path):
@@ -325,7 +290,7 @@ def test_all_commands_are_understood(tmp_path):
     assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
     text = script.read_text().replace("\\\n", " ")
     commands = [line.split("run bench/", 1)[1].split(";;")[0].split()
-                           for line in text.splitlines() if "run bench/" in line]
+                for line in text.splitlines() if "run bench/" in line]
     assert len(commands) == 8
     for name, *words in commands:
         for option in (w for w in words if w.startswith("--")):
