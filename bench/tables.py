@@ -136,8 +136,8 @@ def dedup(d):
     search = markdown(d["table"], [
         ("problems", number(",", "rows")), ("pairs compared", number(",", "pairs")), seconds,
         ("extra MB", number("", "extra_mb")), ("all pairs would need MB", number(",", "all_pairs_would_be_mb"))])
-    return (f"The steps of `data.py build`, embeddings at hand ({d['embedder']} makes {d['embedded_rows_per_second']} "
-            f"a second):\n\n{steps}\n\nIts near-duplicate search by size:\n\n{search}\n\n{d['machine']['cpu']}, "
+    return (f"The steps of `data.py build`, all rows as one source, embeddings at hand ({d['embedder']} makes "
+            f"{d['embedded_rows_per_second']} a second):\n\n{steps}\n\nIts near-duplicate search by size:\n\n{search}\n\n{d['machine']['cpu']}, "
             f"{d['threads']} threads, {d['busy_cores_before']} cores busy before, {d['date'][:10]}, "
             f"commit {d['commit']}.")
 
