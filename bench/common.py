@@ -286,8 +286,11 @@ def cpu_name():
 
 
 def commit():
-    git = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return git.stdout.strip() or None
+    """The commit that is measured, "-dirty" if a file differs from it that is no result of an earlier measurement."""
+    git = lambda *a: subprocess.run(["git", "-C", str(ROOT), *a], capture_output=True, text=True).stdout.strip()
+    name = git("describe", "--always")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+    return name + "-dirty" * bool(changed) if name else None
 
 
 def add_common(parser, name):

@@ -56,8 +56,9 @@ def about(d):
     threads = ", ".join(map(str, m["threads"]))
     said = ", ".join(f"{k} {' and '.join(sorted(v))}" for k, v in sorted(versions.items()))
     warning = f" **{d['warning']}.**" if d.get("warning") else ""
+    turns = f" of {s['rounds']} turns of each vLLM side" if "rounds" in s else ""
     return (f"{m['cpu']}, {threads} thread{'s' * (threads != '1')}; {said}; {s['repeats']} repetition"
-            f"{'s' * (s['repeats'] != 1)}, {d['date'][:10]}, commit {d['commit']}.{warning}")
+            f"{'s' * (s['repeats'] != 1)}{turns}, {d['date'][:10]}, commit {d['commit']}.{warning}")
 
 
 NAMES = {"ours": "**ours**", "trl": "TRL", "padded": "plain loop, padded", "sorted": "plain loop, sorted by length",
