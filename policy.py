@@ -234,8 +234,8 @@ def padded_batches(lengths, layout=None):
     >>> index.tolist(), shapes, back.tolist()
     ([0, 1, 0, 2, 3, 4], [(2, 3)], [0, 1, 3, 4, 5])
     """
-    pieces, order = layout or (lengths, range(len(lengths)))
-    documents = unfold(torch.arange(sum(pieces)), (pieces, order)).split(lengths)
+    row = torch.arange(sum(layout[0] if layout else lengths))
+    documents = (unfold(row, layout) if layout else row).split(lengths)
     groups = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         group = groups[-1] if groups else []
@@ -243,7 +243,7 @@ def padded_batches(lengths, layout=None):
             group.append(i)
         else:
             groups.append([i])
-    back, start, index, shapes = torch.empty(sum(pieces), dtype=torch.int64), 0, [], []
+    back, start, index, shapes = torch.empty_like(row), 0, [], []
     for group in groups:
         shapes.append((len(group), lengths[group[-1]]))
         for i in group:

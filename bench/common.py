@@ -77,7 +77,6 @@ def meter():
     m, cuda = Meter(), torch.cuda.is_available()
     gc.collect()
     if cuda:
-        _finish_kernels()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:

@@ -56,9 +56,10 @@ def seconds_of(function, *arguments):
 
 
 def steps(source, against, work, vectors):
-    """The steps of data.build on one source -> (rows without answers filled in, [{step, rows, kept, seconds}])."""
+    """The steps of data.build on one source -> (the rows read, [{step, rows, kept, seconds, rows_per_second}])."""
     tests, out = [t for b in against for t in data.load_problems(b)], []
-    found, rank = [data.parse_source(source, work / "hub")], {}
+    found = [data.parse_source(source, work / "hub")]
+    of = lambda problems: vectors([p["problem"] for p in problems])
 
     def step(name, function, rows=()):
         start = time.perf_counter()
@@ -70,12 +71,12 @@ def steps(source, against, work, vectors):
 
     first = rows = step("read", lambda _: data.read_sources(found, False))
     rows = step("answers out of solutions", lambda r: data.fill_answers(r, work), rows)
-    rank.update({s: k for k, s in enumerate(dict.fromkeys(r["source"] for r in rows))})
+    rank = {s: k for k, s in enumerate(dict.fromkeys(r["source"] for r in rows))}
     rows = step("exact duplicates", lambda r: data.merge_exact(r, rank), rows)
-    near, problems = vectors([r["problem"] for r in rows]), [t.problem for t in tests]
+    near = of(rows)
     rows = step("near duplicates", lambda r: data.merge_near(r, rank, near, 0.90), rows)
     if tests:
-        left, theirs = vectors([r["problem"] for r in rows]), vectors(problems)
+        left, theirs = of(rows), vectors([t.problem for t in tests])
         rows = step("benchmark problems", lambda r: data.decontaminate(r, tests, left, theirs, 0.90), rows)
     with tempfile.TemporaryDirectory() as fresh:  # or the grader's verdicts of an earlier build would serve
         step("gradable", lambda r: data.keep_gradable(r, Path(fresh)), rows)
@@ -131,9 +132,8 @@ def main():
         table.append(json.loads(done.stdout) | {"embedding_seconds_at_measured_rate": round(n / rate)})
     file.unlink()
     result = {"steps": timed, "table": table, "embedder": name, "embedded_rows_per_second": round(rate, 1),
-              "threads": args.threads,
-              "busy_cores_before": busy, "date": datetime.datetime.now().isoformat(timespec="minutes"),
-              "commit": common.commit(),
+              "threads": args.threads, "busy_cores_before": busy,
+              "date": datetime.datetime.now().isoformat(timespec="minutes"), "commit": common.commit(),
               "machine": {"cpu": common.cpu_name(), "python": platform.python_version(), "numpy": np.__version__,
                           "torch": torch.__version__, "transformers": transformers.__version__}}
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)

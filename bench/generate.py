@@ -155,9 +155,9 @@ def compare(rows, turns):
             pairs = [(a, b) for mine, theirs in zip(row["greedy"], fixed, strict=True)
                      for a, b in zip(mine + [None] * (len(theirs) - len(mine)), theirs)]
             row["greedy_equal"] = sum(a == b for a, b in pairs) / len(pairs)
-    for side, bare in (("vllm", "bare_vllm"), ("bare_vllm+", "bare_vllm"), ("vllm", "bare_vllm+"), ("torch", "hf")):
+    for side, bare, key in (("vllm", "bare_vllm", "times_bare"), ("bare_vllm+", "bare_vllm", "times_bare"),
+                            ("vllm", "bare_vllm+", "times_bare_same"), ("torch", "hf", "times_bare")):
         if side in by and bare in by:
-            key = "times_bare_same" if (side, bare) == ("vllm", "bare_vllm+") else "times_bare"
             by[side][key] = common.spread([a / b for a, b in zip(rates[side], rates[bare])])
     for row in by.values():
         row.pop("greedy")

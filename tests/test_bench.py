@@ -60,7 +60,8 @@ def test_head_sides_agree(tmp_path):
 def test_engines_write_the_same_greedy_tokens(tmp_path):
     rows = {r["side"]: r for r in quick("generate.py", tmp_path, "--sides", "torch", "hf")["rows"]}
     assert rows["torch"]["greedy_equal"] == rows["hf"]["greedy_equal"] == 1
-    assert all(r["tokens_per_second"]["median"] > 0 and r["length_max"] <= 24 and r["samples"] == 12 for r in rows.values())
+    assert all(r["tokens_per_second"]["median"] > 0 and r["length_max"] <= 24 and r["samples"] == 12
+               for r in rows.values())
 
 
 def test_a_whole_step_is_measured(tmp_path):

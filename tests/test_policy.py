@@ -198,6 +198,12 @@ def test_window_counts_the_current_token(attention):
     assert torch.allclose(out, q, atol=1e-6)  # a window of one token sees only itself
 
 
+def values_and_gradients(attention, inputs, out_grad):
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    out = attention(*leaves)
+    return [out, *torch.autograd.grad(out, leaves, out_grad)]
+
+
 @pytest.mark.parametrize("window", [None, 1, 9])
 @pytest.mark.parametrize("lengths", [[1], [5, 5, 5], [40, 1, 17, 33, 3, 2, 38, 90, 91]])
 def test_padded_documents_equal_separate_ones(lengths, window):
@@ -205,12 +211,9 @@ def test_padded_documents_equal_separate_ones(lengths, window):
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     q, k, v, out_grad = (torch.randn(sum(lengths), h, 8, generator=g, dtype=torch.float64) for h in (6, 2, 2, 6))
 
-    def run(attention):
-        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        out = attention(*leaves, bounds, 0.3, window)
-        return [out, *torch.autograd.grad(out, leaves, out_grad)]
-
-    for a, b in zip(run(padded_attention), run(document_attention)):
+    fast, plain = (values_and_gradients(lambda *x: attention(*x, bounds, 0.3, window), (q, k, v), out_grad)
+                   for attention in (padded_attention, document_attention))
+    for a, b in zip(fast, plain):
         assert torch.allclose(a, b, atol=1e-12)
 
 
@@ -221,13 +224,11 @@ def test_padded_documents_that_share_prompts_equal_whole_ones(window):
     g = torch.Generator().manual_seed(0)
     q, k, v, out_grad = (torch.randn(sum(pieces), h, 8, generator=g, dtype=torch.float64) for h in (4, 2, 2, 4))
 
-    def run(attention):
-        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-        out = attention(*leaves)
-        return [out, *torch.autograd.grad(out, leaves, out_grad)]
+    def separate(*x):
+        return fold(document_attention(*(unfold(t, layout) for t in x), bounds, 0.3, window), layout)
 
-    fast = run(lambda *x: padded_attention(*x, bounds, 0.3, window, layout))
-    plain = run(lambda *x: fold(document_attention(*(unfold(t, layout) for t in x), bounds, 0.3, window), layout))
+    fast, plain = (values_and_gradients(attention, (q, k, v), out_grad)
+                   for attention in (lambda *x: padded_attention(*x, bounds, 0.3, window, layout), separate))
     for a, b in zip(fast, plain):
         assert torch.allclose(a, b, atol=1e-12)
 
