@@ -1,21 +1,21 @@
 """grpo.py - one stage of DeepScaleR: GRPO with a 0/1 answer-checking reward.
 
-    torchrun --nproc_per_node 8 grpo.py --max_len 8192             # the recipe on 8 GPUs; more nodes: --nnodes ...
-    python grpo.py --model DIR --data FILE --max_len 256 --steps 5 --out RUN    # one process, GPU or laptop
-    python grpo.py --out RUN --resume ...                          # go on from the newest checkpoint
-    touch RUN/stop                                                 # save and leave after this step
+    torchrun --nproc_per_node 8 grpo.py --max_len 8192          # the recipe on 8 GPUs; more nodes: --nnodes ...
+    python grpo.py --model DIR --data FILE --max_len 256 --out RUN       # one process, GPU or laptop
+    python grpo.py --out RUN --resume ...                       # go on from the newest checkpoint
+    touch RUN/stop                                              # save and leave after this step
 
-One step: P problems are answered G times each. A right answer earns 1, a wrong one 0. The advantage of an answer
-is its reward compared with the other answers to the same problem. A clipped policy gradient moves the probability
-of every response token, and the engine gets the new weights. `train` shows this on one screen.
+One step: P problems are answered G times each. A right answer earns 1, a wrong one 0. The advantage of an
+answer is its reward compared with the other answers to the same problem. A clipped policy gradient moves the
+probability of every response token, and the engine gets the new weights. `train` shows this on one screen.
 
-What differs from GRPO as published: every token of a mini-batch weighs the same (a mean over each response favours
-short right and long wrong answers); the gap between engine and trainer can be corrected (--tis_cap).
-What differs from DeepScaleR as run: the KL term has the right sign (the original's 8K stage maximised it), losses
-divide by the global token count (the original summed means), `</think>` alone closes the thought.
+What differs from GRPO as published: every token of a mini-batch weighs the same (a mean over each response
+favours short right and long wrong answers); the gap between engine and trainer can be corrected (--tis_cap).
+What differs from DeepScaleR as run: the KL term has the right sign (its 8K stage maximised the KL), losses
+divide by the global token count (it summed means), `</think>` alone closes the thought.
 Left out on purpose: value models, reward models, tools, LoRA, asynchronous rollouts.
 
-Shapes: P prompts, G samples of each, S sequences of a micro-batch, R their response tokens, packed end to end.
+Shapes: P prompts, G samples of each, S sequences of a micro-batch, R their response tokens, end to end.
 """
 import argparse
 import gzip
@@ -51,16 +51,17 @@ RECIPES = {
     # DeepScaleR's first stage: its scripts and the defaults they left on
     "deepscaler": {},
     # what JustRL, Archer, POLARIS and Skywork-OR1 found better since
-    "improved": dict(temperature=1.0, clip_high=0.28, kl_coef=0, entropy_coef=0, tis_cap=2, drop_zero_variance=1),
+    "improved": {"temperature": 1.0, "clip_high": 0.28, "kl_coef": 0.0, "entropy_coef": 0.0, "tis_cap": 2.0,
+                 "drop_zero_variance": 1},
     # JustRL (2512.16649): one long stage, no KL, no entropy bonus, nothing filtered
-    "justrl": dict(temperature=1.0, clip_high=0.28, kl_coef=0, entropy_coef=0, tis_cap=2, prompts=256, group=8,
-                   updates=4, max_len=15360, steps=4380, warmup_steps=10, weight_decay=0.1),
+    "justrl": {"temperature": 1.0, "clip_high": 0.28, "kl_coef": 0.0, "entropy_coef": 0.0, "tis_cap": 2.0,
+               "prompts": 256, "updates": 4, "max_len": 15360, "steps": 4380, "warmup_steps": 10,
+               "weight_decay": 0.1},
 }
-CISPO = dict(clip_low=1.0, clip_high=4.0)  # no lower bound (MiniMax-M1), weights of at most 5 (TRL's advice)
-MAX_SKIPS = 5                              # updates in a row that are not finite and end a run
-DAMAGED = ("the weights are damaged. They are not saved, and the last good checkpoint is kept. The same resume would "
-           "repeat what broke them, so change something: a lower --lr or --grad_clip, --dtype float32, or another "
-           "--model if this is the first step")
+CISPO = {"clip_low": 1.0, "clip_high": 4.0}  # no lower bound (MiniMax-M1), weights of at most 5 (TRL's advice)
+MAX_SKIPS = 5                                # updates in a row that are not finite and end a run
+DAMAGED = ("the weights are damaged. They are not saved and the last good checkpoint is kept. The same resume would "
+           "repeat what broke them, so change something: a lower --lr or --grad_clip, or --dtype float32")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -70,7 +71,7 @@ DAMAGED = ("the weights are damaged. They are not saved, and the last good check
 def group_advantages(rewards, normalize="std", eps=1e-6):
     """[P, G] rewards -> [P, G] advantages: each sample against the other answers to its own problem.
 
-    normalize "std": (r - mean) / (std + eps), unbiased std (DeepSeekMath 2402.03300 eq. 3, as verl computes it).
+    normalize "std": (r - mean) / (std + eps) with the unbiased std (DeepSeekMath 2402.03300, as in verl).
     "mean": r - mean (Dr. GRPO 2503.20783: the std overweights nearly solved and nearly hopeless problems).
     A group whose rewards are all equal gets exactly 0.
 
@@ -92,22 +93,22 @@ def group_advantages(rewards, normalize="std", eps=1e-6):
 
 
 def grpo_loss(logp, old_logp, advantages, lengths=None, *, ref_logp=None, engine_logp=None, entropy=None,
-              loss="clip", clip_low=0.2, clip_high=0.2, kl_coef=0.0, entropy_coef=0.0, tis_cap=0.0, agg="token",
-              total=None):
+              loss="clip", clip_low=0.2, clip_high=0.2, kl_coef=0.0, entropy_coef=0.0, tis_cap=0.0,
+              agg="token", total=None):
     """The GRPO loss of one micro-batch of packed response tokens -> (scalar loss, statistics as token sums).
 
-    logp [R] with gradient. old_logp [R] of the policy that the batch started from; None means "this very policy"
-    (first update after a rollout: the ratio is 1, its gradient is not). advantages [R] or [S], lengths [S] tokens.
-    ref_logp [R] for the KL term, entropy [R] for the bonus, engine_logp [R] as sampled.
+    logp [R] with gradient. old_logp [R] of the policy that the batch started from; None means "this very
+    policy" (first update after a rollout: the ratio is 1, its gradient is not). advantages [R] or [S], lengths
+    [S] in tokens. ref_logp [R] for the KL term, entropy [R] for the bonus, engine_logp [R] as sampled.
 
       ratio = exp(logp - old)           in log space a quotient of probabilities is a difference
       "clip"   -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)
       "cispo"  -stop_gradient(clip(ratio, 1 - clip_low, 1 + clip_high)) A logp         MiniMax-M1 2506.13585
       L = ("clip" or "cispo") * w  +  kl_coef * k3  -  entropy_coef * entropy
       k3 = exp(ref - logp) - (ref - logp) - 1       http://joschu.net/blog/kl-approx.html
-      w = min(exp(old - engine), tis_cap)           truncated importance weight of the engine; tis_cap 0: w = 1
+      w = min(exp(old - engine), tis_cap)           truncated importance weight; tis_cap 0: w = 1
 
-    agg says what one token weighs. `total` is always the *global* count, over all micro-batches and ranks, so that
+    agg says what one token weighs. `total` is the *global* count, over all micro-batches and ranks, so that
     cutting a batch differently cannot change the gradient (default: the count of this call):
       "token"  1 / total response tokens                      TRL dapo, verl token-mean
       "seq"    1 / own length / total sequences               TRL grpo, verl seq-mean-token-mean
@@ -118,13 +119,14 @@ def grpo_loss(logp, old_logp, advantages, lengths=None, *, ref_logp=None, engine
     >>> round(loss.item(), 4), torch.autograd.grad(loss, logp)[0].mul(3).tolist()
     (-0.3333, [-1.0, -1.0, 1.0])
     """
-    if loss not in ("clip", "cispo") or agg not in ("token", "seq", "const") or (agg == "const" and total is None):
-        raise ValueError(f'loss must be "clip" or "cispo", not {loss!r}; agg "token", "seq" or, with total, "const", '
-                         f'not {agg!r}')
+    if loss not in ("clip", "cispo") or agg not in ("token", "seq", "const"):
+        raise ValueError(f'loss is "clip" or "cispo", not {loss!r}; agg "token", "seq" or "const", not {agg!r}')
+    if agg == "const" and total is None:
+        raise ValueError('agg="const" needs total: the number of sequences times max_len')
     if advantages.shape != logp.shape:
         advantages = advantages.repeat_interleave(lengths, output_size=len(logp))
     old_logp = logp.detach() if old_logp is None else old_logp
-    log_ratio = (logp - old_logp).clamp(-20, 20)  # verl's guards: one wild token must not make an inf of the batch
+    log_ratio = (logp - old_logp).clamp(-20, 20)  # verl's guard: one wild token must not make the batch inf
     ratio = log_ratio.exp()
     bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
     if loss == "clip":
@@ -135,8 +137,8 @@ def grpo_loss(logp, old_logp, advantages, lengths=None, *, ref_logp=None, engine
         clipped = bounded != ratio
     if tis_cap > 0:
         per_token = per_token * (old_logp - engine_logp).clamp(-20, 20).exp().clamp(max=tis_cap).detach()
-    stats = dict(tokens=logp.new_tensor(len(logp)), pg_loss=per_token.sum(), clip_fraction=clipped.sum(),
-                 ratio_mean=ratio.sum(), approx_kl=(ratio - 1 - log_ratio).sum())
+    stats = {"tokens": torch.ones_like(logp).sum(), "pg_loss": per_token.sum(), "clip_fraction": clipped.sum(),
+             "ratio_mean": ratio.sum(), "approx_kl": (ratio - 1 - log_ratio).sum()}
     if kl_coef:
         d = (ref_logp - logp).clamp(-20, 20)
         k3 = (d.exp() - d - 1).clamp(-10, 10)
@@ -155,11 +157,11 @@ def grpo_loss(logp, old_logp, advantages, lengths=None, *, ref_logp=None, engine
 
 @torch.no_grad()
 def mismatch(logp, engine_logp):
-    """Trainer against engine on the sampled tokens, as sums: |d|, k3 KL(engine || trainer), exp|d|, share outside
-    [1/2, 2]. NeMo-RL calls the second gen_kl_error and the third token_mult_prob_error."""
+    """Trainer against engine on the sampled tokens, as sums: |d|, k3 KL(engine || trainer), exp|d|, number
+    outside [1/2, 2]. NeMo-RL calls the second gen_kl_error and the third token_mult_prob_error."""
     d = (logp - engine_logp).double()  # in fp32 exp(d) - 1 - d of a small d is 0
-    return dict(mismatch_mean=d.abs().sum(), mismatch_kl=(d.exp() - 1 - d).sum(),
-                mismatch_mult=d.abs().exp().sum(), mismatch_far=(d.abs() > math.log(2)).sum())
+    return {"mismatch_mean": d.abs().sum(), "mismatch_kl": (d.exp() - 1 - d).sum(),
+            "mismatch_mult": d.abs().exp().sum(), "mismatch_far": (d.abs() > math.log(2)).sum()}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -167,9 +169,9 @@ def mismatch(logp, engine_logp):
 # ------------------------------------------------------------------------------------------------------------
 
 def train(args, device):
-    """Build the parts, then the loop: one turn of it is one step of the paper. -> the signal that ended it, or 0."""
+    """Build the parts, then the loop: a turn of it is a step of the paper. -> the signal that ended it, or 0."""
     task, log = Task(args), together("report", lambda: Log(args))
-    # the engine first: vLLM measures the memory that is free when it starts; then it sleeps while the rest loads
+    # the engine first: vLLM measures the memory that is free when it starts; it sleeps while the rest loads
     engine = make_engine(args.engine, task.model.folder, max_model_len=task.longest, dtype=args.dtype,
                          device=device, max_seqs=args.max_seqs, gpu_memory=args.gpu_memory, seed=args.seed,
                          enable_sleep=True)
@@ -179,9 +181,12 @@ def train(args, device):
     step, generated = state["step"], state["generated"]
     line = log.start(step, state.get("unwritten", []))
     engine.push(learner.policy.full_weights())
-    say(f"{task.model.parameters / 1e6:,.1f} M parameters, {len(task.problems):,} problems, engine {engine.name}, "
-        f"{dist.get_world_size()} x {device.type}, {args.dtype}\n{HEADER}")
+    say(f"{task.model.parameters / 1e6:,.1f} M parameters, {len(task.problems):,} problems, {args.dtype}, engine "
+        f"{engine.name}, {dist.get_world_size()} x {device.type}\n{HEADER}")
     signals = common.catch_signals()
+    training = Sampling(n=args.group, temperature=args.temperature, max_tokens=args.max_len, seed=args.seed)
+    validation = Sampling(n=args.eval_n, temperature=args.eval_temperature, top_p=args.eval_top_p,
+                          max_tokens=args.eval_max_len or args.max_len, seed=args.eval_seed)
 
     def generate(problems, prompts, sampling, step, desc):
         engine.wake()
@@ -190,9 +195,7 @@ def train(args, device):
 
     def validate():
         """Scores on the held-out problems, by the functions and seeds of evaluate.py; None if a signal came."""
-        longest = args.eval_max_len or args.max_len
-        sampling = Sampling(args.eval_n, args.eval_temperature, args.eval_top_p, longest, args.eval_seed)
-        samples, seconds = generate(task.eval_problems, task.eval_prompts, sampling, "eval", "evaluate")
+        samples, seconds = generate(task.eval_problems, task.eval_prompts, validation, "eval", "evaluate")
         engine.sleep(keep_weights=True)
         scores = samples and evaluate.curve_point(samples, task.eval_problems, args.eval_n)
         return scores and {**scores, "eval_seconds": sum(seconds.values())}
@@ -211,18 +214,16 @@ def train(args, device):
         batch = data.batch_indices(len(task.problems), step, args.prompts, args.seed)
         problems, prompts = [task.problems[i] for i in batch], [task.prompts[i] for i in batch]
 
-        sampling = Sampling(args.group, args.temperature, 1.0, args.max_len, args.seed)
-        samples, seconds = generate(problems, prompts, sampling, step + 1, "generate")
+        samples, seconds = generate(problems, prompts, training, step + 1, "generate")
         if samples is None:  # a signal: the unfinished rollout is dropped
             break
-        if not all(np.isfinite(s.logprobs).all() for s in samples):  # they earn nothing, as if problems were hard
-            raise RankError(f"after step {step} the engine's log-probs are not finite: {DAMAGED}")
         engine.sleep()
-        rewards = torch.tensor([s.reward for s in samples]).view(args.prompts, args.group)            # [P, G]
-        advantages = group_advantages(rewards, args.advantage)                                        # [P, G]
+        refuse_damaged(samples, step)
+        rewards = torch.tensor([s.reward for s in samples]).view(args.prompts, args.group)          # [P, G]
+        advantages = group_advantages(rewards, args.advantage)                                      # [P, G]
 
-        minibatches = [learner.pack(samples, advantages, rows)
-                       for rows in torch.arange(args.prompts).chunk(args.updates)]
+        rows = torch.arange(args.prompts).chunk(args.updates)
+        minibatches = [learner.pack(samples, advantages, prompts) for prompts in rows]
         clock.lap("rollout")
         # the first mini-batch needs no old log-probs: its policy is still the old one
         old = [None, *(learner.score(learner.policy, mini) for mini in minibatches[1:])]
@@ -236,20 +237,26 @@ def train(args, device):
         clock.lap("sync")
 
         step, generated = step + 1, generated + sum(len(s.response_ids) for s in samples)
-        line = {"step": step, **rollout_metrics(samples, rewards), **update_metrics(stats),
-                **learner.metrics(), **clock.metrics(seconds), "tokens_total": generated}
+        line = {"step": step, **rollout_metrics(samples, rewards), **update_metrics(stats), **learner.metrics(),
+                **clock.metrics(seconds), "tokens_total": generated}
         log.write_rollouts(step, samples, problems, advantages)
         if step % args.save_every == 0 or step == args.steps:
-            learner.save(step, generated, [*log.unwritten, line])
+            learner.save(step, generated, [*log.unwritten(), line])
     if step and learner.saved != step:
-        learner.save(step, generated, log.unwritten + ([line] if line else []))
+        learner.save(step, generated, log.unwritten() + ([line] if line else []))
     engine.close()
     log.end(step, learner.saved)
     return signals[0] if signals else 0
 
 
+def refuse_damaged(samples, step):
+    """Samples of damaged weights earn nothing, as those of hard problems: stop at the first one."""
+    if not all(np.isfinite(s.logprobs).all() for s in samples):
+        raise RankError(f"after step {step} the engine's log-probs are not finite: {DAMAGED}")
+
+
 class Task:
-    """What is trained on, checked before anything is loaded: model folder, tokenizer, problems, prompts, grader."""
+    """What is trained on, checked before anything is loaded: model, tokenizer, problems, prompts, grader."""
 
     def __init__(self, args):
         self.model = policy_lib.open_model(args.model)
@@ -274,13 +281,14 @@ class Task:
                              f"{args.model}: lower it below {most}")
         room = min(args.max_prompt_len, most - response)
         self.problems, self.prompts = self.encode(args, args.data, room)
-        self.eval_problems, self.eval_prompts = self.encode(args, args.eval_data, room) if args.eval_every else ([], [])
         data.batch_indices(len(self.problems), 0, args.prompts, args.seed)  # refuses a set too small for a step
+        held_out = args.eval_data if args.eval_every else None
+        self.eval_problems, self.eval_prompts = self.encode(args, held_out, room) if held_out else ([], [])
         self.longest = response + max(map(len, self.prompts + self.eval_prompts))
         self.budget = args.token_budget or max(32768 if torch.cuda.is_available() else 2048, self.longest)
         if self.budget < self.longest:
-            raise ValueError(f"--token_budget {self.budget} holds no full sequence of {self.longest} tokens: raise "
-                             f"it, or lower --max_len or --max_prompt_len")
+            raise ValueError(f"--token_budget {self.budget} holds no full sequence of {self.longest} tokens: "
+                             f"raise it, or lower --max_len or --max_prompt_len")
 
     def encode(self, args, path, room):
         """Problems and their prompts; those longer than `room` tokens are left out and counted."""
@@ -289,10 +297,11 @@ class Task:
         examples = data.load_problems(args.examples) if args.examples else ()
         problems, prompts, dropped = evaluate.encode(self.style, problems, self.tokenizer, room,
                                                      args.instruction, not args.no_chat, examples)
-        dropped = dropped and f"{dropped} prompts are longer than {room} tokens and were dropped"
-        golds = None if args.reward else data.check_golds(problems, args.allow_unreadable)
-        for text in filter(None, (dropped, golds, data.format_warning(problems))):
-            say(f"{path}: {text}")
+        notes = [dropped and f"{dropped} of {dropped + len(problems)} prompts are longer than {room} tokens and "
+                 f"were dropped", not args.reward and data.check_golds(problems, args.allow_unreadable),
+                 data.format_warning(problems)]
+        for note in filter(None, notes):
+            say(f"{path}: {note}")
         check_tokenizer(self.tokenizer, [p.problem for p in problems], prompts, self.model.vocabulary)
         return problems, prompts
 
@@ -307,7 +316,7 @@ class MiniBatch:
 
 
 class Learner:
-    """The policy, its frozen reference, the optimizer; what is done with them: pack, score, update, save, load."""
+    """The policy, its frozen reference and the optimizer: pack, score, update, save, load."""
 
     def __init__(self, args, task, device):
         self.args, self.task, self.device = args, task, device
@@ -327,23 +336,22 @@ class Learner:
             policy.requires_grad_(False)
             for p in policy.parameters():  # not policy.to(dtype): that would round the rotary frequencies too
                 p.data = p.data.to(dtype)
-        sharded = self.device.type == "cuda" or dist.get_world_size() > 1 or dtype != torch.float32
-        return policy.shard(dtype, self.device) if sharded else policy
+        shard = self.device.type == "cuda" or dist.get_world_size() > 1 or dtype != torch.float32
+        return policy.shard(dtype, self.device) if shard else policy
 
     def pack(self, samples, advantages, prompts):
-        """This rank's MiniBatch of some rows of `advantages` [P, G]. Every rank has all samples and knows the total."""
-        args = self.args
+        """This rank's MiniBatch of some rows of `advantages` [P, G]. Every rank has all samples: it knows the total."""
+        args, device = self.args, self.device
         kept = [p for p in prompts.tolist() if not args.drop_zero_variance or advantages[p].any()]
         rows = [samples[p * args.group + j] for p in kept for j in range(args.group)]
         micro = policy_lib.pack([(s.prompt_ids, s.response_ids) for s in rows], self.task.budget,
-                                dist.get_rank(), dist.get_world_size(), self.device)
-        flat = advantages[kept].flatten()
-        a = [flat[m.rows] if m.rows else torch.zeros(1) for m in micro]
-        logp = [np.concatenate([np.zeros(0, np.float32), *(rows[i].logprobs for i in m.rows)]) for m in micro]
+                                dist.get_rank(), dist.get_world_size(), device)
+        flat, none = advantages[kept].flatten(), np.zeros(0, np.float32)
+        mine = [flat[m.rows] if m.rows else torch.zeros(1) for m in micro]
+        logp = [np.concatenate([none, *(rows[i].logprobs for i in m.rows)]) for m in micro]
         tokens = sum(len(s.response_ids) for s in rows)
         total = {"token": tokens, "seq": len(rows), "const": len(rows) * args.max_len}[args.loss_agg]
-        return MiniBatch(micro, [x.to(self.device) for x in a],
-                         [torch.from_numpy(x).to(self.device) for x in logp], total)
+        return MiniBatch(micro, [a.to(device) for a in mine], [torch.from_numpy(x).to(device) for x in logp], total)
 
     @torch.no_grad()
     def score(self, model, mini):
@@ -352,59 +360,61 @@ class Learner:
 
     def update(self, step, mini, old_logp, ref_logp, stats):
         """One optimizer step. A loss or gradient that is not finite skips it, on all ranks together."""
-        args, quiet = self.args, None if dist.get_rank() == 0 else True
+        args, options = self.args, {k: getattr(self.args, k) for k in LOSS_OPTIONS}
         if mini.total == 0:
             stats["updates_empty"] += 1  # every group of it was all right or all wrong
             return
         for group in self.optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
+        quiet = None if dist.get_rank() == 0 else True
         for i, m in enumerate(tqdm(mini.micro, desc="update", leave=False, disable=quiet)):
             logp, entropy = self.policy(m, args.temperature, entropy_grad=args.entropy_coef != 0)
             old = old_logp[i] if old_logp else logp.detach()
-            loss, sums = grpo_loss(
-                logp, old, mini.advantages[i], m.lengths, ref_logp=ref_logp[i] if ref_logp else None,
-                engine_logp=mini.engine_logp[i], entropy=entropy, loss=args.loss, clip_low=args.clip_low,
-                clip_high=args.clip_high, kl_coef=args.kl_coef, entropy_coef=args.entropy_coef,
-                tis_cap=args.tis_cap, agg=args.loss_agg, total=mini.total)
-            # FSDP averages gradients over ranks; the loss is divided by the global count already, so undo that
+            loss, sums = grpo_loss(logp, old, mini.advantages[i], m.lengths, engine_logp=mini.engine_logp[i],
+                                   ref_logp=ref_logp[i] if ref_logp else None, entropy=entropy,
+                                   agg=args.loss_agg, total=mini.total, **options)
+            # FSDP averages gradients over ranks; the loss is divided by the global count already: undo that
             (loss * self.policy.grad_divisor).backward()
             sums |= {**mismatch(old, mini.engine_logp[i]), "loss": loss.detach()}
-            for name, value in sums.items():
-                stats[name] = stats[name] + value.double()  # stays on the device: reading it would wait for it
+            for name, value in sums.items():  # they stay on the device: reading one would wait for it
+                stats[name] = stats[name] + value.double()
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), args.grad_clip or math.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        finite = not common.any_rank(not torch.isfinite(norm + stats["loss"].to(norm)))
-        if finite:
+        if common.any_rank(not torch.isfinite(norm + stats["loss"].to(norm))):
+            self.skip()
+        else:
             self.optimizer.step()
+            self.skipped_in_a_row = 0
             stats["updates"] += 1
             stats["grad_norm"] += norm.item()
         self.optimizer.zero_grad()
-        self.skipped += not finite
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        if not finite:
-            say(f"ALARM update skipped: loss or gradient is not finite ({self.skipped_in_a_row} in a row)")
+
+    def skip(self):
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        say(f"ALARM update skipped: loss or gradient not finite, {self.skipped_in_a_row} in a row")
         if self.skipped_in_a_row >= MAX_SKIPS:
-            raise RankError(f"{MAX_SKIPS} updates in a row had a loss or gradient that is not finite. The last good "
-                            f"checkpoint is whole. Lower --lr or --grad_clip, or look at the newest rollouts")
+            raise RankError(f"{MAX_SKIPS} updates in a row had a loss or gradient that is not finite. The last "
+                            f"good checkpoint is whole. Lower --lr or --grad_clip, or look at the newest rollouts")
 
     def metrics(self):
-        """What the optimizer did, and memory: the largest of all ranks, of the card or of the process."""
+        """What the optimizer did; memory is the largest of all ranks, of the card or else of the process."""
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
         if self.device.type == "cuda":
             used = (torch.cuda.max_memory_allocated() - self.pooled) / 2**30
             torch.cuda.reset_peak_memory_stats()
-        lr = self.optimizer.param_groups[0]["lr"]
-        return {"updates_skipped": self.skipped, "lr": lr, "memory_gib": max(common.gather(used))}
+        rate = self.optimizer.param_groups[0]["lr"]
+        return {"updates_skipped": self.skipped, "lr": rate, "memory_gib": max(common.gather(used))}
 
     def save(self, step, generated, unwritten):
-        """A checkpoint, unless the weights are damaged: the last good one must stay. A full disk costs the
-        checkpoint, not the run. `unwritten`: lines that metrics.jsonl does not hold yet."""
+        """A checkpoint. A full disk costs the checkpoint, not the run; damaged weights are refused, since the last
+        good one must stay. `unwritten`: lines that metrics.jsonl does not hold yet."""
         if self.skipped_in_a_row:
             return say(f"no checkpoint at step {step}: the last update was not finite")
         if policy_lib.damaged(self.policy):
             raise RankError(f"after step {step} a weight is not finite: {DAMAGED}")
-        state = dict(step=step, generated=generated, skipped=self.skipped, unwritten=unwritten,
-                     world=dist.get_world_size(), config=vars(self.args))
+        state = {"step": step, "generated": generated, "skipped": self.skipped, "unwritten": unwritten,
+                 "world": dist.get_world_size(), "config": vars(self.args)}
         try:
             policy_lib.save_checkpoint(f"{self.args.out}/checkpoints", step, self.policy, self.optimizer,
                                        self.task.tokenizer, state, self.args.keep)
@@ -413,19 +423,16 @@ class Learner:
             say(f"ALARM {e}\n      training goes on; free some disk space or lower --keep")
 
     def load(self):
-        """Go on from the newest checkpoint, or take over the optimizer of another run -> the state of this run."""
-        fresh, args = {"step": 0, "generated": 0}, self.args
-        checkpoint = self.task.checkpoint or args.optimizer_from
-        if not checkpoint:
-            return fresh
-        state = policy_lib.load_checkpoint(checkpoint, self.policy, self.optimizer)
-        if not self.task.checkpoint:  # over a stage boundary: moments and weights, not the step
+        """Go on from the newest checkpoint, or take over the optimizer of another run -> the state of this one."""
+        checkpoint = self.task.checkpoint or self.args.optimizer_from
+        state = policy_lib.load_checkpoint(checkpoint, self.policy, self.optimizer) if checkpoint else {}
+        if not self.task.checkpoint:  # a stage boundary hands moments and weights over, not the step
             for group in self.optimizer.param_groups:
-                group["weight_decay"] = args.weight_decay
-            return fresh
-        self.saved, self.skipped = state["step"], state["skipped"]
-        changed = [f"{k} {v} -> {vars(args)[k]}" for k, v in state["config"].items()
-                   if k not in ("resume", "steps", "out", "engine", "report_to") and vars(args).get(k, v) != v]
+                group["weight_decay"] = self.args.weight_decay
+            return {"step": 0, "generated": 0}
+        self.saved, self.skipped, now = state["step"], state["skipped"], vars(self.args)
+        changed = [f"{k} {v} -> {now[k]}" for k, v in state["config"].items()
+                   if now.get(k, v) != v and k not in ("resume", "steps", "out", "engine", "report_to")]
         if changed:
             say("resuming with other options than before: " + ", ".join(changed))
         return state
@@ -435,17 +442,26 @@ class Learner:
 # What is measured, written and said (docs/metrics.md lists every name with its unit)
 # ------------------------------------------------------------------------------------------------------------
 
+HEADER = "   step/total | reward  none   all |  length   cut | entropy mismatch gradient | seconds  tok/s | eval"
+# mean KL and ratio error between engine and trainer: an honest bf16 engine with an fp32 head was measured at a KL
+# of 1.2e-3, fp32 ones below 1e-9; NeMo-RL asserts 5e-4 and 1.05 for this very model in bf16
+MISMATCH = {"float32": (1e-5, 1.01), "bfloat16": (5e-3, 1.1)}
+GROUPS = {"reward": "reward", "solve": "reward", "length": "length", "truncated": "length", "tokens": "length",
+          "mismatch": "mismatch", "seconds": "time", "memory": "time", "eval": "eval"}  # of a tracker; else policy
+LOSS_OPTIONS = ("loss", "clip_low", "clip_high", "kl_coef", "entropy_coef", "tis_cap")
+
+
 def rollout_metrics(samples, rewards):
     """What the samples of a step say by themselves. rewards [P, G]; lengths in tokens, None for an empty class."""
     length = torch.tensor([len(s.response_ids) for s in samples], dtype=torch.float32)
     cut = torch.tensor([s.finish_reason == "length" for s in samples])
-    right = rewards >= evaluate.RIGHT                                                                 # [P, G]
-    out = {"reward": rewards.mean(), "solve_none": (~right.any(1)).float().mean(),
+    right = rewards >= evaluate.RIGHT                                                               # [P, G]
+    out = {"reward": rewards.mean(), "solve_none": (~right).all(1).float().mean(),
            "solve_all": right.all(1).float().mean(), "truncated": cut.float().mean(),
            "length_mean": length.mean(), "length_max": length.max(), "length_min": length.min()}
     for name, chosen in (("right", right.view(-1)), ("wrong", ~right.view(-1)), ("truncated", cut)):
         out[f"length_{name}"] = length[chosen].mean() if chosen.any() else None
-    out = {name: None if x is None else x.item() for name, x in out.items()}
+    out = {name: x if x is None else x.item() for name, x in out.items()}
     out |= {"tokens": int(length.sum()), "tokens_prompt": sum(len(s.prompt_ids) for s in samples)}
     verdicts = Counter(s.verdict.split(":")[0] for s in samples)
     reasons = ("no_close", "no_box", "unparsed_answer", "unparsed_gold", "timeout", "error")
@@ -456,7 +472,7 @@ def update_metrics(stats):
     """Token sums of this rank's micro-batches -> means over all tokens and ranks."""
     names = ("pg_loss", "entropy", "kl_ref", "approx_kl", "clip_fraction", "ratio_mean", "mismatch_mean",
              "mismatch_kl", "mismatch_mult", "mismatch_far")
-    sums = torch.tensor([float(stats[n]) for n in ("tokens", "loss", *names)], dtype=torch.float64)
+    sums = torch.tensor([float(stats[name]) for name in ("tokens", "loss", *names)], dtype=torch.float64)
     dist.all_reduce(sums)
     (tokens, loss, *sums), updates = sums.tolist(), stats["updates"]
     out = {name: x / tokens if tokens and name in stats else None for name, x in zip(names, sums)}
@@ -478,17 +494,10 @@ class Clock:
 
     def metrics(self, rollout_seconds):
         """Means over ranks. The rollout tells its own parts; in `idle` a rank waits there for the slowest one."""
-        everyone = common.gather({**self.phases, **rollout_seconds})
-        means = {f"seconds_{k}": sum(e[k] for e in everyone) / len(everyone) for k in everyone[0] if k != "rollout"}
+        del self.phases["rollout"]
+        ranks = common.gather({**self.phases, **rollout_seconds})
+        means = {f"seconds_{phase}": sum(r[phase] for r in ranks) / len(ranks) for phase in ranks[0]}
         return {"seconds": time.time() - self.began, **means}
-
-
-HEADER = "   step/total | reward  none   all |  length   cut | entropy mismatch gradient | seconds  tok/s | validation"
-# Mean KL and ratio error between engine and trainer. NeMo-RL asserts 5e-4 and 1.05 for this very model in bf16; an
-# honest bf16 engine with an fp32 head was measured at 1.2e-3 on a smaller model, fp32 ones below 1e-9.
-MISMATCH = {"float32": (1e-5, 1.01), "bfloat16": (5e-3, 1.1)}
-GROUPS = {"reward": "reward", "solve": "reward", "length": "length", "truncated": "length", "tokens": "length",
-          "mismatch": "mismatch", "seconds": "time", "memory": "time", "eval": "eval"}  # in trackers; else policy
 
 
 def open_tracker(args):
@@ -497,12 +506,12 @@ def open_tracker(args):
         from torch.utils.tensorboard import SummaryWriter
         writer = SummaryWriter(f"{args.out}/tensorboard")
         writer.add_text("options", json.dumps(vars(args), indent=1))
-        return lambda numbers, step: [writer.add_scalar(k, v, step) for k, v in numbers.items()] + [writer.flush()]
-    tracker, path = importlib.import_module(args.report_to), os.path.abspath(args.out)
-    # the id lets a resumed run go on in the same curves
-    same = dict(id=uuid.uuid5(uuid.NAMESPACE_URL, path).hex, resume="allow") if args.report_to == "wandb" else {}
-    tracker.init(project=os.environ.get("WANDB_PROJECT", "nanoscaler"), name=os.path.basename(path),
-                 config=vars(args), **same)
+        return lambda numbers, step: [writer.add_scalar(k, v, step) for k, v in numbers.items()]
+    tracker, path, same = importlib.import_module(args.report_to), os.path.abspath(args.out), {}
+    if args.report_to == "wandb":  # the id lets a resumed run go on in the same curves
+        same = {"id": uuid.uuid5(uuid.NAMESPACE_URL, path).hex, "resume": "allow"}
+    project = os.environ.get("WANDB_PROJECT", "nanoscaler")
+    tracker.init(project=project, name=os.path.basename(path), config=vars(args), **same)
     return lambda numbers, step: tracker.log(numbers, step=step)
 
 
@@ -511,7 +520,7 @@ class Log:
 
     def __init__(self, args):
         self.args, self.rank, self.path = args, dist.get_rank(), f"{args.out}/metrics.jsonl"
-        self.unwritten, self.alarmed, self.unpaid = [], {}, 0
+        self.rows, self.written, self.alarmed, self.unpaid, self.unreadable = [], 0, {}, 0, []
         self.track = open_tracker(args) if args.report_to != "none" and self.rank == 0 else None
 
     def start(self, step, waiting):
@@ -519,69 +528,73 @@ class Log:
 
         Lines of later steps go: those steps are done again. `waiting` are lines that the disk did not have when
         the checkpoint was written; the one of its own step may still want its validation."""
-        there = common.gather(together("files", lambda: self.tidy(step, waiting) if self.rank == 0 else None))[0]
+        self.rows = common.gather(together("files", lambda: self.read(step) if self.rank == 0 else None))[0]
+        there = [row["step"] for row in self.rows]
+        self.rows += [row for row in waiting if row["step"] < step and row["step"] not in there]
+        options = vars(self.args)
+        config = {"options": options, "world": dist.get_world_size(), "command": sys.argv, **common.provenance()}
+        together("config.json", lambda: self.rank or common.write_atomic(
+            f"{self.args.out}/config.json", json.dumps(config, indent=1)))
+        say(textwrap.fill("  ".join(f"{k}={v}" for k, v in options.items()), 118, break_on_hyphens=False))
+        self.flush()
         if step >= self.args.steps:
             say(f"{self.args.out} has done its {self.args.steps} steps; a larger --steps goes on")
         if step == 0:
             return {"step": 0} if self.args.eval_every else None
         return next((row for row in waiting if row["step"] == step and step not in there), None)
 
-    def tidy(self, step, waiting):
+    def read(self, step):
         rows, bad, stop = [], [], f"{self.args.out}/stop"
         if os.path.exists(stop):
             os.remove(stop)
             say(f"{stop} was there from before and has been removed")
         if step and os.path.exists(self.path):  # from step 0 everything is done again
-            rows = [row for row in common.read_lines(self.path, bad.append) if row["step"] <= step]
+            rows = [row for row in common.read_lines(self.path, bad.append) if row.get("step", step + 1) <= step]
         if bad:
             shutil.copyfile(self.path, f"{self.path}.damaged")
-            say(f"warning: {'; '.join(bad)}. The other lines are kept; {self.path}.damaged is the file as it was")
-        there = [row["step"] for row in rows]
-        rows += [row for row in waiting if row["step"] < step and row["step"] not in there]
-        common.write_atomic(self.path, common.json_lines(rows))
-        options = vars(self.args)
-        config = {"options": options, "world": dist.get_world_size(), "command": sys.argv, **common.provenance()}
-        common.write_atomic(f"{self.args.out}/config.json", json.dumps(config, indent=1))
-        say(textwrap.fill("  ".join(f"{k}={v}" for k, v in options.items()), 118, break_on_hyphens=False))
-        return there
+            say(f"warning: {'; '.join(bad)}. The other lines stay; {self.path}.damaged is the file as it was")
+        return rows
+
+    def unwritten(self):
+        return self.rows[self.written:]
+
+    def flush(self):
+        """metrics.jsonl, written whole. A full disk keeps lines back until there is room."""
+        try:
+            together(self.path, lambda: self.rank or common.write_atomic(self.path, common.json_lines(self.rows)))
+            self.written = len(self.rows)
+        except RankError as e:
+            say(f"ALARM {e}: {len(self.unwritten())} line(s) are kept and written later")
 
     def write(self, line):
-        """One line to metrics.jsonl, console and tracker. A full disk keeps lines back until there is room."""
-        error = None
-        self.unwritten.append(line)
-        try:
-            if self.rank == 0:
-                common.append_lines(self.path, common.json_lines(self.unwritten))
-        except OSError as e:
-            error = f"ALARM {e}: {len(self.unwritten)} line(s) of {self.path} are kept and written later"
-        error = common.gather(error)[0]
-        if error:
-            say(error)
-        self.unwritten = self.unwritten if error else []
+        """One line to metrics.jsonl, console and tracker, and what it gives cause for concern."""
+        self.rows.append(line)
+        self.flush()
         if self.track:
-            numbers = {k: v for k, v in line.items() if isinstance(v, (int, float)) and k != "step"}
-            self.track({f"{GROUPS.get(k.split('_')[0], 'policy')}/{k}": v for k, v in numbers.items()}, line["step"])
-        self.print_line(line)
+            numbers = {f"{GROUPS.get(k.split('_')[0], 'policy')}/{k}": v for k, v in line.items()
+                       if isinstance(v, (int, float)) and k != "step"}
+            self.track(numbers, line["step"])
+        self.print_line({k: math.nan if v is None else v for k, v in line.items()})
         if "reward" in line:
             self.alarms(line)
 
     def write_rollouts(self, step, samples, problems, advantages):
         """Every sample of a step with its problem, reward and advantage, in rollouts/000STEP.jsonl.gz."""
-        items = list(zip([p for p in problems for _ in range(self.args.group)], samples, advantages.flatten().tolist()))
-        self.unreadable = [p for p, s, _ in items if s.verdict == "unparsed_gold"]
-        rows = [{"step": step, "id": p.id, "sample": i % self.args.group, "problem": p.problem, "answer": p.answer,
-                 "response": s.text, "reward": s.reward, "advantage": a, "verdict": s.verdict,
-                 "prompt_tokens": len(s.prompt_ids), "response_tokens": len(s.response_ids),
-                 "finish_reason": s.finish_reason} for i, (p, s, a) in enumerate(items)]
+        group = self.args.group
+        items = [(problems[i // group], i % group, s, a)
+                 for i, (s, a) in enumerate(zip(samples, advantages.flatten().tolist()))]
+        self.unreadable = [p for p, _, s, _ in items if s.verdict == "unparsed_gold"]
+        rows = [{"step": step, "id": p.id, "sample": j, "problem": p.problem, "answer": p.answer, "response": s.text,
+                 "reward": s.reward, "advantage": a, "verdict": s.verdict, "prompt_tokens": len(s.prompt_ids),
+                 "response_tokens": len(s.response_ids), "finish_reason": s.finish_reason} for p, j, s, a in items]
         try:
             if self.rank == 0:
-                packed = gzip.compress(common.json_lines(rows).encode("utf-8", "replace"), 3, mtime=0)
+                packed = gzip.compress(common.json_lines(rows).encode(), 3, mtime=0)
                 common.write_atomic(f"{self.args.out}/rollouts/{step:06d}.jsonl.gz", packed)
         except OSError as e:
             say(f"ALARM rollouts of step {step} not written ({e}); training goes on")
 
     def print_line(self, m):
-        m = {k: math.nan if v is None else v for k, v in m.items()}
         text = f"{m['step']:7d}/{self.args.steps:<5d}"
         if "reward" in m:
             text += (f" | {m['reward']:6.3f} {m['solve_none']:5.2f} {m['solve_all']:5.2f} | {m['length_mean']:7.1f} "
@@ -619,10 +632,9 @@ class Log:
 
     def end(self, step, saved):
         if step < self.args.steps:
-            say(f"stopped after step {step}; --resume goes on from checkpoint {saved}")
-        else:
-            say(f"done. Next: python evaluate.py --model {self.args.out}/checkpoints/{saved:06d}/hf\n"
-                f"            python figures.py {self.args.out}\n      or go on: --resume with a larger --steps")
+            return say(f"stopped after step {step}; --resume goes on from checkpoint {saved}")
+        say(f"done. Next: python evaluate.py --model {self.args.out}/checkpoints/{saved:06d}/hf\n"
+            f"            python figures.py {self.args.out}\n      or go on: --resume with a larger --steps")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -689,11 +701,11 @@ OPTIONS = {
         ("gpu_memory", float, 0.6, 0.01, "vLLM's share of each GPU"),
         ("max_seqs", int, 0, 0, "rows generated at once on each rank; 0: vLLM 256 (CPU 128), torch 64")],
 }
-SELECT, ALWAYS = "python data.py select filters problems", "it was for debugging and is always on"
-GONE = {"--difficulty": SELECT, "--min_rate": SELECT, "--max_rate": SELECT, "--max_chars": SELECT, "--sleep": ALWAYS,
+SELECT = "python data.py select leaves problems out"
+GONE = {"--difficulty": SELECT, "--min_rate": SELECT, "--max_rate": SELECT, "--max_chars": SELECT,
         "--ref_model": "the reference of the KL term is --model", "--enforce_eager": "it was for debugging",
         "--show_every": "python figures.py RUN shows the samples", "--logit_chunk": "tiles take at most 0.6 GB",
-        "--max_skips": f"{MAX_SKIPS} bad updates in a row end a run"}
+        "--max_skips": f"{MAX_SKIPS} bad updates in a row end a run", "--sleep": "vLLM always sleeps while training"}
 
 
 def parse_args(argv=None):
@@ -703,7 +715,8 @@ def parse_args(argv=None):
     for title, group in OPTIONS.items():
         add = p.add_argument_group(title).add_argument
         for name, kind, default, _, text in group:
-            how = dict(action="store_true") if kind is bool else dict(choices=kind) if isinstance(kind, list) else dict(type=kind)
+            how = {"choices": kind} if isinstance(kind, list) else {"type": kind}
+            how = {"action": "store_true"} if kind is bool else how
             add(f"--{name}", default=default, help=text, **how)
     first.add_argument("--recipe")
     first.add_argument("--loss")
