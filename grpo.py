@@ -1,9 +1,9 @@
 """grpo.py - one stage of DeepScaleR: GRPO with a 0/1 answer-checking reward.
 
-    torchrun --nproc_per_node 8 grpo.py --max_len 8192          # the recipe on 8 GPUs; more nodes: --nnodes ...
-    python grpo.py --model DIR --data FILE --max_len 256 --out RUN       # one process, GPU or laptop
-    python grpo.py --out RUN --resume ...                       # go on from the newest checkpoint
-    touch RUN/stop                                              # save and leave after this step
+    torchrun --nproc_per_node 8 grpo.py --max_len 8192                # 8 GPUs; more nodes: --nnodes ...
+    python grpo.py --model DIR --data FILE --max_len 256 --out RUN    # one process, GPU or laptop
+    python grpo.py --out RUN --resume ...                             # go on from the newest checkpoint
+    touch RUN/stop                                                    # save and leave after this step
 
 One step: P problems are answered G times each. A right answer earns 1, a wrong one 0. The advantage of an
 answer is its reward compared with the other answers to the same problem. A clipped policy gradient moves the
@@ -58,9 +58,10 @@ RECIPES = {
                "prompts": 256, "updates": 4, "max_len": 15360, "steps": 4380, "warmup_steps": 10,
                "weight_decay": 0.1},
 }
-CISPO = {"clip_low": 1.0, "clip_high": 4.0}  # no lower bound (MiniMax-M1), weights of at most 5 (TRL's advice)
+CISPO = {"clip_low": 1.0, "clip_high": 4.0}  # no lower bound (MiniMax-M1), weights up to 5 (TRL's advice)
+MEMORY = ": lower --token_budget, --gpu_memory or --max_len, or use more ranks"
 MAX_SKIPS = 5                                # updates in a row that are not finite and end a run
-DAMAGED = ("the weights are damaged. They are not saved and the last good checkpoint is kept. The same resume would "
+DAMAGED = ("the weights are damaged. They are not saved, the last good checkpoint stays. The same resume would "
            "repeat what broke them, so change something: a lower --lr or --grad_clip, or --dtype float32")
 
 
@@ -97,9 +98,9 @@ def grpo_loss(logp, old_logp, advantages, lengths=None, *, ref_logp=None, engine
               agg="token", total=None):
     """The GRPO loss of one micro-batch of packed response tokens -> (scalar loss, statistics as token sums).
 
-    logp [R] with gradient. old_logp [R] of the policy that the batch started from; None means "this very
-    policy" (first update after a rollout: the ratio is 1, its gradient is not). advantages [R] or [S], lengths
-    [S] in tokens. ref_logp [R] for the KL term, entropy [R] for the bonus, engine_logp [R] as sampled.
+    logp [R] with gradient. old_logp [R] of the policy that the batch started from, or None for this very policy
+    (first update after a rollout: the ratio is 1, its gradient is not). advantages [R] or [S]; lengths [S] in
+    tokens; ref_logp [R] for the KL term, entropy [R] for the bonus, engine_logp [R] as sampled.
 
       ratio = exp(logp - old)           in log space a quotient of probabilities is a difference
       "clip"   -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)
@@ -120,7 +121,7 @@ def grpo_loss(logp, old_logp, advantages, lengths=None, *, ref_logp=None, engine
     (-0.3333, [-1.0, -1.0, 1.0])
     """
     if loss not in ("clip", "cispo") or agg not in ("token", "seq", "const"):
-        raise ValueError(f'loss is "clip" or "cispo", not {loss!r}; agg "token", "seq" or "const", not {agg!r}')
+        raise ValueError(f'loss must be "clip" or "cispo", agg "token", "seq" or "const": {loss!r}, {agg!r}')
     if agg == "const" and total is None:
         raise ValueError('agg="const" needs total: the number of sequences times max_len')
     if advantages.shape != logp.shape:
@@ -137,8 +138,8 @@ def grpo_loss(logp, old_logp, advantages, lengths=None, *, ref_logp=None, engine
         clipped = bounded != ratio
     if tis_cap > 0:
         per_token = per_token * (old_logp - engine_logp).clamp(-20, 20).exp().clamp(max=tis_cap).detach()
-    stats = {"tokens": torch.ones_like(logp).sum(), "pg_loss": per_token.sum(), "clip_fraction": clipped.sum(),
-             "ratio_mean": ratio.sum(), "approx_kl": (ratio - 1 - log_ratio).sum()}
+    stats = {"tokens": torch.ones_like(logp).sum(), "pg_loss": per_token.sum(), "ratio_mean": ratio.sum(),
+             "clip_fraction": clipped.sum(), "approx_kl": (ratio - 1 - log_ratio).sum()}
     if kl_coef:
         d = (ref_logp - logp).clamp(-20, 20)
         k3 = (d.exp() - d - 1).clamp(-10, 10)
@@ -218,7 +219,8 @@ def train(args, device):
         if samples is None:  # a signal: the unfinished rollout is dropped
             break
         engine.sleep()
-        refuse_damaged(samples, step)
+        if not all(np.isfinite(s.logprobs).all() for s in samples):  # damaged weights: they just look unlucky
+            raise RankError(f"after step {step} the engine's log-probs are not finite: {DAMAGED}")
         rewards = torch.tensor([s.reward for s in samples]).view(args.prompts, args.group)          # [P, G]
         advantages = group_advantages(rewards, args.advantage)                                      # [P, G]
 
@@ -247,12 +249,6 @@ def train(args, device):
     engine.close()
     log.end(step, learner.saved)
     return signals[0] if signals else 0
-
-
-def refuse_damaged(samples, step):
-    """Samples of damaged weights earn nothing, as those of hard problems: stop at the first one."""
-    if not all(np.isfinite(s.logprobs).all() for s in samples):
-        raise RankError(f"after step {step} the engine's log-probs are not finite: {DAMAGED}")
 
 
 class Task:
@@ -340,7 +336,7 @@ class Learner:
         return policy.shard(dtype, self.device) if shard else policy
 
     def pack(self, samples, advantages, prompts):
-        """This rank's MiniBatch of some rows of `advantages` [P, G]. Every rank has all samples: it knows the total."""
+        """This rank's MiniBatch of some rows of `advantages` [P, G]. It has all samples, so it knows the total."""
         args, device = self.args, self.device
         kept = [p for p in prompts.tolist() if not args.drop_zero_variance or advantages[p].any()]
         rows = [samples[p * args.group + j] for p in kept for j in range(args.group)]
@@ -351,7 +347,8 @@ class Learner:
         logp = [np.concatenate([none, *(rows[i].logprobs for i in m.rows)]) for m in micro]
         tokens = sum(len(s.response_ids) for s in rows)
         total = {"token": tokens, "seq": len(rows), "const": len(rows) * args.max_len}[args.loss_agg]
-        return MiniBatch(micro, [a.to(device) for a in mine], [torch.from_numpy(x).to(device) for x in logp], total)
+        return MiniBatch(micro, [x.to(device) for x in mine], [torch.from_numpy(x).to(device) for x in logp],
+                         total)
 
     @torch.no_grad()
     def score(self, model, mini):
@@ -381,25 +378,23 @@ class Learner:
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), args.grad_clip or math.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if common.any_rank(not torch.isfinite(norm + stats["loss"].to(norm))):
-            self.skip()
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            say(f"ALARM update skipped: loss or gradient not finite, {self.skipped_in_a_row} in a row")
         else:
             self.optimizer.step()
             self.skipped_in_a_row = 0
             stats["updates"] += 1
             stats["grad_norm"] += norm.item()
         self.optimizer.zero_grad()
-
-    def skip(self):
-        self.skipped += 1
-        self.skipped_in_a_row += 1
-        say(f"ALARM update skipped: loss or gradient not finite, {self.skipped_in_a_row} in a row")
         if self.skipped_in_a_row >= MAX_SKIPS:
             raise RankError(f"{MAX_SKIPS} updates in a row had a loss or gradient that is not finite. The last "
-                            f"good checkpoint is whole. Lower --lr or --grad_clip, or look at the newest rollouts")
+                            f"good checkpoint is whole: lower --lr or --grad_clip, or look at the last rollouts")
 
     def metrics(self):
         """What the optimizer did; memory is the largest of all ranks, of the card or else of the process."""
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+        unit = 2**30 if sys.platform == "darwin" else 2**20
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
         if self.device.type == "cuda":
             used = (torch.cuda.max_memory_allocated() - self.pooled) / 2**30
             torch.cuda.reset_peak_memory_stats()
@@ -407,8 +402,8 @@ class Learner:
         return {"updates_skipped": self.skipped, "lr": rate, "memory_gib": max(common.gather(used))}
 
     def save(self, step, generated, unwritten):
-        """A checkpoint. A full disk costs the checkpoint, not the run; damaged weights are refused, since the last
-        good one must stay. `unwritten`: lines that metrics.jsonl does not hold yet."""
+        """A checkpoint. A full disk costs the checkpoint, not the run. Damaged weights end the run, since the last
+        good checkpoint must stay. `unwritten`: lines that metrics.jsonl does not hold yet."""
         if self.skipped_in_a_row:
             return say(f"no checkpoint at step {step}: the last update was not finite")
         if policy_lib.damaged(self.policy):
@@ -423,7 +418,7 @@ class Learner:
             say(f"ALARM {e}\n      training goes on; free some disk space or lower --keep")
 
     def load(self):
-        """Go on from the newest checkpoint, or take over the optimizer of another run -> the state of this one."""
+        """Go on from the newest checkpoint, or take over another run's optimizer -> the state of this run."""
         checkpoint = self.task.checkpoint or self.args.optimizer_from
         state = policy_lib.load_checkpoint(checkpoint, self.policy, self.optimizer) if checkpoint else {}
         if not self.task.checkpoint:  # a stage boundary hands moments and weights over, not the step
@@ -446,13 +441,13 @@ HEADER = "   step/total | reward  none   all |  length   cut | entropy mismatch 
 # mean KL and ratio error between engine and trainer: an honest bf16 engine with an fp32 head was measured at a KL
 # of 1.2e-3, fp32 ones below 1e-9; NeMo-RL asserts 5e-4 and 1.05 for this very model in bf16
 MISMATCH = {"float32": (1e-5, 1.01), "bfloat16": (5e-3, 1.1)}
-GROUPS = {"reward": "reward", "solve": "reward", "length": "length", "truncated": "length", "tokens": "length",
-          "mismatch": "mismatch", "seconds": "time", "memory": "time", "eval": "eval"}  # of a tracker; else policy
+GROUPS = {"solve": "reward", "truncated": "length", "tokens": "length", "seconds": "time", "memory": "time",
+          "reward": "reward", "length": "length", "mismatch": "mismatch", "eval": "eval"}  # all else: policy
 LOSS_OPTIONS = ("loss", "clip_low", "clip_high", "kl_coef", "entropy_coef", "tis_cap")
 
 
 def rollout_metrics(samples, rewards):
-    """What the samples of a step say by themselves. rewards [P, G]; lengths in tokens, None for an empty class."""
+    """What the samples of a step say by themselves. rewards [P, G]; lengths in tokens, None if there are none."""
     length = torch.tensor([len(s.response_ids) for s in samples], dtype=torch.float32)
     cut = torch.tensor([s.finish_reason == "length" for s in samples])
     right = rewards >= evaluate.RIGHT                                                               # [P, G]
@@ -476,8 +471,9 @@ def update_metrics(stats):
     dist.all_reduce(sums)
     (tokens, loss, *sums), updates = sums.tolist(), stats["updates"]
     out = {name: x / tokens if tokens and name in stats else None for name, x in zip(names, sums)}
-    out |= {"loss": loss / updates if updates else None, "updates": updates, "tokens_trained": int(tokens),
-            "grad_norm": stats["grad_norm"] / updates if updates else None, "updates_empty": stats["updates_empty"]}
+    out |= {"loss": loss / updates if updates else None, "tokens_trained": int(tokens), "updates": updates,
+            "grad_norm": stats["grad_norm"] / updates if updates else None,
+            "updates_empty": stats["updates_empty"]}
     return {name: x if x is None or math.isfinite(x) else None for name, x in out.items()}
 
 
@@ -493,7 +489,7 @@ class Clock:
         self.phases[phase], self.last = time.time() - self.last, time.time()
 
     def metrics(self, rollout_seconds):
-        """Means over ranks. The rollout tells its own parts; in `idle` a rank waits there for the slowest one."""
+        """Means over ranks; the rollout tells its own parts."""
         del self.phases["rollout"]
         ranks = common.gather({**self.phases, **rollout_seconds})
         means = {f"seconds_{phase}": sum(r[phase] for r in ranks) / len(ranks) for phase in ranks[0]}
@@ -528,14 +524,10 @@ class Log:
 
         Lines of later steps go: those steps are done again. `waiting` are lines that the disk did not have when
         the checkpoint was written; the one of its own step may still want its validation."""
-        self.rows = common.gather(together("files", lambda: self.read(step) if self.rank == 0 else None))[0]
+        mine = together("metrics.jsonl", lambda: self.read(step) if self.rank == 0 else None)
+        self.rows = common.gather(mine)[0]
         there = [row["step"] for row in self.rows]
         self.rows += [row for row in waiting if row["step"] < step and row["step"] not in there]
-        options = vars(self.args)
-        config = {"options": options, "world": dist.get_world_size(), "command": sys.argv, **common.provenance()}
-        together("config.json", lambda: self.rank or common.write_atomic(
-            f"{self.args.out}/config.json", json.dumps(config, indent=1)))
-        say(textwrap.fill("  ".join(f"{k}={v}" for k, v in options.items()), 118, break_on_hyphens=False))
         self.flush()
         if step >= self.args.steps:
             say(f"{self.args.out} has done its {self.args.steps} steps; a larger --steps goes on")
@@ -544,16 +536,18 @@ class Log:
         return next((row for row in waiting if row["step"] == step and step not in there), None)
 
     def read(self, step):
-        rows, bad, stop = [], [], f"{self.args.out}/stop"
+        """What rank 0 does before the first step: config.json, a stop file left behind, the lines so far."""
+        options, stop = vars(self.args), f"{self.args.out}/stop"
+        config = {"options": options, "world": dist.get_world_size(), "command": sys.argv, **common.provenance()}
+        common.write_atomic(f"{self.args.out}/config.json", json.dumps(config, indent=1))
+        say(textwrap.fill("  ".join(f"{k}={v}" for k, v in options.items()), 118, break_on_hyphens=False))
         if os.path.exists(stop):
             os.remove(stop)
             say(f"{stop} was there from before and has been removed")
-        if step and os.path.exists(self.path):  # from step 0 everything is done again
-            rows = [row for row in common.read_lines(self.path, bad.append) if row.get("step", step + 1) <= step]
-        if bad:
-            shutil.copyfile(self.path, f"{self.path}.damaged")
-            say(f"warning: {'; '.join(bad)}. The other lines stay; {self.path}.damaged is the file as it was")
-        return rows
+        if step == 0 or not os.path.exists(self.path):  # from step 0 everything is done again
+            return []
+        rows = common.read_lines(self.path, on_bad=lambda text: say(f"warning: {text}; the others are kept"))
+        return [row for row in rows if row.get("step", step + 1) <= step]
 
     def unwritten(self):
         return self.rows[self.written:]
@@ -561,13 +555,14 @@ class Log:
     def flush(self):
         """metrics.jsonl, written whole. A full disk keeps lines back until there is room."""
         try:
-            together(self.path, lambda: self.rank or common.write_atomic(self.path, common.json_lines(self.rows)))
+            text = common.json_lines(self.rows)
+            together(self.path, lambda: self.rank or common.write_atomic(self.path, text))
             self.written = len(self.rows)
         except RankError as e:
             say(f"ALARM {e}: {len(self.unwritten())} line(s) are kept and written later")
 
     def write(self, line):
-        """One line to metrics.jsonl, console and tracker, and what it gives cause for concern."""
+        """One line to metrics.jsonl, console and tracker, and the alarms it gives cause for."""
         self.rows.append(line)
         self.flush()
         if self.track:
@@ -584,9 +579,10 @@ class Log:
         items = [(problems[i // group], i % group, s, a)
                  for i, (s, a) in enumerate(zip(samples, advantages.flatten().tolist()))]
         self.unreadable = [p for p, _, s, _ in items if s.verdict == "unparsed_gold"]
-        rows = [{"step": step, "id": p.id, "sample": j, "problem": p.problem, "answer": p.answer, "response": s.text,
-                 "reward": s.reward, "advantage": a, "verdict": s.verdict, "prompt_tokens": len(s.prompt_ids),
-                 "response_tokens": len(s.response_ids), "finish_reason": s.finish_reason} for p, j, s, a in items]
+        rows = [{"step": step, "id": p.id, "sample": j, "problem": p.problem, "answer": p.answer,
+                 "response": s.text, "reward": s.reward, "advantage": a, "verdict": s.verdict,
+                 "prompt_tokens": len(s.prompt_ids), "response_tokens": len(s.response_ids),
+                 "finish_reason": s.finish_reason} for p, j, s, a in items]
         try:
             if self.rank == 0:
                 packed = gzip.compress(common.json_lines(rows).encode(), 3, mtime=0)
@@ -597,9 +593,10 @@ class Log:
     def print_line(self, m):
         text = f"{m['step']:7d}/{self.args.steps:<5d}"
         if "reward" in m:
-            text += (f" | {m['reward']:6.3f} {m['solve_none']:5.2f} {m['solve_all']:5.2f} | {m['length_mean']:7.1f} "
-                     f"{m['truncated']:5.2f} | {m['entropy']:7.3f} {m['mismatch_kl']:8.1e} {m['grad_norm']:8.2e} | "
-                     f"{m['seconds']:7.1f} {m['tokens'] / m['seconds']:6.0f}")
+            text += (f" | {m['reward']:6.3f} {m['solve_none']:5.2f} {m['solve_all']:5.2f} "
+                     f"| {m['length_mean']:7.1f} {m['truncated']:5.2f} "
+                     f"| {m['entropy']:7.3f} {m['mismatch_kl']:8.1e} {m['grad_norm']:8.2e} "
+                     f"| {m['seconds']:7.1f} {m['tokens'] / m['seconds']:6.0f}")
         if "eval_reward" in m:
             text += f" | {m['eval_reward']:.3f} ± {m['eval_se']:.3f}"
         say(text.replace("nan", "  -"))
@@ -615,20 +612,21 @@ class Log:
         n, (most_kl, most_mult) = self.args.prompts * self.args.group, MISMATCH[self.args.dtype]
         self.unpaid = 0 if m["reward"] else self.unpaid + 1
         if self.unreadable:
-            p = self.unreadable[0]
-            self.alarm("gold", len(self.unreadable), f"{len(self.unreadable)} of {n} samples can earn nothing: the "
-                       f"grader cannot read their answers, such as {p.answer!r} of problem {p.id}")
+            p, k = self.unreadable[0], len(self.unreadable)
+            self.alarm("gold", k, f"{k} of {n} samples can earn nothing: the grader cannot read their answers, such "
+                       f"as {p.answer!r} of problem {p.id}")
         elif self.unpaid in (1, 3, 10):
             say(f"ALARM no reward in {self.unpaid} step(s): of the last {n} samples {m['reward_no_close']} had no "
                 f"</think>, {m['reward_no_box']} no \\boxed{{}}, {m['truncated']:.0%} were cut off. A model that "
                 f"never writes </think> needs --style plain, one that is cut off a larger --max_len")
-        if (m["mismatch_kl"] or 0) > most_kl or (m["mismatch_mult"] or 0) > most_mult:
-            self.alarm("mismatch", m["mismatch_kl"], f"engine and trainer disagree: KL {m['mismatch_kl']:.1e} (bound "
-                       f"{most_kl:g}), ratio error {m['mismatch_mult']:.3f} (bound {most_mult}). If it grows, the "
-                       f"engine's weights are stale; if not, it is precision: --dtype float32, or --tis_cap 2")
+        kl, mult = m["mismatch_kl"] or 0, m["mismatch_mult"] or 0
+        if kl > most_kl or mult > most_mult:
+            self.alarm("mismatch", kl, f"engine and trainer disagree: KL {kl:.1e} (bound {most_kl:g}), ratio error "
+                       f"{mult:.3f} (bound {most_mult}). If it grows, the engine's weights are stale; if not, it is "
+                       f"precision: --dtype float32, or --tis_cap 2")
         if m["truncated"] > 0.5:
             self.alarm("cut", m["truncated"], f"{m['truncated']:.0%} of the samples were cut off at --max_len "
-                       f"{self.args.max_len} and earn nothing: raise it, or start from a model that writes less")
+                       f"{self.args.max_len} and earn nothing: raise it, or use a model that writes less")
 
     def end(self, step, saved):
         if step < self.args.steps:
@@ -641,7 +639,6 @@ class Log:
 # Options
 # ------------------------------------------------------------------------------------------------------------
 
-# group: (name, type or choices, default, smallest value, help); bool is a flag
 OPTIONS = {
     "model and data": [
         ("recipe", list(RECIPES), "deepscaler", None, "defaults of many options below; what is given by hand wins"),
@@ -710,22 +707,13 @@ GONE = {"--difficulty": SELECT, "--min_rate": SELECT, "--max_rate": SELECT, "--m
 
 def parse_args(argv=None):
     """Defaults, then those of --recipe and --loss, then what is given by hand; refused before anything loads."""
-    first, p = argparse.ArgumentParser(add_help=False, allow_abbrev=False), common.Parser(GONE, description=__doc__[:67])
-    rows = [row for group in OPTIONS.values() for row in group]
-    for title, group in OPTIONS.items():
-        add = p.add_argument_group(title).add_argument
-        for name, kind, default, _, text in group:
-            how = {"choices": kind} if isinstance(kind, list) else {"type": kind}
-            how = {"action": "store_true"} if kind is bool else how
-            add(f"--{name}", default=default, help=text, **how)
+    p = common.Parser(OPTIONS, GONE, description=__doc__.split("\n")[0])
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
     first.add_argument("--loss")
     early, _ = first.parse_known_args(argv)
     p.set_defaults(**RECIPES.get(early.recipe, {}), **(CISPO if early.loss == "cispo" else {}))
     args = p.parse(argv)
-    for name, _, _, smallest, _ in rows:
-        if smallest is not None and not smallest <= getattr(args, name) < math.inf:
-            p.error(f"--{name} must be finite and at least {smallest:g}")
     if args.prompts % args.updates:
         p.error(f"--prompts {args.prompts} cannot be cut into {args.updates} equal mini-batches (--updates)")
     if max(args.eval_top_p, args.gpu_memory, args.drop_zero_variance, args.recompute) > 1:
@@ -747,15 +735,16 @@ def main(argv=None):
     try:
         with common.lock(f"{args.out}/lock"):
             if common.any_rank(os.path.exists(f"{args.out}/metrics.jsonl") and not args.resume):
-                raise RankError(f"{args.out} holds a run already: --resume goes on with it, another --out starts anew")
+                raise RankError(f"{args.out} holds a run: --resume goes on with it, another --out starts anew")
             ended_by = train(args, device)
     except RankError as e:
-        sys.exit(f"grpo.py: {e}" if rank == 0 else 2)
+        memory = MEMORY if common.is_out_of_memory(e) else ""
+        print(f"grpo.py: {e}{memory}", file=sys.stderr) if rank == 0 else None
+        sys.exit(2)
     except Exception as e:
-        if common.is_out_of_memory(e):
-            sys.exit(f"out of memory on rank {rank} ({str(e).splitlines()[0]}): lower --token_budget, --gpu_memory "
-                     f"({args.gpu_memory}) or --max_len, or use more ranks")
-        raise
+        if not common.is_out_of_memory(e):
+            raise
+        sys.exit(f"out of memory on rank {rank} ({str(e).splitlines()[0]}){MEMORY}")
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(128 + ended_by if ended_by and world == 1 else 0)
