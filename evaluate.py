@@ -141,7 +141,7 @@ def load_reward(name, style):
 def explain(text, problem):
     """reward.py's Verdict."""
     try:
-        return reward.explain(text, problem.answer, problem.problem)
+        return reward.explain(text, problem.answer, problem=problem.problem)
     except TypeError:  # until reward.py takes the problem
         return reward.explain(text, problem.answer)
 
@@ -268,8 +268,9 @@ def report(results, published=False):
         for name, b in r["benchmarks"].items():
             tokens = ["-" if b[k] is None else f"{b[k]:,.0f}"
                       for k in ("tokens", "tokens_right", "tokens_wrong")]
-            silent = [b.get("verdicts", {}).get(k, 0) / b["problems"] / b["n"] for k in ("no_close", "no_box")]
-            shapes.append([r["name"], name, *tokens, percent(b["truncated"]), percent(sum(silent)), b["n"],
+            silent = sum(b.get("verdicts", {}).get(k, 0) for k in ("no_close", "no_box"))
+            shapes.append([r["name"], name, *tokens, percent(b["truncated"]),
+                           percent(silent / b["problems"] / b["n"]), b["n"],
                            percent(b["pass@k"][-1], b["pass@k_se"][-1])])
     notes = [line for r in results
              for line in (f"{r['name']}: {r['protocol_line']}", r.get("curve"), *alarms(r))]
@@ -296,15 +297,16 @@ def alarms(result):
     for name, b in result["benchmarks"].items():
         seen, total = Counter(b.get("verdicts")), b["problems"] * b["n"]
         label = f"ALARM {result['name']} {name}:"
-        cut, close, box = round(b["truncated"] * total), seen["no_close"], seen["no_box"]
+        cut, close = round(b["truncated"] * total), seen["no_close"]
         if 20 * seen["unparsed_gold"] > total:
             lines.append(f"{label} {seen['unparsed_gold']} of {total} answers met a gold that cannot be read")
         if p.get("think") and (close == total or 2 * (close - cut) > total - cut):
-            lines.append(f"{label} {close} of {total} responses have no </think> ({cut} were cut off), and style "
-                         f"{p['style']} grades only what follows it. A model that does not think in tags needs "
-                         f"--style plain, one that is cut off a larger --max_tokens")
-        elif 2 * box > total:
-            lines.append(f"{label} {box} of {total} responses have no \\boxed{{}}: the prompt must ask for it")
+            lines.append(f"{label} {close} of {total} responses have no </think> ({cut} were cut off), and only "
+                         f"what follows it is graded. A model that does not think in tags needs --style plain, "
+                         f"one that is cut off a larger --max_tokens")
+        elif 2 * seen["no_box"] > total:
+            lines.append(f"{label} {seen['no_box']} of {total} responses have no \\boxed{{}}: does the prompt "
+                         f"ask for it?")
     return lines
 
 
@@ -442,8 +444,8 @@ def saved_samples(base, items, protocol):
         for row in lines:
             key = row["benchmark"], row["id"], row["sample"]
             if key not in asked:
-                raise ValueError(f"{path} holds samples that this command does not ask for, such as {key}. They "
-                                 f"would be lost: use another --name")
+                raise ValueError(f"{path} holds samples that this command does not ask for, such as {key}. "
+                                 f"They would be lost: use another --name")
             if (row["problem"], row["answer"]) != (asked[key].problem, asked[key].answer):
                 raise ValueError(f"{key[0]} {key[1]} has changed since {path} was begun: use another --name")
             rows[key] = row
@@ -605,7 +607,7 @@ def curve_note(args, protocol):
     differ = [f"{k} {v} there, {protocol[k]} here" for k, v in there.items() if protocol[k] != v]
     if not differ:
         return f"{label}: settings and seeds of the validation in training, so the same number"
-    return f"{label}: not the number of the validation in training, whose settings differ: {'; '.join(differ)}"
+    return f"{label}: not the number of the validation in training, settings differ: {'; '.join(differ)}"
 
 
 def regrade(path):
@@ -624,7 +626,7 @@ def regrade(path):
             row["extracted"] = reward.extract_answer(style.graded(row["response"]))
             if row["reward"] != old:
                 changed.append(f"  {row['benchmark']} {row['id']} sample {row['sample']}: {old:g} -> "
-                               f"{row['reward']:g}, {row['extracted']!r} for {row['answer']!r} ({row['reason']})")
+                               f"{row['reward']:g}, {row['extracted']!r} for {row['answer']!r}")
         p["commit"] = common.provenance()["commit"]
         write_result(base, result, rows)
     return result, changed
@@ -639,18 +641,18 @@ def parse_args(argv=None):
     add("--model", help="folder or hub name")
     add("--benchmarks", nargs="+", default=FIVE, help="files of problems, or names of assets/benchmarks")
     add("--limit", type=int, default=0, help="only the first problems of each benchmark; 0: all")
-    add("--reward", default="", metavar="MODULE:FUNCTION", help="your own (response, problem) -> float instead "
-        "of reward.py; problems without an answer are allowed then")
+    add("--reward", default="", metavar="MODULE:FUNCTION", help="your own (response, problem) -> float in "
+        "place of reward.py; problems without an answer are allowed then")
     add = p.add_argument_group("prompt").add_argument
-    add("--style", default="r1", help=f"prompt format and where the answer is read from: {', '.join(STYLES)}, or "
-        "a file with the whole prompt around {problem}")
+    add("--style", default="r1", help=f"prompt format and where the answer is read from: "
+        f"{', '.join(STYLES)}, or a file with the whole prompt around {{problem}}")
     add("--instruction", default=data.INSTRUCTION, help="put behind each problem")
     add("--examples", default="", help="file of solved problems put before each one (the recipe uses none)")
     add("--no_chat", action="store_true", help="plain problem text, for base models without a chat template")
     add("--max_prompt_len", type=int, default=4096, help="tokens; longer prompts are refused")
     add = p.add_argument_group("samples").add_argument
-    add("-n", "--n", type=int, default=16, help="of each problem. After torchrun write -n: before Python 3.12.7 "
-        "it takes --n for an option of its own")
+    add("-n", "--n", type=int, default=16, help="of each problem. After torchrun write -n: before Python "
+        "3.12.7 it takes --n for an option of its own")
     add("--max_tokens", type=int, default=32768, help="of a response")
     add("--temperature", type=float, default=0.6, help="0 is greedy")
     add("--top_p", type=float, default=0.95, help="nucleus; the validation in training uses 1.0")
@@ -659,7 +661,7 @@ def parse_args(argv=None):
     add("--out", default="eval", help="folder for the results")
     add("--name", default="", help="of the result files and of the table's row (default: from --model)")
     add("--engine", choices=["auto", "vllm", "torch"], default="auto", help="auto: vLLM if it runs the model")
-    add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="auto: bf16 if the GPU has it")
+    add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="auto: bf16 on newer GPUs")
     add("--gpu_memory", type=float, default=0.9, help="vLLM's share of each GPU")
     add("--max_seqs", type=int, default=0, help="rows generated at once on each rank; 0: the engine's choice")
     add = p.add_argument_group("saved results, instead of a model").add_argument
