@@ -87,16 +87,25 @@ def sequences(n=9, seed=0, vocab=100, longest=40):
     return out
 
 
-SMALL = ["--max_len", "24", "--prompts", "6", "--group", "4", "--lr", "1e-3", "--style", "plain", "--show_every", "0",
+SMALL = ["--max_len", "24", "--prompts", "6", "--group", "4", "--lr", "1e-3", "--style", "plain",
          "--engine", "torch"]
 
 
-def command(model, data, out, *options, ranks=1):
+def command(model, data, out, *options, ranks=1, program=ROOT / "grpo.py"):
     """The command line of a small run; later options win over the small defaults."""
     start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                                  "--nproc_per_node", str(ranks)]
-    return [*start, str(ROOT / "grpo.py"), "--model", model, "--data", data, "--out", str(out), *SMALL,
+    return [*start, str(program), "--model", model, "--data", data, "--out", str(out), *SMALL,
             *map(str, options)]
+
+
+def sabotaged(folder, code):
+    """A program that is grpo.py after `code` has run: it may replace functions, on one rank only with RANK."""
+    path = Path(folder) / "sabotaged.py"
+    path.write_text(f"import os, sys, time, signal\nsys.path.insert(0, {str(ROOT)!r})\n"
+                    f"RANK = int(os.environ.get('RANK', 0))\nimport common, grpo, policy, rollout\n{code}\n"
+                    f"grpo.main()\n")
+    return path
 
 
 def run(cmd, check=True, timeout=300, **env):
