@@ -239,9 +239,9 @@ PROOF = re.compile(r"\b(?:prove|(?:show|demonstrate|verify) that)\b", re.IGNOREC
 TASK = re.compile(r"\?|\b(?:find|determine|compute|calculate|evaluate|what|how|which|solve|express|simplify)\b",
                   re.IGNORECASE)
 STATED = re.compile(  # "the final answer is ...", "Answer: ...", and where such a statement ends
-    r"(?<!no )\bans(?:wers?)?\b(?:\s+(?:to|for|of)\s[^.$\n]{1,60}?)?[\s*]*"
-    r"(?:is|are|:|=|equals|becomes|(?:must|will|should|would) be)"
-    r"(?:[\s*:,]|\b(?:therefore|thus|then|also|simply|just|hence|exactly|given by|choice|option)\b)*"
+    r"(?:(?<!no )\bans(?:wers?)?\b|答案)(?:\s+(?:to|for|of)\s[^.$\n]{1,60}?)?[\s*]*"
+    r"(?:is|are|[:=：是为]|equals|becomes|(?:must|will|should|would) be)"
+    r"(?:[\s*:：,}]|\b(?:therefore|thus|then|also|simply|just|hence|exactly|given by|choice|option)\b)*"
     r"(\$\$.+?\$\$|\\\[.+?\\\]|[^\n]+?(?=(?<!\.)\.(?:\s|\$?$)|\n|$|[,;]?\s(?:because|since|which|where|as|so)\b))",
     re.IGNORECASE | re.DOTALL)
 OTHER_FORMAT = re.compile(  # a prompt that asks for its answer elsewhere than in a box
@@ -387,7 +387,7 @@ def is_no_answer(answer, problem=""):
     >>> [is_no_answer(a) for a in ("notfound", "\\text{N/A}", "NaN", "none", "7")]
     [True, True, True, False, False]
     """
-    plain = re.sub(r"\\[A-Za-z]+|[\\{}$<>\[\]()*\"'`#_-]", " ", answer)
+    plain = re.sub(r"\\(?:text|math|boxed|mbox)[a-z]*|[\\{}$<>\[\]()*\"'`#_-]", " ", answer)
     plain = " ".join(plain.split()).strip(" .!:,;")
     if plain.lower() == "none":
         return bool(PROOF.search(problem) and not TASK.search(problem))

