@@ -256,18 +256,17 @@ class Task:
 
     def __init__(self, args):
         self.model = policy_lib.open_model(args.model)
-        # rank 0 looks for all, since a shared disk may lag
-        newest = common.gather(policy_lib.newest_checkpoint(f"{args.out}/checkpoints"))[0]
-        self.checkpoint = newest if args.resume else None
+        folder = f"{args.out}/checkpoints"
+        names = common.gather(policy_lib.checkpoints(folder))[0]  # rank 0 looks for all: a shared disk may lag
+        self.checkpoint = f"{folder}/{names[-1]}" if names and args.resume else None
         together("start", lambda: self.open(args))
+        check_disk(args, self.model.parameters, len(names))
         if args.resume:
-            say(f"resuming from {newest}" if newest else f"no checkpoint in {args.out}: starting from step 0")
+            say(f"resuming from {self.checkpoint}" if names else f"no checkpoint in {args.out}: starting anew")
 
     def open(self, args):
         if self.checkpoint:
-            policy_lib.check_same_model(self.checkpoint, self.model)
-        saves = args.steps // args.save_every
-        policy_lib.check_disk(f"{args.out}/checkpoints", self.model.parameters, args.keep, saves)
+            policy_lib.check_checkpoint(self.checkpoint, self.model.shapes)
         self.tokenizer = AutoTokenizer.from_pretrained(self.model.folder)
         self.style = evaluate.load_style(args.style)
         self.grade = evaluate.load_reward(args.reward, self.style)
@@ -300,6 +299,21 @@ class Task:
             say(f"{path}: {note}")
         check_tokenizer(self.tokenizer, [p.problem for p in problems], prompts, self.model.vocabulary)
         return problems, prompts
+
+
+def check_disk(args, parameters, there):
+    """Refuse a disk too small for the checkpoints that are still to come: fp32 weights twice, two Adam moments."""
+    saves, whole, hf = args.steps // args.save_every + 1, 16 * parameters, 4 * parameters
+    need = max(1, min(args.keep, saves) + 1 - there) * whole
+    if args.keep == 0:
+        need = max(1, 3 - there) * (whole - hf) + saves * hf
+    existing = os.path.abspath(args.out)
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing)
+    free = shutil.disk_usage(existing).free
+    if free < need:
+        raise RankError(f"{args.out} has {free / 2**30:.1f} GiB free, its checkpoints need {need / 2**30:.1f} GiB: "
+                        f"take another --out, a smaller --keep or a larger --save_every")
 
 
 @dataclass
@@ -340,7 +354,7 @@ class Learner:
         args, device = self.args, self.device
         kept = [p for p in prompts.tolist() if not args.drop_zero_variance or advantages[p].any()]
         rows = [samples[p * args.group + j] for p in kept for j in range(args.group)]
-        micro = policy_lib.pack([(s.prompt_ids, s.response_ids) for s in rows], self.task.budget,
+        micro = policy_lib.pack([(s.prompt_ids, s.response_ids.tolist()) for s in rows], self.task.budget,
                                 dist.get_rank(), dist.get_world_size(), device)
         flat, none = advantages[kept].flatten(), np.zeros(0, np.float32)
         mine = [flat[m.rows] if m.rows else torch.zeros(1) for m in micro]
@@ -353,7 +367,11 @@ class Learner:
     @torch.no_grad()
     def score(self, model, mini):
         """Log-probs [R] of every micro-batch under `model`; None without a model."""
-        return model and [model(m, self.args.temperature)[0] for m in mini.micro]
+        if model is None:
+            return None
+        scores = [model(m, self.args.temperature)[0] for m in mini.micro]
+        model.reshard()  # FSDP keeps embedding and head gathered after a forward that no backward follows
+        return scores
 
     def update(self, step, mini, old_logp, ref_logp, stats):
         """One optimizer step. A loss or gradient that is not finite skips it, on all ranks together."""
@@ -406,14 +424,14 @@ class Learner:
         good checkpoint must stay. `unwritten`: lines that metrics.jsonl does not hold yet."""
         if self.skipped_in_a_row:
             return say(f"no checkpoint at step {step}: the last update was not finite")
-        if policy_lib.damaged(self.policy):
-            raise RankError(f"after step {step} a weight is not finite: {DAMAGED}")
         state = {"step": step, "generated": generated, "skipped": self.skipped, "unwritten": unwritten,
                  "world": dist.get_world_size(), "config": vars(self.args)}
         try:
             policy_lib.save_checkpoint(f"{self.args.out}/checkpoints", step, self.policy, self.optimizer,
                                        self.task.tokenizer, state, self.args.keep)
             self.saved = step
+        except FloatingPointError:
+            raise RankError(f"after step {step} a weight is not finite: {DAMAGED}") from None
         except OSError as e:
             say(f"ALARM {e}\n      training goes on; free some disk space or lower --keep")
 
