@@ -30,7 +30,6 @@ import textwrap
 import time
 import uuid
 from collections import Counter
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -61,8 +60,8 @@ RECIPES = {
 CISPO = {"clip_low": 1.0, "clip_high": 4.0}  # no lower bound (MiniMax-M1), weights up to 5 (TRL's advice)
 MEMORY = ": lower --token_budget, --gpu_memory or --max_len, or use more ranks"
 MAX_SKIPS = 5                                # updates in a row that are not finite and end a run
-DAMAGED = ("the weights are damaged. They are not saved, the last good checkpoint stays. The same resume would "
-           "repeat what broke them, so change something: a lower --lr or --grad_clip, or --dtype float32")
+DAMAGED = ("the weights are damaged. They are not saved, the last good checkpoint stays. Resuming would repeat "
+           "what broke them, so change something: a lower --lr or --grad_clip, or --dtype float32")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -98,7 +97,7 @@ def grpo_loss(logp, old_logp, advantages, lengths=None, *, ref_logp=None, engine
               agg="token", total=None):
     """The GRPO loss of one micro-batch of packed response tokens -> (scalar loss, statistics as token sums).
 
-    logp [R] with gradient. old_logp [R] of the policy that the batch started from, or None for this very policy
+    logp [R] with gradient. old_logp [R] of the policy that the batch started from, None for this very policy
     (first update after a rollout: the ratio is 1, its gradient is not). advantages [R] or [S]; lengths [S] in
     tokens; ref_logp [R] for the KL term, entropy [R] for the bonus, engine_logp [R] as sampled.
 
@@ -170,7 +169,7 @@ def mismatch(logp, engine_logp):
 # ------------------------------------------------------------------------------------------------------------
 
 def train(args, device):
-    """Build the parts, then the loop: a turn of it is a step of the paper. -> the signal that ended it, or 0."""
+    """Build the parts, then the loop: a turn of it is a step of the paper -> the signal that ended it, or 0."""
     task, log = Task(args), together("report", lambda: Log(args))
     # the engine first: vLLM measures the memory that is free when it starts; it sleeps while the rest loads
     engine = make_engine(args.engine, task.model.folder, max_model_len=task.longest, dtype=args.dtype,
@@ -182,8 +181,8 @@ def train(args, device):
     step, generated = state["step"], state["generated"]
     line = log.start(step, state.get("unwritten", []))
     engine.push(learner.policy.full_weights())
-    say(f"{task.model.parameters / 1e6:,.1f} M parameters, {len(task.problems):,} problems, {args.dtype}, engine "
-        f"{engine.name}, {dist.get_world_size()} x {device.type}\n{HEADER}")
+    say(f"{task.model.parameters / 1e6:,.1f} M parameters, {len(task.problems):,} problems, {args.dtype}, "
+        f"engine {engine.name}, {dist.get_world_size()} x {device.type}\n{HEADER}")
     signals = common.catch_signals()
     training = Sampling(n=args.group, temperature=args.temperature, max_tokens=args.max_len, seed=args.seed)
     validation = Sampling(n=args.eval_n, temperature=args.eval_temperature, top_p=args.eval_top_p,
@@ -195,14 +194,14 @@ def train(args, device):
                        stop=lambda: bool(signals), desc=desc)
 
     def validate():
-        """Scores on the held-out problems, by the functions and seeds of evaluate.py; None if a signal came."""
+        """Scores on the held-out problems, by functions and seeds of evaluate.py; None if a signal came."""
         samples, seconds = generate(task.eval_problems, task.eval_prompts, validation, "eval", "evaluate")
         engine.sleep(keep_weights=True)
         scores = samples and evaluate.curve_point(samples, task.eval_problems, args.eval_n)
         return scores and {**scores, "eval_seconds": sum(seconds.values())}
 
     while True:
-        if line:  # of the step before, or of one that a signal or a kill cut short: it may want its validation
+        if line:  # of the last step, or of one that a signal or a kill cut short: it may want its validation
             due = args.eval_every and (step % args.eval_every == 0 or step == args.steps)
             scores = validate() if due else {}
             if scores is None:
@@ -239,15 +238,19 @@ def train(args, device):
         clock.lap("sync")
 
         step, generated = step + 1, generated + sum(len(s.response_ids) for s in samples)
-        line = {"step": step, **rollout_metrics(samples, rewards), **update_metrics(stats), **learner.metrics(),
-                **clock.metrics(seconds), "tokens_total": generated}
+        line = {"step": step, **rollout_metrics(samples, rewards), **update_metrics(stats),
+                **learner.metrics(), **clock.metrics(seconds), "tokens_total": generated}
         log.write_rollouts(step, samples, problems, advantages)
         if step % args.save_every == 0 or step == args.steps:
             learner.save(step, generated, [*log.unwritten(), line])
     if step and learner.saved != step:
         learner.save(step, generated, log.unwritten() + ([line] if line else []))
     engine.close()
-    log.end(step, learner.saved)
+    if step < args.steps:
+        say(f"stopped after step {step}; --resume goes on from checkpoint {learner.saved}")
+    else:
+        say(f"done. Next: python evaluate.py --model {args.out}/checkpoints/{learner.saved:06d}/hf\n"
+            f"            python figures.py {args.out}\n      or go on: --resume with a larger --steps")
     return signals[0] if signals else 0
 
 
@@ -257,12 +260,12 @@ class Task:
     def __init__(self, args):
         self.model = policy_lib.open_model(args.model)
         folder = f"{args.out}/checkpoints"
-        names = common.gather(policy_lib.checkpoints(folder))[0]  # rank 0 looks for all: a shared disk may lag
+        names = common.gather(policy_lib.checkpoints(folder))[0]  # of rank 0: a shared disk may lag
         self.checkpoint = f"{folder}/{names[-1]}" if names and args.resume else None
         together("start", lambda: self.open(args))
         check_disk(args, self.model.parameters, len(names))
         if args.resume:
-            say(f"resuming from {self.checkpoint}" if names else f"no checkpoint in {args.out}: starting anew")
+            say(f"resuming from {self.checkpoint}" if names else f"no checkpoint in {args.out}: a fresh start")
 
     def open(self, args):
         if self.checkpoint:
@@ -276,7 +279,7 @@ class Task:
                              f"{args.model}: lower it below {most}")
         room = min(args.max_prompt_len, most - response)
         self.problems, self.prompts = self.encode(args, args.data, room)
-        data.batch_indices(len(self.problems), 0, args.prompts, args.seed)  # refuses a set too small for a step
+        data.batch_indices(len(self.problems), 0, args.prompts, args.seed)  # refuses a set that is too small
         held_out = args.eval_data if args.eval_every else None
         self.eval_problems, self.eval_prompts = self.encode(args, held_out, room) if held_out else ([], [])
         self.longest = response + max(map(len, self.prompts + self.eval_prompts))
@@ -292,8 +295,8 @@ class Task:
         examples = data.load_problems(args.examples) if args.examples else ()
         problems, prompts, dropped = evaluate.encode(self.style, problems, self.tokenizer, room,
                                                      args.instruction, not args.no_chat, examples)
-        notes = [dropped and f"{dropped} of {dropped + len(problems)} prompts are longer than {room} tokens and "
-                 f"were dropped", not args.reward and data.check_golds(problems, args.allow_unreadable),
+        total, golds = dropped + len(problems), not args.reward and data.check_golds(problems, args.allow_unreadable)
+        notes = [dropped and f"{dropped} of {total} prompts are longer than {room} tokens and were dropped", golds,
                  data.format_warning(problems)]
         for note in filter(None, notes):
             say(f"{path}: {note}")
@@ -302,7 +305,7 @@ class Task:
 
 
 def check_disk(args, parameters, there):
-    """Refuse a disk too small for the checkpoints that are still to come: fp32 weights twice, two Adam moments."""
+    """Refuse a disk too small for the checkpoints still to come: fp32 weights twice, two Adam moments."""
     saves, whole, hf = args.steps // args.save_every + 1, 16 * parameters, 4 * parameters
     need = max(1, min(args.keep, saves) + 1 - there) * whole
     if args.keep == 0:
@@ -312,17 +315,8 @@ def check_disk(args, parameters, there):
         existing = os.path.dirname(existing)
     free = shutil.disk_usage(existing).free
     if free < need:
-        raise RankError(f"{args.out} has {free / 2**30:.1f} GiB free, its checkpoints need {need / 2**30:.1f} GiB: "
+        raise RankError(f"{args.out} has {free / 2**30:.1f} GiB free, its checkpoints need {need / 2**30:.1f}: "
                         f"take another --out, a smaller --keep or a larger --save_every")
-
-
-@dataclass
-class MiniBatch:
-    """One optimizer update: this rank's micro-batches and, for each of them, what belongs to its samples."""
-    micro: list           # policy.MicroBatch
-    advantages: list      # [S]
-    engine_logp: list     # [R]
-    total: int            # the global count that the loss divides by
 
 
 class Learner:
@@ -350,47 +344,48 @@ class Learner:
         return policy.shard(dtype, self.device) if shard else policy
 
     def pack(self, samples, advantages, prompts):
-        """This rank's MiniBatch of some rows of `advantages` [P, G]. It has all samples, so it knows the total."""
+        """One optimizer update on some rows of `advantages` [P, G] -> this rank's micro-batches, each with its
+        advantages [S] and engine log-probs [R], and the global count that the loss divides by."""
         args, device = self.args, self.device
         kept = [p for p in prompts.tolist() if not args.drop_zero_variance or advantages[p].any()]
         rows = [samples[p * args.group + j] for p in kept for j in range(args.group)]
         micro = policy_lib.pack([(s.prompt_ids, s.response_ids.tolist()) for s in rows], self.task.budget,
                                 dist.get_rank(), dist.get_world_size(), device)
-        flat, none = advantages[kept].flatten(), np.zeros(0, np.float32)
-        mine = [flat[m.rows] if m.rows else torch.zeros(1) for m in micro]
-        logp = [np.concatenate([none, *(rows[i].logprobs for i in m.rows)]) for m in micro]
+        flat, none, out = advantages[kept].flatten(), np.zeros(0, np.float32), []
+        for m in micro:
+            logp = torch.from_numpy(np.concatenate([none, *(rows[i].logprobs for i in m.rows)]))
+            out.append((m, (flat[m.rows] if m.rows else torch.zeros(1)).to(device), logp.to(device)))
         tokens = sum(len(s.response_ids) for s in rows)
-        total = {"token": tokens, "seq": len(rows), "const": len(rows) * args.max_len}[args.loss_agg]
-        return MiniBatch(micro, [x.to(device) for x in mine], [torch.from_numpy(x).to(device) for x in logp],
-                         total)
+        return out, {"token": tokens, "seq": len(rows), "const": len(rows) * args.max_len}[args.loss_agg]
 
     @torch.no_grad()
     def score(self, model, mini):
         """Log-probs [R] of every micro-batch under `model`; None without a model."""
         if model is None:
             return None
-        scores = [model(m, self.args.temperature)[0] for m in mini.micro]
+        scores = [model(m, self.args.temperature)[0] for m, _, _ in mini[0]]
         model.reshard()  # FSDP keeps embedding and head gathered after a forward that no backward follows
         return scores
 
     def update(self, step, mini, old_logp, ref_logp, stats):
         """One optimizer step. A loss or gradient that is not finite skips it, on all ranks together."""
-        args, options = self.args, {k: getattr(self.args, k) for k in LOSS_OPTIONS}
-        if mini.total == 0:
+        (micro, total), args = mini, self.args
+        options = {name: getattr(args, name) for name in LOSS_OPTIONS}
+        if total == 0:
             stats["updates_empty"] += 1  # every group of it was all right or all wrong
             return
         for group in self.optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
-        quiet = None if dist.get_rank() == 0 else True
-        for i, m in enumerate(tqdm(mini.micro, desc="update", leave=False, disable=quiet)):
+        bar = tqdm(micro, desc="update", leave=False, disable=None if dist.get_rank() == 0 else True)
+        for i, (m, advantages, engine_logp) in enumerate(bar):
             logp, entropy = self.policy(m, args.temperature, entropy_grad=args.entropy_coef != 0)
             old = old_logp[i] if old_logp else logp.detach()
-            loss, sums = grpo_loss(logp, old, mini.advantages[i], m.lengths, engine_logp=mini.engine_logp[i],
-                                   ref_logp=ref_logp[i] if ref_logp else None, entropy=entropy,
-                                   agg=args.loss_agg, total=mini.total, **options)
+            loss, sums = grpo_loss(logp, old, advantages, m.lengths, engine_logp=engine_logp, entropy=entropy,
+                                   ref_logp=ref_logp[i] if ref_logp else None, agg=args.loss_agg, total=total,
+                                   **options)
             # FSDP averages gradients over ranks; the loss is divided by the global count already: undo that
             (loss * self.policy.grad_divisor).backward()
-            sums |= {**mismatch(old, mini.engine_logp[i]), "loss": loss.detach()}
+            sums |= {**mismatch(old, engine_logp), "loss": loss.detach()}
             for name, value in sums.items():  # they stay on the device: reading one would wait for it
                 stats[name] = stats[name] + value.double()
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), args.grad_clip or math.inf)
@@ -407,7 +402,7 @@ class Learner:
         self.optimizer.zero_grad()
         if self.skipped_in_a_row >= MAX_SKIPS:
             raise RankError(f"{MAX_SKIPS} updates in a row had a loss or gradient that is not finite. The last "
-                            f"good checkpoint is whole: lower --lr or --grad_clip, or look at the last rollouts")
+                            f"good checkpoint stays: lower --lr or --grad_clip, look at the newest rollouts")
 
     def metrics(self):
         """What the optimizer did; memory is the largest of all ranks, of the card or else of the process."""
@@ -420,8 +415,8 @@ class Learner:
         return {"updates_skipped": self.skipped, "lr": rate, "memory_gib": max(common.gather(used))}
 
     def save(self, step, generated, unwritten):
-        """A checkpoint. A full disk costs the checkpoint, not the run. Damaged weights end the run, since the last
-        good checkpoint must stay. `unwritten`: lines that metrics.jsonl does not hold yet."""
+        """A checkpoint. A full disk costs the checkpoint, not the run. Damaged weights end the run: the last good
+        checkpoint must stay. `unwritten`: lines that metrics.jsonl does not hold yet."""
         if self.skipped_in_a_row:
             return say(f"no checkpoint at step {step}: the last update was not finite")
         state = {"step": step, "generated": generated, "skipped": self.skipped, "unwritten": unwritten,
@@ -456,8 +451,8 @@ class Learner:
 # ------------------------------------------------------------------------------------------------------------
 
 HEADER = "   step/total | reward  none   all |  length   cut | entropy mismatch gradient | seconds  tok/s | eval"
-# mean KL and ratio error between engine and trainer: an honest bf16 engine with an fp32 head was measured at a KL
-# of 1.2e-3, fp32 ones below 1e-9; NeMo-RL asserts 5e-4 and 1.05 for this very model in bf16
+# mean KL and ratio error between engine and trainer: an honest bf16 engine with an fp32 head was measured at a
+# KL of 1.2e-3, fp32 ones below 1e-9; NeMo-RL asserts 5e-4 and 1.05 for this very model in bf16
 MISMATCH = {"float32": (1e-5, 1.01), "bfloat16": (5e-3, 1.1)}
 GROUPS = {"solve": "reward", "truncated": "length", "tokens": "length", "seconds": "time", "memory": "time",
           "reward": "reward", "length": "length", "mismatch": "mismatch", "eval": "eval"}  # all else: policy
@@ -465,7 +460,7 @@ LOSS_OPTIONS = ("loss", "clip_low", "clip_high", "kl_coef", "entropy_coef", "tis
 
 
 def rollout_metrics(samples, rewards):
-    """What the samples of a step say by themselves. rewards [P, G]; lengths in tokens, None if there are none."""
+    """What the samples of a step say by themselves. rewards [P, G]; lengths in tokens, None without samples."""
     length = torch.tensor([len(s.response_ids) for s in samples], dtype=torch.float32)
     cut = torch.tensor([s.finish_reason == "length" for s in samples])
     right = rewards >= evaluate.RIGHT                                                               # [P, G]
@@ -515,7 +510,7 @@ class Clock:
 
 
 def open_tracker(args):
-    """A function (numbers, step) that mirrors metrics to --report_to; a missing package is refused at once."""
+    """A function (numbers, step) that mirrors metrics to --report_to. A missing package is refused at once."""
     if args.report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
         writer = SummaryWriter(f"{args.out}/tensorboard")
@@ -538,10 +533,9 @@ class Log:
         self.track = open_tracker(args) if args.report_to != "none" and self.rank == 0 else None
 
     def start(self, step, waiting):
-        """Make the files agree with the checkpoint -> the line that still has to be finished, or None.
-
-        Lines of later steps go: those steps are done again. `waiting` are lines that the disk did not have when
-        the checkpoint was written; the one of its own step may still want its validation."""
+        """Make metrics.jsonl agree with the checkpoint -> the line that still has to be finished, or None. Lines
+        of later steps go: those steps are done again. `waiting` are lines that the file did not have when the
+        checkpoint was written; the one of its own step may still want its validation."""
         mine = together("metrics.jsonl", lambda: self.read(step) if self.rank == 0 else None)
         self.rows = common.gather(mine)[0]
         there = [row["step"] for row in self.rows]
@@ -555,8 +549,8 @@ class Log:
 
     def read(self, step):
         """What rank 0 does before the first step: config.json, a stop file left behind, the lines so far."""
-        options, stop = vars(self.args), f"{self.args.out}/stop"
-        config = {"options": options, "world": dist.get_world_size(), "command": sys.argv, **common.provenance()}
+        options, stop, config = vars(self.args), f"{self.args.out}/stop", common.provenance()
+        config |= {"options": options, "world": dist.get_world_size(), "command": sys.argv}
         common.write_atomic(f"{self.args.out}/config.json", json.dumps(config, indent=1))
         say(textwrap.fill("  ".join(f"{k}={v}" for k, v in options.items()), 118, break_on_hyphens=False))
         if os.path.exists(stop):
@@ -627,30 +621,24 @@ class Log:
 
     def alarms(self, m):
         """Signs of a run that looks healthy and is not, each with its cure."""
-        n, (most_kl, most_mult) = self.args.prompts * self.args.group, MISMATCH[self.args.dtype]
+        n, cut = self.args.prompts * self.args.group, f"{m['truncated']:.0%}"
         self.unpaid = 0 if m["reward"] else self.unpaid + 1
         if self.unreadable:
             p, k = self.unreadable[0], len(self.unreadable)
-            self.alarm("gold", k, f"{k} of {n} samples can earn nothing: the grader cannot read their answers, such "
-                       f"as {p.answer!r} of problem {p.id}")
+            self.alarm("gold", k, f"{k} of {n} samples can earn nothing: the grader cannot read their answers, "
+                       f"such as {p.answer!r} of problem {p.id}")
         elif self.unpaid in (1, 3, 10):
             say(f"ALARM no reward in {self.unpaid} step(s): of the last {n} samples {m['reward_no_close']} had no "
-                f"</think>, {m['reward_no_box']} no \\boxed{{}}, {m['truncated']:.0%} were cut off. A model that "
-                f"never writes </think> needs --style plain, one that is cut off a larger --max_len")
-        kl, mult = m["mismatch_kl"] or 0, m["mismatch_mult"] or 0
-        if kl > most_kl or mult > most_mult:
-            self.alarm("mismatch", kl, f"engine and trainer disagree: KL {kl:.1e} (bound {most_kl:g}), ratio error "
-                       f"{mult:.3f} (bound {most_mult}). If it grows, the engine's weights are stale; if not, it is "
-                       f"precision: --dtype float32, or --tis_cap 2")
+                f"</think>, {m['reward_no_box']} no \\boxed{{}}, {cut} were cut off. A model that never writes "
+                f"</think> needs --style plain, one that is cut off a larger --max_len")
+        kl, mult, (most_kl, most_mult) = m["mismatch_kl"], m["mismatch_mult"], MISMATCH[self.args.dtype]
+        if kl is not None and (kl > most_kl or mult > most_mult):
+            self.alarm("mismatch", kl, f"engine and trainer disagree: KL {kl:.1e} (bound {most_kl:g}), ratio "
+                       f"error {mult:.3f} (bound {most_mult}). If it grows, the engine's weights are stale; if "
+                       f"not, it is precision: --dtype float32, or --tis_cap 2")
         if m["truncated"] > 0.5:
-            self.alarm("cut", m["truncated"], f"{m['truncated']:.0%} of the samples were cut off at --max_len "
+            self.alarm("cut", m["truncated"], f"{cut} of the samples were cut off at --max_len "
                        f"{self.args.max_len} and earn nothing: raise it, or use a model that writes less")
-
-    def end(self, step, saved):
-        if step < self.args.steps:
-            return say(f"stopped after step {step}; --resume goes on from checkpoint {saved}")
-        say(f"done. Next: python evaluate.py --model {self.args.out}/checkpoints/{saved:06d}/hf\n"
-            f"            python figures.py {self.args.out}\n      or go on: --resume with a larger --steps")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -659,13 +647,13 @@ class Log:
 
 OPTIONS = {
     "model and data": [
-        ("recipe", list(RECIPES), "deepscaler", None, "defaults of many options below; what is given by hand wins"),
-        ("model", str, "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", None, "folder or hub name of the start weights"),
-        ("data", str, os.path.join(HERE, "assets/train.jsonl.gz"), None, "training problems: a file or a hub name"),
+        ("recipe", list(RECIPES), "deepscaler", None, "defaults of many options; what is given by hand wins"),
+        ("model", str, "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", None, "folder or hub name"),
+        ("data", str, os.path.join(HERE, "assets/train.jsonl.gz"), None, "problems: a file or a hub name"),
         ("problem_field", str, None, None, "field of --data with the problem, if it is not found by itself"),
         ("answer_field", str, None, None, "field of --data with the answer, if it is not found by itself"),
         ("allow_unreadable", bool, False, None, "train although the grader cannot read many of the answers"),
-        ("style", str, "r1", None, "how to ask, what is graded: a style of evaluate.py or a file with {problem}"),
+        ("style", str, "r1", None, "how to ask and what to grade: a style of evaluate.py, or a file"),
         ("instruction", str, data.INSTRUCTION, None, "sentence behind each problem"),
         ("no_chat", bool, False, None, "prompt without a chat template, for base models that have none"),
         ("examples", str, None, None, "file of solved problems shown before each problem"),
@@ -679,7 +667,7 @@ OPTIONS = {
         ("updates", int, 2, 1, "optimizer updates for each rollout batch"),
         ("temperature", float, 0.6, 1e-6, "of sampling and of the training logits"),
         ("advantage", ["std", "mean"], "std", None, "divide by the group's std, or not (Dr. GRPO)"),
-        ("loss", ["clip", "cispo"], "clip", None, "see grpo_loss; cispo has its own defaults of the clip options"),
+        ("loss", ["clip", "cispo"], "clip", None, "see grpo_loss; cispo has clip defaults of its own"),
         ("clip_low", float, 0.2, 0, "the ratio may fall to 1 - this"),
         ("clip_high", float, 0.2, 0, "the ratio may rise to 1 + this"),
         ("kl_coef", float, 0.001, 0, "weight of the KL to the start weights; 0: no reference is loaded"),
@@ -692,9 +680,9 @@ OPTIONS = {
         ("warmup_steps", int, 0, 0, "steps of linear warm-up"),
         ("weight_decay", float, 0.01, 0, "decoupled"),
         ("grad_clip", float, 1.0, 0, "largest global norm; 0: any"),
-        ("optimizer_from", str, None, None, "checkpoint of the run that wrote --model: take over its optimizer")],
+        ("optimizer_from", str, None, None, "checkpoint whose optimizer goes on, of the run that wrote --model")],
     "validation": [
-        ("eval_data", str, "auto", None, "held-out problems, or none; auto: AIME 2024 with the default --data"),
+        ("eval_data", str, "auto", None, "held-out problems or none; auto: AIME 2024 with default --data"),
         ("eval_every", int, 20, 0, "steps; also before the first and after the last. 0: never"),
         ("eval_n", int, 8, 1, "samples of each held-out problem"),
         ("eval_temperature", float, 0.6, 0, "of validation samples"),
@@ -709,8 +697,8 @@ OPTIONS = {
         ("report_to", ["none", "tensorboard", "wandb", "trackio"], "none", None, "mirror the metrics"),
         ("seed", int, 0, None, "of data order and samples")],
     "machine": [
-        ("engine", ["auto", "vllm", "torch"], "auto", None, "who generates; auto: vLLM where it is installed"),
-        ("dtype", ["auto", "bfloat16", "float32"], "auto", None, "of compute; auto: bfloat16 where the card has it"),
+        ("engine", ["auto", "vllm", "torch"], "auto", None, "who generates; auto: vLLM if installed"),
+        ("dtype", ["auto", "bfloat16", "float32"], "auto", None, "auto: bfloat16 if the card has it"),
         ("token_budget", int, 0, 0, "packed tokens of a micro-batch; 0: 32,768 on a GPU, 2,048 on a CPU"),
         ("recompute", int, -1, -1, "activation checkpointing, 0 or 1; -1: on a GPU yes, else no"),
         ("gpu_memory", float, 0.6, 0.01, "vLLM's share of each GPU"),
@@ -719,12 +707,12 @@ OPTIONS = {
 SELECT = "python data.py select leaves problems out"
 GONE = {"--difficulty": SELECT, "--min_rate": SELECT, "--max_rate": SELECT, "--max_chars": SELECT,
         "--ref_model": "the reference of the KL term is --model", "--enforce_eager": "it was for debugging",
-        "--show_every": "python figures.py RUN shows the samples", "--logit_chunk": "tiles take at most 0.6 GB",
-        "--max_skips": f"{MAX_SKIPS} bad updates in a row end a run", "--sleep": "vLLM always sleeps while training"}
+        "--show_every": "python figures.py RUN shows samples", "--logit_chunk": "tiles take at most 0.6 GB",
+        "--max_skips": f"{MAX_SKIPS} bad updates in a row end a run", "--sleep": "vLLM always sleeps in training"}
 
 
 def parse_args(argv=None):
-    """Defaults, then those of --recipe and --loss, then what is given by hand; refused before anything loads."""
+    """Defaults, then those of --recipe and --loss, then what is given by hand."""
     p = common.Parser(OPTIONS, GONE, description=__doc__.split("\n")[0])
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
@@ -753,7 +741,7 @@ def main(argv=None):
     try:
         with common.lock(f"{args.out}/lock"):
             if common.any_rank(os.path.exists(f"{args.out}/metrics.jsonl") and not args.resume):
-                raise RankError(f"{args.out} holds a run: --resume goes on with it, another --out starts anew")
+                raise RankError(f"{args.out} holds a run: --resume goes on, another --out starts afresh")
             ended_by = train(args, device)
     except RankError as e:
         memory = MEMORY if common.is_out_of_memory(e) else ""
