@@ -11,6 +11,7 @@ import difflib
 import fcntl
 import gzip
 import json
+import math
 import os
 import shutil
 import signal
@@ -110,8 +111,8 @@ def is_out_of_memory(error):
 class lock:
     """Hold the file PATH while any process of this run lives. All ranks call it together; RankError if taken.
 
-    Rank 0 asks for it alone, then all share it: a worker that outlives its torchrun still holds it, and the kernel
-    lets go when the last one ends, however it ends."""
+    Rank 0 asks for it alone, then all share it: a worker that outlives its torchrun still holds it, and the
+    kernel lets go when the last one ends, however it ends."""
 
     def __init__(self, path):
         self.path, self.file = os.path.abspath(path), None
@@ -156,35 +157,21 @@ def write_atomic(path, content):
             os.remove(partial)
 
 
-def append_lines(path, text):
-    """Append whole lines and wait until the disk has them; a write that fails is taken back."""
-    before = os.path.getsize(path) if os.path.exists(path) else 0
-    try:
-        with open(path, "ab") as f:
-            f.write(text.encode())
-            f.flush()
-            os.fsync(f.fileno())
-    except OSError:
-        os.truncate(path, before)
-        raise
-
-
-def refuse_line(text):
-    raise ValueError(text)
-
-
 def read_lines(path, on_bad=None):
-    """Yield the objects of a JSON-lines file, gzipped or not. Half a last line, which a crash leaves, is skipped.
-    Any other bad line is named with file and number: to on_bad(text), then reading goes on, or in a ValueError."""
+    """Yield the objects of a JSON-lines file, gzipped or not. Half a last line, as a crash leaves it, is skipped.
+    Any other bad line is named with file and number: to on_bad(text), or in a ValueError."""
+    opener = gzip.open if path.endswith(".gz") else open
     try:
-        opener = gzip.open if path.endswith(".gz") else open
         with opener(path, "rt", encoding="utf-8", errors="replace") as f:
             for number, line in enumerate(f, 1):
                 try:
                     yield dict(json.loads(line))
                 except (ValueError, TypeError):
                     if line.strip() and line.endswith("\n"):
-                        (on_bad or refuse_line)(f"{path}, line {number} is no JSON object")
+                        text = f"{path}, line {number} is no JSON object"
+                        if on_bad is None:
+                            raise ValueError(text) from None
+                        on_bad(text)
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise ValueError(f"{path} is damaged ({e})") from None
 
@@ -226,17 +213,28 @@ def table(head, rows):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that shows each default once. `parse` answers misspelt options, and those that have gone:
-    gone = {"--old": "what to use now"}."""
+    """argparse that shows each default once, knows the smallest value of a number, and answers words it does not know.
 
-    def __init__(self, gone=(), **kw):
+    table: {group: [(name, type or list of choices, default, smallest value or None, help)]}; bool makes a flag.
+    gone: {"--old": "what to use now"}."""
+
+    def __init__(self, table=None, gone=None, **kw):
         super().__init__(allow_abbrev=False, formatter_class=Help, **kw)
-        self.gone = dict(gone)
+        self.table, self.gone = table or {}, gone or {}
+        for title, rows in self.table.items():
+            group = self.add_argument_group(title)
+            for name, kind, default, _, text in rows:
+                how = {"choices": kind} if isinstance(kind, list) else {"type": kind}
+                how = {"action": "store_true"} if kind is bool else how
+                group.add_argument(f"--{name}", default=default, help=text, **how)
 
     def parse(self, argv=None):
         args, unknown = self.parse_known_args(argv)
         if unknown:
             self.refuse(unknown)
+        for name, _, _, smallest, _ in [row for rows in self.table.values() for row in rows]:
+            if smallest is not None and not smallest <= getattr(args, name) < math.inf:
+                self.error(f"--{name} must be finite and at least {smallest:g}")
         return args
 
     def refuse(self, unknown):
@@ -244,8 +242,7 @@ class Parser(argparse.ArgumentParser):
         word = next((w for w in unknown if w.startswith("--")), unknown[0]).split("=")[0]
         if word in self.gone:
             self.error(f"{word} has gone: {self.gone[word]}")
-        known = [s for action in self._actions for s in action.option_strings]
-        close = difflib.get_close_matches(word, known, 1)
+        close = difflib.get_close_matches(word, [s for a in self._actions for s in a.option_strings], 1)
         self.error(f"unknown option {word}" + (f": did you mean {close[0]}?" if close else ""))
 
 

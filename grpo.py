@@ -1,9 +1,9 @@
 """grpo.py - one stage of DeepScaleR: GRPO with a 0/1 answer-checking reward.
 
-    torchrun --nproc_per_node 8 grpo.py --max_len 8192          # the recipe on 8 GPUs; more nodes: --nnodes ...
-    python grpo.py --model DIR --data FILE --max_len 256 --out RUN       # one process, GPU or laptop
-    python grpo.py --out RUN --resume ...                       # go on from the newest checkpoint
-    touch RUN/stop                                              # save and leave after this step
+    torchrun --nproc_per_node 8 grpo.py --max_len 8192                # 8 GPUs; more nodes: --nnodes ...
+    python grpo.py --model DIR --data FILE --max_len 256 --out RUN    # one process, GPU or laptop
+    python grpo.py --out RUN --resume ...                             # go on from the newest checkpoint
+    touch RUN/stop                                                    # save and leave after this step
 
 One step: P problems are answered G times each. A right answer earns 1, a wrong one 0. The advantage of an
 answer is its reward compared with the other answers to the same problem. A clipped policy gradient moves the
@@ -30,7 +30,6 @@ import textwrap
 import time
 import uuid
 from collections import Counter
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -58,10 +57,11 @@ RECIPES = {
                "prompts": 256, "updates": 4, "max_len": 15360, "steps": 4380, "warmup_steps": 10,
                "weight_decay": 0.1},
 }
-CISPO = {"clip_low": 1.0, "clip_high": 4.0}  # no lower bound (MiniMax-M1), weights of at most 5 (TRL's advice)
+CISPO = {"clip_low": 1.0, "clip_high": 4.0}  # no lower bound (MiniMax-M1), weights up to 5 (TRL's advice)
+MEMORY = ": lower --token_budget, --gpu_memory or --max_len, or use more ranks"
 MAX_SKIPS = 5                                # updates in a row that are not finite and end a run
-DAMAGED = ("the weights are damaged. They are not saved and the last good checkpoint is kept. The same resume would "
-           "repeat what broke them, so change something: a lower --lr or --grad_clip, or --dtype float32")
+DAMAGED = ("the weights are damaged. They are not saved, the last good checkpoint stays. Resuming would repeat "
+           "what broke them, so change something: a lower --lr or --grad_clip, or --dtype float32")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -97,9 +97,9 @@ def grpo_loss(logp, old_logp, advantages, lengths=None, *, ref_logp=None, engine
               agg="token", total=None):
     """The GRPO loss of one micro-batch of packed response tokens -> (scalar loss, statistics as token sums).
 
-    logp [R] with gradient. old_logp [R] of the policy that the batch started from; None means "this very
-    policy" (first update after a rollout: the ratio is 1, its gradient is not). advantages [R] or [S], lengths
-    [S] in tokens. ref_logp [R] for the KL term, entropy [R] for the bonus, engine_logp [R] as sampled.
+    logp [R] with gradient. old_logp [R] of the policy that the batch started from, None for this very policy
+    (first update after a rollout: the ratio is 1, its gradient is not). advantages [R] or [S]; lengths [S] in
+    tokens; ref_logp [R] for the KL term, entropy [R] for the bonus, engine_logp [R] as sampled.
 
       ratio = exp(logp - old)           in log space a quotient of probabilities is a difference
       "clip"   -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)
@@ -120,7 +120,7 @@ def grpo_loss(logp, old_logp, advantages, lengths=None, *, ref_logp=None, engine
     (-0.3333, [-1.0, -1.0, 1.0])
     """
     if loss not in ("clip", "cispo") or agg not in ("token", "seq", "const"):
-        raise ValueError(f'loss is "clip" or "cispo", not {loss!r}; agg "token", "seq" or "const", not {agg!r}')
+        raise ValueError(f'loss must be "clip" or "cispo", agg "token", "seq" or "const": {loss!r}, {agg!r}')
     if agg == "const" and total is None:
         raise ValueError('agg="const" needs total: the number of sequences times max_len')
     if advantages.shape != logp.shape:
@@ -137,8 +137,8 @@ def grpo_loss(logp, old_logp, advantages, lengths=None, *, ref_logp=None, engine
         clipped = bounded != ratio
     if tis_cap > 0:
         per_token = per_token * (old_logp - engine_logp).clamp(-20, 20).exp().clamp(max=tis_cap).detach()
-    stats = {"tokens": torch.ones_like(logp).sum(), "pg_loss": per_token.sum(), "clip_fraction": clipped.sum(),
-             "ratio_mean": ratio.sum(), "approx_kl": (ratio - 1 - log_ratio).sum()}
+    stats = {"tokens": torch.ones_like(logp).sum(), "pg_loss": per_token.sum(), "ratio_mean": ratio.sum(),
+             "clip_fraction": clipped.sum(), "approx_kl": (ratio - 1 - log_ratio).sum()}
     if kl_coef:
         d = (ref_logp - logp).clamp(-20, 20)
         k3 = (d.exp() - d - 1).clamp(-10, 10)
@@ -169,7 +169,7 @@ def mismatch(logp, engine_logp):
 # ------------------------------------------------------------------------------------------------------------
 
 def train(args, device):
-    """Build the parts, then the loop: a turn of it is a step of the paper. -> the signal that ended it, or 0."""
+    """Build the parts, then the loop: a turn of it is a step of the paper -> the signal that ended it, or 0."""
     task, log = Task(args), together("report", lambda: Log(args))
     # the engine first: vLLM measures the memory that is free when it starts; it sleeps while the rest loads
     engine = make_engine(args.engine, task.model.folder, max_model_len=task.longest, dtype=args.dtype,
@@ -181,8 +181,8 @@ def train(args, device):
     step, generated = state["step"], state["generated"]
     line = log.start(step, state.get("unwritten", []))
     engine.push(learner.policy.full_weights())
-    say(f"{task.model.parameters / 1e6:,.1f} M parameters, {len(task.problems):,} problems, {args.dtype}, engine "
-        f"{engine.name}, {dist.get_world_size()} x {device.type}\n{HEADER}")
+    say(f"{task.model.parameters / 1e6:,.1f} M parameters, {len(task.problems):,} problems, {args.dtype}, "
+        f"engine {engine.name}, {dist.get_world_size()} x {device.type}\n{HEADER}")
     signals = common.catch_signals()
     training = Sampling(n=args.group, temperature=args.temperature, max_tokens=args.max_len, seed=args.seed)
     validation = Sampling(n=args.eval_n, temperature=args.eval_temperature, top_p=args.eval_top_p,
@@ -194,14 +194,14 @@ def train(args, device):
                        stop=lambda: bool(signals), desc=desc)
 
     def validate():
-        """Scores on the held-out problems, by the functions and seeds of evaluate.py; None if a signal came."""
+        """Scores on the held-out problems, by functions and seeds of evaluate.py; None if a signal came."""
         samples, seconds = generate(task.eval_problems, task.eval_prompts, validation, "eval", "evaluate")
         engine.sleep(keep_weights=True)
         scores = samples and evaluate.curve_point(samples, task.eval_problems, args.eval_n)
         return scores and {**scores, "eval_seconds": sum(seconds.values())}
 
     while True:
-        if line:  # of the step before, or of one that a signal or a kill cut short: it may want its validation
+        if line:  # of the last step, or of one that a signal or a kill cut short: it may want its validation
             due = args.eval_every and (step % args.eval_every == 0 or step == args.steps)
             scores = validate() if due else {}
             if scores is None:
@@ -218,7 +218,8 @@ def train(args, device):
         if samples is None:  # a signal: the unfinished rollout is dropped
             break
         engine.sleep()
-        refuse_damaged(samples, step)
+        if not all(np.isfinite(s.logprobs).all() for s in samples):  # damaged weights: they just look unlucky
+            raise RankError(f"after step {step} the engine's log-probs are not finite: {DAMAGED}")
         rewards = torch.tensor([s.reward for s in samples]).view(args.prompts, args.group)          # [P, G]
         advantages = group_advantages(rewards, args.advantage)                                      # [P, G]
 
@@ -237,22 +238,20 @@ def train(args, device):
         clock.lap("sync")
 
         step, generated = step + 1, generated + sum(len(s.response_ids) for s in samples)
-        line = {"step": step, **rollout_metrics(samples, rewards), **update_metrics(stats), **learner.metrics(),
-                **clock.metrics(seconds), "tokens_total": generated}
+        line = {"step": step, **rollout_metrics(samples, rewards), **update_metrics(stats),
+                **learner.metrics(), **clock.metrics(seconds), "tokens_total": generated}
         log.write_rollouts(step, samples, problems, advantages)
         if step % args.save_every == 0 or step == args.steps:
             learner.save(step, generated, [*log.unwritten(), line])
     if step and learner.saved != step:
         learner.save(step, generated, log.unwritten() + ([line] if line else []))
     engine.close()
-    log.end(step, learner.saved)
+    if step < args.steps:
+        say(f"stopped after step {step}; --resume goes on from checkpoint {learner.saved}")
+    else:
+        say(f"done. Next: python evaluate.py --model {args.out}/checkpoints/{learner.saved:06d}/hf\n"
+            f"            python figures.py {args.out}\n      or go on: --resume with a larger --steps")
     return signals[0] if signals else 0
-
-
-def refuse_damaged(samples, step):
-    """Samples of damaged weights earn nothing, as those of hard problems: stop at the first one."""
-    if not all(np.isfinite(s.logprobs).all() for s in samples):
-        raise RankError(f"after step {step} the engine's log-probs are not finite: {DAMAGED}")
 
 
 class Task:
@@ -260,18 +259,17 @@ class Task:
 
     def __init__(self, args):
         self.model = policy_lib.open_model(args.model)
-        # rank 0 looks for all, since a shared disk may lag
-        newest = common.gather(policy_lib.newest_checkpoint(f"{args.out}/checkpoints"))[0]
-        self.checkpoint = newest if args.resume else None
+        folder = f"{args.out}/checkpoints"
+        names = common.gather(policy_lib.checkpoints(folder))[0]  # of rank 0: a shared disk may lag
+        self.checkpoint = f"{folder}/{names[-1]}" if names and args.resume else None
         together("start", lambda: self.open(args))
+        check_disk(args, self.model.parameters, len(names))
         if args.resume:
-            say(f"resuming from {newest}" if newest else f"no checkpoint in {args.out}: starting from step 0")
+            say(f"resuming from {self.checkpoint}" if names else f"no checkpoint in {args.out}: a fresh start")
 
     def open(self, args):
         if self.checkpoint:
-            policy_lib.check_same_model(self.checkpoint, self.model)
-        saves = args.steps // args.save_every
-        policy_lib.check_disk(f"{args.out}/checkpoints", self.model.parameters, args.keep, saves)
+            policy_lib.check_checkpoint(self.checkpoint, self.model.shapes)
         self.tokenizer = AutoTokenizer.from_pretrained(self.model.folder)
         self.style = evaluate.load_style(args.style)
         self.grade = evaluate.load_reward(args.reward, self.style)
@@ -281,7 +279,7 @@ class Task:
                              f"{args.model}: lower it below {most}")
         room = min(args.max_prompt_len, most - response)
         self.problems, self.prompts = self.encode(args, args.data, room)
-        data.batch_indices(len(self.problems), 0, args.prompts, args.seed)  # refuses a set too small for a step
+        data.batch_indices(len(self.problems), 0, args.prompts, args.seed)  # refuses a set that is too small
         held_out = args.eval_data if args.eval_every else None
         self.eval_problems, self.eval_prompts = self.encode(args, held_out, room) if held_out else ([], [])
         self.longest = response + max(map(len, self.prompts + self.eval_prompts))
@@ -297,8 +295,8 @@ class Task:
         examples = data.load_problems(args.examples) if args.examples else ()
         problems, prompts, dropped = evaluate.encode(self.style, problems, self.tokenizer, room,
                                                      args.instruction, not args.no_chat, examples)
-        notes = [dropped and f"{dropped} of {dropped + len(problems)} prompts are longer than {room} tokens and "
-                 f"were dropped", not args.reward and data.check_golds(problems, args.allow_unreadable),
+        total, golds = dropped + len(problems), not args.reward and data.check_golds(problems, args.allow_unreadable)
+        notes = [dropped and f"{dropped} of {total} prompts are longer than {room} tokens and were dropped", golds,
                  data.format_warning(problems)]
         for note in filter(None, notes):
             say(f"{path}: {note}")
@@ -306,13 +304,19 @@ class Task:
         return problems, prompts
 
 
-@dataclass
-class MiniBatch:
-    """One optimizer update: this rank's micro-batches and, for each of them, what belongs to its samples."""
-    micro: list           # policy.MicroBatch
-    advantages: list      # [S]
-    engine_logp: list     # [R]
-    total: int            # the global count that the loss divides by
+def check_disk(args, parameters, there):
+    """Refuse a disk too small for the checkpoints still to come: fp32 weights twice, two Adam moments."""
+    saves, whole, hf = args.steps // args.save_every + 1, 16 * parameters, 4 * parameters
+    need = max(1, min(args.keep, saves) + 1 - there) * whole
+    if args.keep == 0:
+        need = max(1, 3 - there) * (whole - hf) + saves * hf
+    existing = os.path.abspath(args.out)
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing)
+    free = shutil.disk_usage(existing).free
+    if free < need:
+        raise RankError(f"{args.out} has {free / 2**30:.1f} GiB free, its checkpoints need {need / 2**30:.1f}: "
+                        f"take another --out, a smaller --keep or a larger --save_every")
 
 
 class Learner:
@@ -340,66 +344,70 @@ class Learner:
         return policy.shard(dtype, self.device) if shard else policy
 
     def pack(self, samples, advantages, prompts):
-        """This rank's MiniBatch of some rows of `advantages` [P, G]. Every rank has all samples: it knows the total."""
+        """One optimizer update on some rows of `advantages` [P, G] -> this rank's micro-batches, each with its
+        advantages [S] and engine log-probs [R], and the global count that the loss divides by."""
         args, device = self.args, self.device
         kept = [p for p in prompts.tolist() if not args.drop_zero_variance or advantages[p].any()]
         rows = [samples[p * args.group + j] for p in kept for j in range(args.group)]
-        micro = policy_lib.pack([(s.prompt_ids, s.response_ids) for s in rows], self.task.budget,
+        micro = policy_lib.pack([(s.prompt_ids, s.response_ids.tolist()) for s in rows], self.task.budget,
                                 dist.get_rank(), dist.get_world_size(), device)
-        flat, none = advantages[kept].flatten(), np.zeros(0, np.float32)
-        mine = [flat[m.rows] if m.rows else torch.zeros(1) for m in micro]
-        logp = [np.concatenate([none, *(rows[i].logprobs for i in m.rows)]) for m in micro]
+        flat, none, out = advantages[kept].flatten(), np.zeros(0, np.float32), []
+        for m in micro:
+            logp = torch.from_numpy(np.concatenate([none, *(rows[i].logprobs for i in m.rows)]))
+            out.append((m, (flat[m.rows] if m.rows else torch.zeros(1)).to(device), logp.to(device)))
         tokens = sum(len(s.response_ids) for s in rows)
-        total = {"token": tokens, "seq": len(rows), "const": len(rows) * args.max_len}[args.loss_agg]
-        return MiniBatch(micro, [a.to(device) for a in mine], [torch.from_numpy(x).to(device) for x in logp], total)
+        return out, {"token": tokens, "seq": len(rows), "const": len(rows) * args.max_len}[args.loss_agg]
 
     @torch.no_grad()
     def score(self, model, mini):
         """Log-probs [R] of every micro-batch under `model`; None without a model."""
-        return model and [model(m, self.args.temperature)[0] for m in mini.micro]
+        if model is None:
+            return None
+        scores = [model(m, self.args.temperature)[0] for m, _, _ in mini[0]]
+        model.reshard()  # FSDP keeps embedding and head gathered after a forward that no backward follows
+        return scores
 
     def update(self, step, mini, old_logp, ref_logp, stats):
         """One optimizer step. A loss or gradient that is not finite skips it, on all ranks together."""
-        args, options = self.args, {k: getattr(self.args, k) for k in LOSS_OPTIONS}
-        if mini.total == 0:
+        (micro, total), args = mini, self.args
+        options = {name: getattr(args, name) for name in LOSS_OPTIONS}
+        if total == 0:
             stats["updates_empty"] += 1  # every group of it was all right or all wrong
             return
         for group in self.optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
-        quiet = None if dist.get_rank() == 0 else True
-        for i, m in enumerate(tqdm(mini.micro, desc="update", leave=False, disable=quiet)):
+        bar = tqdm(micro, desc="update", leave=False, disable=None if dist.get_rank() == 0 else True)
+        for i, (m, advantages, engine_logp) in enumerate(bar):
             logp, entropy = self.policy(m, args.temperature, entropy_grad=args.entropy_coef != 0)
             old = old_logp[i] if old_logp else logp.detach()
-            loss, sums = grpo_loss(logp, old, mini.advantages[i], m.lengths, engine_logp=mini.engine_logp[i],
-                                   ref_logp=ref_logp[i] if ref_logp else None, entropy=entropy,
-                                   agg=args.loss_agg, total=mini.total, **options)
+            loss, sums = grpo_loss(logp, old, advantages, m.lengths, engine_logp=engine_logp, entropy=entropy,
+                                   ref_logp=ref_logp[i] if ref_logp else None, agg=args.loss_agg, total=total,
+                                   **options)
             # FSDP averages gradients over ranks; the loss is divided by the global count already: undo that
             (loss * self.policy.grad_divisor).backward()
-            sums |= {**mismatch(old, mini.engine_logp[i]), "loss": loss.detach()}
+            sums |= {**mismatch(old, engine_logp), "loss": loss.detach()}
             for name, value in sums.items():  # they stay on the device: reading one would wait for it
                 stats[name] = stats[name] + value.double()
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), args.grad_clip or math.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if common.any_rank(not torch.isfinite(norm + stats["loss"].to(norm))):
-            self.skip()
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            say(f"ALARM update skipped: loss or gradient not finite, {self.skipped_in_a_row} in a row")
         else:
             self.optimizer.step()
             self.skipped_in_a_row = 0
             stats["updates"] += 1
             stats["grad_norm"] += norm.item()
         self.optimizer.zero_grad()
-
-    def skip(self):
-        self.skipped += 1
-        self.skipped_in_a_row += 1
-        say(f"ALARM update skipped: loss or gradient not finite, {self.skipped_in_a_row} in a row")
         if self.skipped_in_a_row >= MAX_SKIPS:
             raise RankError(f"{MAX_SKIPS} updates in a row had a loss or gradient that is not finite. The last "
-                            f"good checkpoint is whole. Lower --lr or --grad_clip, or look at the newest rollouts")
+                            f"good checkpoint stays: lower --lr or --grad_clip, look at the newest rollouts")
 
     def metrics(self):
         """What the optimizer did; memory is the largest of all ranks, of the card or else of the process."""
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+        unit = 2**30 if sys.platform == "darwin" else 2**20
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
         if self.device.type == "cuda":
             used = (torch.cuda.max_memory_allocated() - self.pooled) / 2**30
             torch.cuda.reset_peak_memory_stats()
@@ -407,23 +415,23 @@ class Learner:
         return {"updates_skipped": self.skipped, "lr": rate, "memory_gib": max(common.gather(used))}
 
     def save(self, step, generated, unwritten):
-        """A checkpoint. A full disk costs the checkpoint, not the run; damaged weights are refused, since the last
-        good one must stay. `unwritten`: lines that metrics.jsonl does not hold yet."""
+        """A checkpoint. A full disk costs the checkpoint, not the run. Damaged weights end the run: the last good
+        checkpoint must stay. `unwritten`: lines that metrics.jsonl does not hold yet."""
         if self.skipped_in_a_row:
             return say(f"no checkpoint at step {step}: the last update was not finite")
-        if policy_lib.damaged(self.policy):
-            raise RankError(f"after step {step} a weight is not finite: {DAMAGED}")
         state = {"step": step, "generated": generated, "skipped": self.skipped, "unwritten": unwritten,
                  "world": dist.get_world_size(), "config": vars(self.args)}
         try:
             policy_lib.save_checkpoint(f"{self.args.out}/checkpoints", step, self.policy, self.optimizer,
                                        self.task.tokenizer, state, self.args.keep)
             self.saved = step
+        except FloatingPointError:
+            raise RankError(f"after step {step} a weight is not finite: {DAMAGED}") from None
         except OSError as e:
             say(f"ALARM {e}\n      training goes on; free some disk space or lower --keep")
 
     def load(self):
-        """Go on from the newest checkpoint, or take over the optimizer of another run -> the state of this one."""
+        """Go on from the newest checkpoint, or take over another run's optimizer -> the state of this run."""
         checkpoint = self.task.checkpoint or self.args.optimizer_from
         state = policy_lib.load_checkpoint(checkpoint, self.policy, self.optimizer) if checkpoint else {}
         if not self.task.checkpoint:  # a stage boundary hands moments and weights over, not the step
@@ -443,16 +451,16 @@ class Learner:
 # ------------------------------------------------------------------------------------------------------------
 
 HEADER = "   step/total | reward  none   all |  length   cut | entropy mismatch gradient | seconds  tok/s | eval"
-# mean KL and ratio error between engine and trainer: an honest bf16 engine with an fp32 head was measured at a KL
-# of 1.2e-3, fp32 ones below 1e-9; NeMo-RL asserts 5e-4 and 1.05 for this very model in bf16
+# mean KL and ratio error between engine and trainer: an honest bf16 engine with an fp32 head was measured at a
+# KL of 1.2e-3, fp32 ones below 1e-9; NeMo-RL asserts 5e-4 and 1.05 for this very model in bf16
 MISMATCH = {"float32": (1e-5, 1.01), "bfloat16": (5e-3, 1.1)}
-GROUPS = {"reward": "reward", "solve": "reward", "length": "length", "truncated": "length", "tokens": "length",
-          "mismatch": "mismatch", "seconds": "time", "memory": "time", "eval": "eval"}  # of a tracker; else policy
+GROUPS = {"solve": "reward", "truncated": "length", "tokens": "length", "seconds": "time", "memory": "time",
+          "reward": "reward", "length": "length", "mismatch": "mismatch", "eval": "eval"}  # all else: policy
 LOSS_OPTIONS = ("loss", "clip_low", "clip_high", "kl_coef", "entropy_coef", "tis_cap")
 
 
 def rollout_metrics(samples, rewards):
-    """What the samples of a step say by themselves. rewards [P, G]; lengths in tokens, None for an empty class."""
+    """What the samples of a step say by themselves. rewards [P, G]; lengths in tokens, None without samples."""
     length = torch.tensor([len(s.response_ids) for s in samples], dtype=torch.float32)
     cut = torch.tensor([s.finish_reason == "length" for s in samples])
     right = rewards >= evaluate.RIGHT                                                               # [P, G]
@@ -476,8 +484,9 @@ def update_metrics(stats):
     dist.all_reduce(sums)
     (tokens, loss, *sums), updates = sums.tolist(), stats["updates"]
     out = {name: x / tokens if tokens and name in stats else None for name, x in zip(names, sums)}
-    out |= {"loss": loss / updates if updates else None, "updates": updates, "tokens_trained": int(tokens),
-            "grad_norm": stats["grad_norm"] / updates if updates else None, "updates_empty": stats["updates_empty"]}
+    out |= {"loss": loss / updates if updates else None, "tokens_trained": int(tokens), "updates": updates,
+            "grad_norm": stats["grad_norm"] / updates if updates else None,
+            "updates_empty": stats["updates_empty"]}
     return {name: x if x is None or math.isfinite(x) else None for name, x in out.items()}
 
 
@@ -493,7 +502,7 @@ class Clock:
         self.phases[phase], self.last = time.time() - self.last, time.time()
 
     def metrics(self, rollout_seconds):
-        """Means over ranks. The rollout tells its own parts; in `idle` a rank waits there for the slowest one."""
+        """Means over ranks; the rollout tells its own parts."""
         del self.phases["rollout"]
         ranks = common.gather({**self.phases, **rollout_seconds})
         means = {f"seconds_{phase}": sum(r[phase] for r in ranks) / len(ranks) for phase in ranks[0]}
@@ -501,7 +510,7 @@ class Clock:
 
 
 def open_tracker(args):
-    """A function (numbers, step) that mirrors metrics to --report_to; a missing package is refused at once."""
+    """A function (numbers, step) that mirrors metrics to --report_to. A missing package is refused at once."""
     if args.report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
         writer = SummaryWriter(f"{args.out}/tensorboard")
@@ -524,18 +533,13 @@ class Log:
         self.track = open_tracker(args) if args.report_to != "none" and self.rank == 0 else None
 
     def start(self, step, waiting):
-        """Make the files agree with the checkpoint -> the line that still has to be finished, or None.
-
-        Lines of later steps go: those steps are done again. `waiting` are lines that the disk did not have when
-        the checkpoint was written; the one of its own step may still want its validation."""
-        self.rows = common.gather(together("files", lambda: self.read(step) if self.rank == 0 else None))[0]
+        """Make metrics.jsonl agree with the checkpoint -> the line that still has to be finished, or None. Lines
+        of later steps go: those steps are done again. `waiting` are lines that the file did not have when the
+        checkpoint was written; the one of its own step may still want its validation."""
+        mine = together("metrics.jsonl", lambda: self.read(step) if self.rank == 0 else None)
+        self.rows = common.gather(mine)[0]
         there = [row["step"] for row in self.rows]
         self.rows += [row for row in waiting if row["step"] < step and row["step"] not in there]
-        options = vars(self.args)
-        config = {"options": options, "world": dist.get_world_size(), "command": sys.argv, **common.provenance()}
-        together("config.json", lambda: self.rank or common.write_atomic(
-            f"{self.args.out}/config.json", json.dumps(config, indent=1)))
-        say(textwrap.fill("  ".join(f"{k}={v}" for k, v in options.items()), 118, break_on_hyphens=False))
         self.flush()
         if step >= self.args.steps:
             say(f"{self.args.out} has done its {self.args.steps} steps; a larger --steps goes on")
@@ -544,16 +548,18 @@ class Log:
         return next((row for row in waiting if row["step"] == step and step not in there), None)
 
     def read(self, step):
-        rows, bad, stop = [], [], f"{self.args.out}/stop"
+        """What rank 0 does before the first step: config.json, a stop file left behind, the lines so far."""
+        options, stop, config = vars(self.args), f"{self.args.out}/stop", common.provenance()
+        config |= {"options": options, "world": dist.get_world_size(), "command": sys.argv}
+        common.write_atomic(f"{self.args.out}/config.json", json.dumps(config, indent=1))
+        say(textwrap.fill("  ".join(f"{k}={v}" for k, v in options.items()), 118, break_on_hyphens=False))
         if os.path.exists(stop):
             os.remove(stop)
             say(f"{stop} was there from before and has been removed")
-        if step and os.path.exists(self.path):  # from step 0 everything is done again
-            rows = [row for row in common.read_lines(self.path, bad.append) if row.get("step", step + 1) <= step]
-        if bad:
-            shutil.copyfile(self.path, f"{self.path}.damaged")
-            say(f"warning: {'; '.join(bad)}. The other lines stay; {self.path}.damaged is the file as it was")
-        return rows
+        if step == 0 or not os.path.exists(self.path):  # from step 0 everything is done again
+            return []
+        rows = common.read_lines(self.path, on_bad=lambda text: say(f"warning: {text}; the others are kept"))
+        return [row for row in rows if row.get("step", step + 1) <= step]
 
     def unwritten(self):
         return self.rows[self.written:]
@@ -561,13 +567,14 @@ class Log:
     def flush(self):
         """metrics.jsonl, written whole. A full disk keeps lines back until there is room."""
         try:
-            together(self.path, lambda: self.rank or common.write_atomic(self.path, common.json_lines(self.rows)))
+            text = common.json_lines(self.rows)
+            together(self.path, lambda: self.rank or common.write_atomic(self.path, text))
             self.written = len(self.rows)
         except RankError as e:
             say(f"ALARM {e}: {len(self.unwritten())} line(s) are kept and written later")
 
     def write(self, line):
-        """One line to metrics.jsonl, console and tracker, and what it gives cause for concern."""
+        """One line to metrics.jsonl, console and tracker, and the alarms it gives cause for."""
         self.rows.append(line)
         self.flush()
         if self.track:
@@ -584,9 +591,10 @@ class Log:
         items = [(problems[i // group], i % group, s, a)
                  for i, (s, a) in enumerate(zip(samples, advantages.flatten().tolist()))]
         self.unreadable = [p for p, _, s, _ in items if s.verdict == "unparsed_gold"]
-        rows = [{"step": step, "id": p.id, "sample": j, "problem": p.problem, "answer": p.answer, "response": s.text,
-                 "reward": s.reward, "advantage": a, "verdict": s.verdict, "prompt_tokens": len(s.prompt_ids),
-                 "response_tokens": len(s.response_ids), "finish_reason": s.finish_reason} for p, j, s, a in items]
+        rows = [{"step": step, "id": p.id, "sample": j, "problem": p.problem, "answer": p.answer,
+                 "response": s.text, "reward": s.reward, "advantage": a, "verdict": s.verdict,
+                 "prompt_tokens": len(s.prompt_ids), "response_tokens": len(s.response_ids),
+                 "finish_reason": s.finish_reason} for p, j, s, a in items]
         try:
             if self.rank == 0:
                 packed = gzip.compress(common.json_lines(rows).encode(), 3, mtime=0)
@@ -597,9 +605,10 @@ class Log:
     def print_line(self, m):
         text = f"{m['step']:7d}/{self.args.steps:<5d}"
         if "reward" in m:
-            text += (f" | {m['reward']:6.3f} {m['solve_none']:5.2f} {m['solve_all']:5.2f} | {m['length_mean']:7.1f} "
-                     f"{m['truncated']:5.2f} | {m['entropy']:7.3f} {m['mismatch_kl']:8.1e} {m['grad_norm']:8.2e} | "
-                     f"{m['seconds']:7.1f} {m['tokens'] / m['seconds']:6.0f}")
+            text += (f" | {m['reward']:6.3f} {m['solve_none']:5.2f} {m['solve_all']:5.2f} "
+                     f"| {m['length_mean']:7.1f} {m['truncated']:5.2f} "
+                     f"| {m['entropy']:7.3f} {m['mismatch_kl']:8.1e} {m['grad_norm']:8.2e} "
+                     f"| {m['seconds']:7.1f} {m['tokens'] / m['seconds']:6.0f}")
         if "eval_reward" in m:
             text += f" | {m['eval_reward']:.3f} ± {m['eval_se']:.3f}"
         say(text.replace("nan", "  -"))
@@ -612,45 +621,39 @@ class Log:
 
     def alarms(self, m):
         """Signs of a run that looks healthy and is not, each with its cure."""
-        n, (most_kl, most_mult) = self.args.prompts * self.args.group, MISMATCH[self.args.dtype]
+        n, cut = self.args.prompts * self.args.group, f"{m['truncated']:.0%}"
         self.unpaid = 0 if m["reward"] else self.unpaid + 1
         if self.unreadable:
-            p = self.unreadable[0]
-            self.alarm("gold", len(self.unreadable), f"{len(self.unreadable)} of {n} samples can earn nothing: the "
-                       f"grader cannot read their answers, such as {p.answer!r} of problem {p.id}")
+            p, k = self.unreadable[0], len(self.unreadable)
+            self.alarm("gold", k, f"{k} of {n} samples can earn nothing: the grader cannot read their answers, "
+                       f"such as {p.answer!r} of problem {p.id}")
         elif self.unpaid in (1, 3, 10):
             say(f"ALARM no reward in {self.unpaid} step(s): of the last {n} samples {m['reward_no_close']} had no "
-                f"</think>, {m['reward_no_box']} no \\boxed{{}}, {m['truncated']:.0%} were cut off. A model that "
-                f"never writes </think> needs --style plain, one that is cut off a larger --max_len")
-        if (m["mismatch_kl"] or 0) > most_kl or (m["mismatch_mult"] or 0) > most_mult:
-            self.alarm("mismatch", m["mismatch_kl"], f"engine and trainer disagree: KL {m['mismatch_kl']:.1e} (bound "
-                       f"{most_kl:g}), ratio error {m['mismatch_mult']:.3f} (bound {most_mult}). If it grows, the "
-                       f"engine's weights are stale; if not, it is precision: --dtype float32, or --tis_cap 2")
+                f"</think>, {m['reward_no_box']} no \\boxed{{}}, {cut} were cut off. A model that never writes "
+                f"</think> needs --style plain, one that is cut off a larger --max_len")
+        kl, mult, (most_kl, most_mult) = m["mismatch_kl"], m["mismatch_mult"], MISMATCH[self.args.dtype]
+        if kl is not None and (kl > most_kl or mult > most_mult):
+            self.alarm("mismatch", kl, f"engine and trainer disagree: KL {kl:.1e} (bound {most_kl:g}), ratio "
+                       f"error {mult:.3f} (bound {most_mult}). If it grows, the engine's weights are stale; if "
+                       f"not, it is precision: --dtype float32, or --tis_cap 2")
         if m["truncated"] > 0.5:
-            self.alarm("cut", m["truncated"], f"{m['truncated']:.0%} of the samples were cut off at --max_len "
-                       f"{self.args.max_len} and earn nothing: raise it, or start from a model that writes less")
-
-    def end(self, step, saved):
-        if step < self.args.steps:
-            return say(f"stopped after step {step}; --resume goes on from checkpoint {saved}")
-        say(f"done. Next: python evaluate.py --model {self.args.out}/checkpoints/{saved:06d}/hf\n"
-            f"            python figures.py {self.args.out}\n      or go on: --resume with a larger --steps")
+            self.alarm("cut", m["truncated"], f"{cut} of the samples were cut off at --max_len "
+                       f"{self.args.max_len} and earn nothing: raise it, or use a model that writes less")
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Options
 # ------------------------------------------------------------------------------------------------------------
 
-# group: (name, type or choices, default, smallest value, help); bool is a flag
 OPTIONS = {
     "model and data": [
-        ("recipe", list(RECIPES), "deepscaler", None, "defaults of many options below; what is given by hand wins"),
-        ("model", str, "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", None, "folder or hub name of the start weights"),
-        ("data", str, os.path.join(HERE, "assets/train.jsonl.gz"), None, "training problems: a file or a hub name"),
+        ("recipe", list(RECIPES), "deepscaler", None, "defaults of many options; what is given by hand wins"),
+        ("model", str, "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", None, "folder or hub name"),
+        ("data", str, os.path.join(HERE, "assets/train.jsonl.gz"), None, "problems: a file or a hub name"),
         ("problem_field", str, None, None, "field of --data with the problem, if it is not found by itself"),
         ("answer_field", str, None, None, "field of --data with the answer, if it is not found by itself"),
         ("allow_unreadable", bool, False, None, "train although the grader cannot read many of the answers"),
-        ("style", str, "r1", None, "how to ask, what is graded: a style of evaluate.py or a file with {problem}"),
+        ("style", str, "r1", None, "how to ask and what to grade: a style of evaluate.py, or a file"),
         ("instruction", str, data.INSTRUCTION, None, "sentence behind each problem"),
         ("no_chat", bool, False, None, "prompt without a chat template, for base models that have none"),
         ("examples", str, None, None, "file of solved problems shown before each problem"),
@@ -664,7 +667,7 @@ OPTIONS = {
         ("updates", int, 2, 1, "optimizer updates for each rollout batch"),
         ("temperature", float, 0.6, 1e-6, "of sampling and of the training logits"),
         ("advantage", ["std", "mean"], "std", None, "divide by the group's std, or not (Dr. GRPO)"),
-        ("loss", ["clip", "cispo"], "clip", None, "see grpo_loss; cispo has its own defaults of the clip options"),
+        ("loss", ["clip", "cispo"], "clip", None, "see grpo_loss; cispo has clip defaults of its own"),
         ("clip_low", float, 0.2, 0, "the ratio may fall to 1 - this"),
         ("clip_high", float, 0.2, 0, "the ratio may rise to 1 + this"),
         ("kl_coef", float, 0.001, 0, "weight of the KL to the start weights; 0: no reference is loaded"),
@@ -677,9 +680,9 @@ OPTIONS = {
         ("warmup_steps", int, 0, 0, "steps of linear warm-up"),
         ("weight_decay", float, 0.01, 0, "decoupled"),
         ("grad_clip", float, 1.0, 0, "largest global norm; 0: any"),
-        ("optimizer_from", str, None, None, "checkpoint of the run that wrote --model: take over its optimizer")],
+        ("optimizer_from", str, None, None, "checkpoint whose optimizer goes on, of the run that wrote --model")],
     "validation": [
-        ("eval_data", str, "auto", None, "held-out problems, or none; auto: AIME 2024 with the default --data"),
+        ("eval_data", str, "auto", None, "held-out problems or none; auto: AIME 2024 with default --data"),
         ("eval_every", int, 20, 0, "steps; also before the first and after the last. 0: never"),
         ("eval_n", int, 8, 1, "samples of each held-out problem"),
         ("eval_temperature", float, 0.6, 0, "of validation samples"),
@@ -694,8 +697,8 @@ OPTIONS = {
         ("report_to", ["none", "tensorboard", "wandb", "trackio"], "none", None, "mirror the metrics"),
         ("seed", int, 0, None, "of data order and samples")],
     "machine": [
-        ("engine", ["auto", "vllm", "torch"], "auto", None, "who generates; auto: vLLM where it is installed"),
-        ("dtype", ["auto", "bfloat16", "float32"], "auto", None, "of compute; auto: bfloat16 where the card has it"),
+        ("engine", ["auto", "vllm", "torch"], "auto", None, "who generates; auto: vLLM if installed"),
+        ("dtype", ["auto", "bfloat16", "float32"], "auto", None, "auto: bfloat16 if the card has it"),
         ("token_budget", int, 0, 0, "packed tokens of a micro-batch; 0: 32,768 on a GPU, 2,048 on a CPU"),
         ("recompute", int, -1, -1, "activation checkpointing, 0 or 1; -1: on a GPU yes, else no"),
         ("gpu_memory", float, 0.6, 0.01, "vLLM's share of each GPU"),
@@ -704,28 +707,19 @@ OPTIONS = {
 SELECT = "python data.py select leaves problems out"
 GONE = {"--difficulty": SELECT, "--min_rate": SELECT, "--max_rate": SELECT, "--max_chars": SELECT,
         "--ref_model": "the reference of the KL term is --model", "--enforce_eager": "it was for debugging",
-        "--show_every": "python figures.py RUN shows the samples", "--logit_chunk": "tiles take at most 0.6 GB",
-        "--max_skips": f"{MAX_SKIPS} bad updates in a row end a run", "--sleep": "vLLM always sleeps while training"}
+        "--show_every": "python figures.py RUN shows samples", "--logit_chunk": "tiles take at most 0.6 GB",
+        "--max_skips": f"{MAX_SKIPS} bad updates in a row end a run", "--sleep": "vLLM always sleeps in training"}
 
 
 def parse_args(argv=None):
-    """Defaults, then those of --recipe and --loss, then what is given by hand; refused before anything loads."""
-    first, p = argparse.ArgumentParser(add_help=False, allow_abbrev=False), common.Parser(GONE, description=__doc__[:67])
-    rows = [row for group in OPTIONS.values() for row in group]
-    for title, group in OPTIONS.items():
-        add = p.add_argument_group(title).add_argument
-        for name, kind, default, _, text in group:
-            how = {"choices": kind} if isinstance(kind, list) else {"type": kind}
-            how = {"action": "store_true"} if kind is bool else how
-            add(f"--{name}", default=default, help=text, **how)
+    """Defaults, then those of --recipe and --loss, then what is given by hand."""
+    p = common.Parser(OPTIONS, GONE, description=__doc__.split("\n")[0])
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--recipe")
     first.add_argument("--loss")
     early, _ = first.parse_known_args(argv)
     p.set_defaults(**RECIPES.get(early.recipe, {}), **(CISPO if early.loss == "cispo" else {}))
     args = p.parse(argv)
-    for name, _, _, smallest, _ in rows:
-        if smallest is not None and not smallest <= getattr(args, name) < math.inf:
-            p.error(f"--{name} must be finite and at least {smallest:g}")
     if args.prompts % args.updates:
         p.error(f"--prompts {args.prompts} cannot be cut into {args.updates} equal mini-batches (--updates)")
     if max(args.eval_top_p, args.gpu_memory, args.drop_zero_variance, args.recompute) > 1:
@@ -747,15 +741,16 @@ def main(argv=None):
     try:
         with common.lock(f"{args.out}/lock"):
             if common.any_rank(os.path.exists(f"{args.out}/metrics.jsonl") and not args.resume):
-                raise RankError(f"{args.out} holds a run already: --resume goes on with it, another --out starts anew")
+                raise RankError(f"{args.out} holds a run: --resume goes on, another --out starts afresh")
             ended_by = train(args, device)
     except RankError as e:
-        sys.exit(f"grpo.py: {e}" if rank == 0 else 2)
+        memory = MEMORY if common.is_out_of_memory(e) else ""
+        print(f"grpo.py: {e}{memory}", file=sys.stderr) if rank == 0 else None
+        sys.exit(2)
     except Exception as e:
-        if common.is_out_of_memory(e):
-            sys.exit(f"out of memory on rank {rank} ({str(e).splitlines()[0]}): lower --token_budget, --gpu_memory "
-                     f"({args.gpu_memory}) or --max_len, or use more ranks")
-        raise
+        if not common.is_out_of_memory(e):
+            raise
+        sys.exit(f"out of memory on rank {rank} ({str(e).splitlines()[0]}){MEMORY}")
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(128 + ended_by if ended_by and world == 1 else 0)

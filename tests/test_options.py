@@ -58,6 +58,6 @@ def test_help_shows_each_default_once_and_those_of_the_recipe(capsys):
         with pytest.raises(SystemExit):
             grpo.parse_args(["--recipe", recipe, "--help"])
         text = " ".join(capsys.readouterr().out.split())
-        row = text[text.index("--temperature"):text.index("--advantage")]
+        row = text[text.rindex("--temperature"):text.rindex("--advantage")]
         assert row.count("default") == 1 and f"(default: {temperature})" in row
         assert "optimizer:" in text and "validation:" in text and "None" not in text

@@ -164,7 +164,7 @@ def test_killed_anywhere_resumes_to_the_same_numbers(undisturbed, tiny, problems
     assert metrics(tmp_path / "r") == metrics(undisturbed)
 
 
-@pytest.mark.parametrize("name", ["policy.dcp.save", "policy.os.rename", "policy.shutil.rmtree", "os.fsync"])
+@pytest.mark.parametrize("name", ["policy.dcp.save", "policy.os.rename", "policy.sync", "policy.prune"])
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_killed_during_a_save(undisturbed, tiny, problems, options, tmp_path, name, after):
     """Killed right before or right after each thing that the second save does; nothing half passes for a checkpoint."""
@@ -306,8 +306,14 @@ def test_full_disk_for_metrics_and_one_rank_that_cannot_save(undisturbed, tiny, 
 
 
 def test_disk_too_small_is_refused_first_but_not_for_what_is_there(undisturbed, tiny, problems, tmp_path):
-    done = run(command(tiny, problems, tmp_path / "r", "--keep", 10**9), check=False)
+    code = ("import types\n"
+            "grpo.shutil.disk_usage = lambda path: types.SimpleNamespace(free={free})")
+    parameters = sum(p.numel() for p in make_model().parameters())
+    small = sabotaged(tmp_path, code.format(free=20 * parameters))
+    done = run(command(tiny, problems, tmp_path / "r", program=small), check=False)
     assert done.returncode == 2 and "GiB free" in done.stderr and not (tmp_path / "r").exists()
+    shutil.copytree(undisturbed, tmp_path / "old")  # two are there: only one more at a time is needed
+    run(command(tiny, problems, tmp_path / "old", "--resume", "--steps", 7, program=small))
 
 
 def test_a_bad_line_in_the_middle_is_named_and_the_rest_kept(undisturbed, tiny, problems, options, tmp_path):
@@ -353,7 +359,7 @@ def test_unreadable_checkpoint_and_another_model(undisturbed, tiny, problems, tm
     other = save_model(tmp_path / "other", hidden_size=96, num_attention_heads=3)
     config = (out / "config.json").read_text()
     done = run(command(other, problems, out, "--steps", 7, "--resume"), check=False)
-    assert done.returncode == 2 and "another model" in done.stderr and "elete" not in done.stderr, done.stderr
+    assert done.returncode == 2 and "of another model" in done.stderr and "elete" not in done.stderr, done.stderr
     assert (out / "config.json").read_text() == config
     for f in (out / "checkpoints/000006").glob("*.distcp"):
         f.write_bytes(f.read_bytes()[:100])
