@@ -31,7 +31,6 @@ from typing import NamedTuple
 import numpy as np
 import torch.distributed as dist
 import transformers
-from transformers import AutoTokenizer
 
 import common
 import data
@@ -55,7 +54,7 @@ class Style:
     note: str
 
     def cut(self, text):
-        """The response up to the first of the style's end marks."""
+        """The response up to its first end mark."""
         return text[:min((text.find(mark) for mark in self.stop if mark in text), default=None)]
 
     def graded(self, text):
@@ -109,8 +108,8 @@ def encode(style, problems, tokenizer, room, instruction=data.INSTRUCTION, chat=
 def load_reward(name, style):
     """grade(problem, sample) -> (reward, verdict), for `rollout`. Without a name reward.py decides, 0 or 1.
 
-    "module:function" is imported, from the current folder too, and called as function(response, problem) ->
-    float. Whatever goes wrong in it is a ValueError that names it."""
+    "module:function" is imported, from the current folder too, and called as function(response, problem). It
+    returns a finite number; whatever goes wrong in it is a ValueError that names it."""
     def grade(problem, sample):
         verdict = explain(style.graded(sample.text), problem)
         return verdict.reward, verdict.reason
@@ -293,21 +292,19 @@ def protocol_line(p):
 
 def alarms(result):
     """Sentences about scores that seem to be the model's fault and are not; unreadable golds come first."""
-    p, lines = result["protocol"], []
+    lines = []
     for name, b in result["benchmarks"].items():
         seen, total = Counter(b.get("verdicts")), b["problems"] * b["n"]
-        label = f"ALARM {result['name']} {name}:"
         cut, close = round(b["truncated"] * total), seen["no_close"]
         if 20 * seen["unparsed_gold"] > total:
-            lines.append(f"{label} {seen['unparsed_gold']} of {total} answers met a gold that cannot be read")
-        if p.get("think") and (close == total or 2 * (close - cut) > total - cut):
-            lines.append(f"{label} {close} of {total} responses have no </think> ({cut} were cut off), and only "
-                         f"what follows it is graded. A model that does not think in tags needs --style plain, "
-                         f"one that is cut off a larger --max_tokens")
+            lines.append(f"{name}: {seen['unparsed_gold']} of {total} answers met a gold that cannot be read")
+        if result["protocol"].get("think") and (close == total or 2 * (close - cut) > total - cut):
+            lines.append(f"{name}: {close} of {total} responses have no </think> ({cut} were cut off), and "
+                         "only what follows it is graded. A model that does not think in tags needs --style "
+                         "plain, one that is cut off a larger --max_tokens")
         elif 2 * seen["no_box"] > total:
-            lines.append(f"{label} {seen['no_box']} of {total} responses have no \\boxed{{}}: does the prompt "
-                         f"ask for it?")
-    return lines
+            lines.append(f"{name}: {seen['no_box']} of {total} responses have no \\boxed{{}}. Ask for it")
+    return [f"ALARM {result['name']}, {line}" for line in lines]
 
 
 def compare(first, other, show=10):
@@ -355,26 +352,26 @@ def comparison_row(title, pairs):
 
 # ----- Files -----------------------------------------------------------------------------------------------
 
-def benchmark_label(name):
+def label(name):
+    """What a benchmark is called in results."""
     return Path(name).name.split(".")[0]
 
 
 def load_benchmarks(names, limit=0, need_answer=True):
     """{label: problems}. A name is one of assets/benchmarks, or anything that data.load_problems reads."""
-    out, known = {}, {path.stem: path for path in sorted(ASSETS.glob("*.jsonl"))}
+    out, known = {}, {path.stem: str(path) for path in sorted(ASSETS.glob("*.jsonl"))}
     for name in names:
         if name not in known and "/" not in name and not os.path.exists(name):
             raise ValueError(f"--benchmarks {name}: no such file; by name there are {', '.join(known)}")
-        if benchmark_label(name) in out:
-            raise ValueError(f"--benchmarks names {benchmark_label(name)} twice")
-        problems = data.load_problems(str(known.get(name, name)), need_answer=need_answer)
-        out[benchmark_label(name)] = problems[:limit or None]
+        if label(name) in out:
+            raise ValueError(f"--benchmarks names {label(name)} twice")
+        out[label(name)] = data.load_problems(known.get(name, name), need_answer=need_answer)[:limit or None]
     return out
 
 
 def weights_digest(folder):
-    """A fingerprint of a model's weight files (their sizes and bytes spread over each), so that a resumed
-    evaluation cannot mix two models that used the same path."""
+    """Of the sizes and some bytes of the weight files: a resumed evaluation cannot mix two models of one
+    path."""
     digest = hashlib.blake2b(digest_size=8)
     for path in sorted(Path(folder).glob("*.safetensors")) + sorted(Path(folder).glob("*.bin")):
         content = np.memmap(path, np.uint8, "r")
@@ -391,33 +388,33 @@ def read_result(path, need=("name", "benchmarks", "protocol", "protocol_line")):
         for name, b in result["benchmarks"].items() if "benchmarks" in need and not lacks else ():
             if not b.get("per_problem") or not b.get("n"):
                 lacks.append(f"the per-problem counts of {name} (--regrade {path} mends that)")
-        if lacks:
-            raise ValueError(f"it lacks {', '.join(lacks)}")
     except (OSError, ValueError, AttributeError, TypeError) as e:
         raise ValueError(f"{path} is no result of evaluate.py: {e}") from e
+    if lacks:
+        raise ValueError(f"{path} is no result of evaluate.py: it lacks {', '.join(lacks)}")
     return result
 
 
 def write_result(base, result, rows):
     """Score the rows and write both files. Responses first: a result never stands without them."""
+    text = common.json_lines(rows).encode()
     names, n = dict.fromkeys(row["benchmark"] for row in rows), result["protocol"]["n"]
     scores = {name: summarize([row for row in rows if row["benchmark"] == name], n) for name in names}
     result |= {"protocol_line": protocol_line(result["protocol"]), "benchmarks": scores,
                "average": average(scores.values())}
-    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
     common.write_atomic(base + ".responses.jsonl.gz", gzip.compress(text, 6, mtime=0))
     common.write_atomic(base + ".json", json.dumps(result, indent=1))
 
 
 def append(file, row):
     """One line, unbuffered, so that it survives a kill; a full disk is an error here and now."""
-    line = (json.dumps(row) + "\n").encode()
+    line, why = common.json_lines([row]).encode(), "no space left"
     try:
-        whole, why = file.write(line) == len(line), "no space left"
+        if file.write(line) == len(line):
+            return
     except OSError as e:
-        whole, why = False, e.strerror
-    if not whole:
-        raise ValueError(f"{file.name} cannot be written ({why}). Make room; the same command goes on then")
+        why = e.strerror
+    raise ValueError(f"{file.name} cannot be written ({why}). Make room; the same command goes on then")
 
 
 def saved_samples(base, items, protocol):
@@ -468,7 +465,7 @@ def prepare(args, model, device):
     """All that can be checked before an engine loads -> (tokenizer, style, grade, items, protocol)."""
     style = load_style(args.style)
     grade = load_reward(args.reward, style)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model.folder)
     examples, items = data.load_problems(args.examples) if args.examples else (), []
     for name, problems in load_benchmarks(args.benchmarks, args.limit, not args.reward).items():
         problems, prompts, dropped = encode(style, problems, tokenizer, args.max_prompt_len, args.instruction,
@@ -521,7 +518,7 @@ def make_samples(args, engine, missing, base, protocol, tokenizer, style, grade,
                                 max_tokens=args.max_tokens, seed=args.seed)
     prompts, pairs = [item.prompt for item in missing], [(k, item.index) for k, item in enumerate(missing)]
     path = f"{base}.part.{time.time_ns()}.{dist.get_rank()}.jsonl"
-    common.together("samples", lambda: common.append_lines(path, json.dumps({"protocol": protocol}) + "\n"))
+    common.together("samples", lambda: common.write_atomic(path, common.json_lines([{"protocol": protocol}])))
     with open(path, "ab", buffering=0) as part:
         samples, _ = rollout.rollout(engine, tokenizer, missing, prompts, sampling, "eval", keep, only=pairs,
                                      stop=stop, desc="evaluate")
@@ -534,43 +531,32 @@ def evaluate(args):
     stopped = common.catch_signals()
     rank, _, device = common.join_processes()
     model = policy.open_model(args.model)
-    prepared = common.together("start", lambda: prepare(args, model, device))
+    tokenizer, style, grade, items, protocol = common.together("start", lambda: prepare(args, model, device))
     common.say("  ".join(f"{k}={v}" for k, v in vars(args).items()))
-    new_folders = [p for p in (Path(args.out), *Path(args.out).parents) if not p.exists()]
-    base = os.path.join(args.out, args.name)
+    base, start, engine = os.path.join(args.out, args.name), time.time(), None
     with common.lock(base + ".lock"):
+        found = common.together("samples", lambda: saved_samples(base, items, protocol) if rank == 0 else {})
+        done, protocol["engine"] = common.gather((set(found), protocol["engine"]))[0]
+        missing = [item for item in items if item[:3] not in done]
+        if done:
+            common.say(f"{base}: {len(done):,} of {len(items):,} samples are there already")
         try:
-            return evaluate_locked(args, base, model, device, stopped, *prepared)
+            if missing:
+                room = max(len(item.prompt) for item in items) + args.max_tokens
+                engine = rollout.make_engine(
+                    protocol["engine"], model.folder, max_model_len=room, dtype=protocol["dtype"],
+                    device=device, max_seqs=args.max_seqs, gpu_memory=args.gpu_memory, seed=args.seed,
+                    load_weights=True)
+                protocol["engine"] = engine.name
+                if not make_samples(args, engine, missing, base, protocol, tokenizer, style, grade,
+                                    stop=lambda: bool(stopped)):
+                    common.say("stopped by a signal: the samples are kept, the same command goes on")
+                    return None, max(common.gather(max(stopped, default=0)))
+            seconds = time.time() - start if missing else 0.0
+            return common.together("result", lambda: finish(args, base, items, model, protocol, seconds)), 0
         finally:
-            if rank == 0 and new_folders and os.listdir(args.out) == [args.name + ".lock"]:  # a failed start
-                os.remove(base + ".lock")
-                for folder in new_folders:
-                    folder.rmdir()
-
-
-def evaluate_locked(args, base, model, device, stopped, tokenizer, style, grade, items, protocol):
-    start, engine, first = time.time(), None, dist.get_rank() == 0
-    found = common.together("earlier samples", lambda: saved_samples(base, items, protocol) if first else {})
-    done, protocol["engine"] = common.gather((set(found), protocol["engine"]))[0]
-    missing = [item for item in items if item[:3] not in done]
-    if done:
-        common.say(f"{base}: {len(done):,} of {len(items):,} samples are there already")
-    try:
-        if missing:
-            room = max(len(item.prompt) for item in items) + args.max_tokens
-            engine = rollout.make_engine(
-                protocol["engine"], args.model, max_model_len=room, dtype=protocol["dtype"], device=device,
-                max_seqs=args.max_seqs, gpu_memory=args.gpu_memory, seed=args.seed, load_weights=True)
-            protocol["engine"] = engine.name
-            if not make_samples(args, engine, missing, base, protocol, tokenizer, style, grade,
-                                stop=lambda: bool(stopped)):
-                common.say(f"stopped by a signal; {base}.part.* keep the samples, the same command goes on")
-                return None, max(common.gather(max(stopped, default=0)))
-        seconds = time.time() - start if missing else 0.0
-        return common.together("result", lambda: finish(args, base, items, model, protocol, seconds)), 0
-    finally:
-        if engine is not None:
-            engine.close()  # vLLM takes the process group with it
+            if engine is not None:
+                engine.close()  # vLLM takes the process group with it
 
 
 def finish(args, base, items, model, protocol, seconds):
@@ -598,16 +584,15 @@ def curve_note(args, protocol):
         o = common.read_json(os.path.join(args.model, "../../../config.json"))["options"]
         there = {"n": o["eval_n"], "temperature": o["eval_temperature"], "top_p": o["eval_top_p"], "limit": 0,
                  "max_tokens": o["eval_max_len"] or o["max_len"], "seed": o.get("eval_seed", o["seed"]),
-                 "style": o["style"], "reward": o.get("reward") or "", "dtype": o["dtype"]}
-        label = benchmark_label(o["eval_data"]) if o["eval_every"] else None
+                 "style": o["style"], "reward": o.get("reward"), "dtype": o["dtype"]}
+        if not o["eval_every"] or label(o["eval_data"]) not in map(label, args.benchmarks):
+            return None
     except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if label not in map(benchmark_label, args.benchmarks):
         return None
     differ = [f"{k} {v} there, {protocol[k]} here" for k, v in there.items() if protocol[k] != v]
     if not differ:
-        return f"{label}: settings and seeds of the validation in training, so the same number"
-    return f"{label}: not the number of the validation in training, settings differ: {'; '.join(differ)}"
+        return f"{label(o['eval_data'])}: same settings and seeds as the validation, so the same number"
+    return f"{label(o['eval_data'])}: not the number of the validation in training: {'; '.join(differ)}"
 
 
 def regrade(path):
@@ -634,57 +619,64 @@ def regrade(path):
 
 # ----- Options ---------------------------------------------------------------------------------------------
 
+# group: (name, type or choices, default, smallest value, help); bool is a flag, list several words
+OPTIONS = {
+    "what is measured": [
+        ("model", str, None, None, "folder or hub name"),
+        ("benchmarks", list, FIVE, None, "files of problems, or names of assets/benchmarks"),
+        ("limit", int, 0, 0, "only the first problems of each benchmark; 0: all"),
+        ("reward", str, None, None, "your own: MODULE:FUNCTION (response, problem) -> float")],
+    "prompt": [
+        ("style", str, "r1", None, f"how to ask, what is graded: {', '.join(STYLES)}, or a file"),
+        ("instruction", str, data.INSTRUCTION, None, "sentence behind each problem"),
+        ("examples", str, None, None, "file of solved problems shown before each problem"),
+        ("no_chat", bool, False, None, "prompt without a chat template, for base models that have none"),
+        ("max_prompt_len", int, 4096, 1, "tokens; longer prompts are refused")],
+    "samples": [
+        ("n", int, 16, 1, "of each problem (write -n after torchrun: older Pythons let it take --n)"),
+        ("max_tokens", int, 32768, 1, "of a response"),
+        ("temperature", float, 0.6, 0, "0 is greedy"),
+        ("top_p", float, 0.95, 1e-6, "nucleus; the validation in training uses 1.0"),
+        ("seed", int, 0, None, "of the samples; the validation in training uses 0")],
+    "files and machine": [
+        ("out", str, "eval", None, "folder for the results"),
+        ("name", str, None, None, "of the result files and of the table's row (default: from --model)"),
+        ("engine", ["auto", "vllm", "torch"], "auto", None, "who generates; auto: vLLM if it is installed"),
+        ("dtype", ["auto", "bfloat16", "float32"], "auto", None, "auto: bfloat16 where the card has it"),
+        ("gpu_memory", float, 0.9, 0.01, "vLLM's share of each GPU"),
+        ("max_seqs", int, 0, 0, "rows generated at once on each rank; 0: vLLM 256 (CPU 128), torch 64")],
+    "saved results, instead of a model": [
+        ("regrade", list, [], None, "grade their responses again"),
+        ("compare", list, [], None, "two or more: each against the first"),
+        ("show", int, 10, 0, "problems that --compare lists, those that changed most; 0: all"),
+        ("table", list, [], None, "print their tables"),
+        ("published", bool, False, None, "add the published rows of DeepScaleR's blog to the table")],
+}
+
+
 def parse_args(argv=None):
     styles = "; ".join(f"{name} = {style.note}" for name, style in STYLES.items())
     p = common.Parser(description=__doc__.split("\n")[0], epilog="styles: " + styles)
-    add = p.add_argument_group("what is measured").add_argument
-    add("--model", help="folder or hub name")
-    add("--benchmarks", nargs="+", default=FIVE, help="files of problems, or names of assets/benchmarks")
-    add("--limit", type=int, default=0, help="only the first problems of each benchmark; 0: all")
-    add("--reward", default="", metavar="MODULE:FUNCTION", help="your own (response, problem) -> float in "
-        "place of reward.py; problems without an answer are allowed then")
-    add = p.add_argument_group("prompt").add_argument
-    add("--style", default="r1", help=f"prompt format and where the answer is read from: "
-        f"{', '.join(STYLES)}, or a file with the whole prompt around {{problem}}")
-    add("--instruction", default=data.INSTRUCTION, help="put behind each problem")
-    add("--examples", default="", help="file of solved problems put before each one (the recipe uses none)")
-    add("--no_chat", action="store_true", help="plain problem text, for base models without a chat template")
-    add("--max_prompt_len", type=int, default=4096, help="tokens; longer prompts are refused")
-    add = p.add_argument_group("samples").add_argument
-    add("-n", "--n", type=int, default=16, help="of each problem. After torchrun write -n: before Python "
-        "3.12.7 it takes --n for an option of its own")
-    add("--max_tokens", type=int, default=32768, help="of a response")
-    add("--temperature", type=float, default=0.6, help="0 is greedy")
-    add("--top_p", type=float, default=0.95, help="nucleus; the validation in training uses 1.0")
-    add("--seed", type=int, default=0, help="of the samples; the validation in training uses 0")
-    add = p.add_argument_group("files and machine").add_argument
-    add("--out", default="eval", help="folder for the results")
-    add("--name", default="", help="of the result files and of the table's row (default: from --model)")
-    add("--engine", choices=["auto", "vllm", "torch"], default="auto", help="auto: vLLM if it runs the model")
-    add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="auto: bf16 on newer GPUs")
-    add("--gpu_memory", type=float, default=0.9, help="vLLM's share of each GPU")
-    add("--max_seqs", type=int, default=0, help="rows generated at once on each rank; 0: the engine's choice")
-    add = p.add_argument_group("saved results, instead of a model").add_argument
-    add("--regrade", nargs="+", metavar="RESULT", default=[], help="grade their responses again")
-    add("--compare", nargs="+", metavar="RESULT", default=[], help="two or more: each against the first")
-    add("--show", type=int, default=10, help="problems that --compare lists, those that changed most; 0: all")
-    add("--table", nargs="+", metavar="RESULT", default=[], help="print their tables")
-    add("--published", action="store_true", help="add the published rows of DeepScaleR's blog to the table")
+    for title, group in OPTIONS.items():
+        add = p.add_argument_group(title).add_argument
+        for name, kind, default, _, text in group:
+            how = {"choices": kind} if isinstance(kind, list) else {"type": kind}
+            how = {"action": "store_true"} if kind is bool else {"nargs": "+"} if kind is list else how
+            add(*["-n"] * (name == "n"), f"--{name}", default=default, help=text, **how)
     args = p.parse(argv)
     if args.model and not args.name:  # RUN/checkpoints/000120/hf -> RUN-000120
         parts = [x for x in Path(args.model).parts if x not in ("hf", "checkpoints", "/", "..")] or ["model"]
         args.name = "-".join(parts[-2 if parts[-1].isdigit() else -1:])
+    for name, _, _, smallest, _ in [row for group in OPTIONS.values() for row in group]:
+        if smallest is not None and not smallest <= getattr(args, name) < math.inf:
+            p.error(f"--{name} must be finite and at least {smallest:g}")
     if not (args.model or args.regrade or args.compare or args.table):
         p.error("--model is missing (or --regrade, --compare, --table)")
     if len(args.compare) == 1:
         p.error("--compare needs two results or more")
-    if min(args.n, args.max_tokens, args.max_prompt_len) < 1 or min(args.limit, args.max_seqs, args.show) < 0:
-        p.error("--n, --max_tokens and --max_prompt_len start at 1, --limit, --max_seqs and --show at 0")
-    if not (0 < args.top_p <= 1 and 0 <= args.temperature < math.inf):
-        p.error("--top_p must be above 0 and at most 1, --temperature finite and not negative")
-    if args.temperature == 0 and args.n > 1:
-        p.error("--temperature 0 gives the same response every time: use --n 1")
-    if "/" in args.name or args.name.startswith(".") or ".part." in args.name:
+    if max(args.top_p, args.gpu_memory) > 1 or args.temperature == 0 and args.n > 1:
+        p.error("--top_p and --gpu_memory are at most 1; --temperature 0 always says the same, so take --n 1")
+    if args.model and ("/" in args.name or args.name.startswith(".") or ".part." in args.name):
         p.error(f"--name {args.name} is no plain file name")
     return args
 
