@@ -123,7 +123,7 @@ def grpo_loss(logp, old_logp, advantages, lengths=None, *, ref_logp=None, engine
         raise ValueError(f'loss must be "clip" or "cispo", agg "token", "seq" or "const": {loss!r}, {agg!r}')
     if agg == "const" and total is None:
         raise ValueError('agg="const" needs total: the number of sequences times max_len')
-    if advantages.shape != logp.shape:
+    if lengths is not None and advantages.shape == lengths.shape:
         advantages = advantages.repeat_interleave(lengths, output_size=len(logp))
     old_logp = logp.detach() if old_logp is None else old_logp
     log_ratio = (logp - old_logp).clamp(-20, 20)  # verl's guard: one wild token must not make the batch inf
@@ -305,18 +305,13 @@ class Task:
 
 
 def check_disk(args, parameters, there):
-    """Refuse a disk too small for the checkpoints still to come: fp32 weights twice, two Adam moments."""
-    saves, whole, hf = args.steps // args.save_every + 1, 16 * parameters, 4 * parameters
-    need = max(1, min(args.keep, saves) + 1 - there) * whole
-    if args.keep == 0:
-        need = max(1, 3 - there) * (whole - hf) + saves * hf
-    existing = os.path.abspath(args.out)
-    while not os.path.exists(existing):
-        existing = os.path.dirname(existing)
-    free = shutil.disk_usage(existing).free
+    """Refuse a disk too small for the checkpoints still to come: 16 bytes a parameter, 4 where only hf/ stays."""
+    need = parameters * 16 * max(1, (args.keep or 2) + 1 - there)
+    need += 0 if args.keep else parameters * 4 * (args.steps // args.save_every)
+    free = shutil.disk_usage(args.out).free
     if free < need:
-        raise RankError(f"{args.out} has {free / 2**30:.1f} GiB free, its checkpoints need {need / 2**30:.1f}: "
-                        f"take another --out, a smaller --keep or a larger --save_every")
+        raise RankError(f"{args.out} has {free / 2**30:.1f} GiB free, checkpoints need {need / 2**30:.1f} GiB: take "
+                        f"another --out, a smaller --keep or a larger --save_every")
 
 
 class Learner:
@@ -718,7 +713,7 @@ def parse_args(argv=None):
     first.add_argument("--recipe")
     first.add_argument("--loss")
     early, _ = first.parse_known_args(argv)
-    p.set_defaults(**RECIPES.get(early.recipe, {}), **(CISPO if early.loss == "cispo" else {}))
+    p.set_defaults(**{**RECIPES.get(early.recipe, {}), **(CISPO if early.loss == "cispo" else {})})
     args = p.parse(argv)
     if args.prompts % args.updates:
         p.error(f"--prompts {args.prompts} cannot be cut into {args.updates} equal mini-batches (--updates)")
