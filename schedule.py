@@ -11,9 +11,9 @@
                        --rdzv_endpoint HOST:29500"              # on each of four nodes, R from 0 to 3
 
 grpo.py and evaluate.py run as programs, one after another; options unknown here are handed to grpo.py.
-RUN/plan.json holds the words of the command line and what is done; continuing means old words, then new words.
-Between stages only weights are handed over: the optimizer is fresh, the KL reference is the stage's start, the
-data order is new. Left out on purpose: job queues, retries (a crash wants a look before it is repeated).
+RUN/plan.json holds the words of the command line and what is done; to go on means old words, then new words.
+Only weights pass from stage to stage: the optimizer is fresh, the KL reference is the stage's start, the data
+order is new. Left out on purpose: job queues, retries (a crash wants a look before it is repeated).
 """
 import argparse
 import contextlib
@@ -37,16 +37,17 @@ import common
 HERE = os.path.dirname(os.path.abspath(__file__))
 TOY = os.path.join(HERE, "assets/toy")
 MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
-# words that stand before those of the command line; stages: context, steps, samples, options of this stage alone
-PRESETS = {name: shlex.split(words) for name, words in {
-    "deepscaler": f"--run runs/deepscaler --model {MODEL} --stages 8192:1040:8:save_every=20:eval_every=20:eval_n=8,"
-    "16384:480:16:save_every=10:eval_every=10:eval_n=16,24576:200:16:save_every=10:eval_every=10:eval_n=16",
+LATER = ":save_every=10:eval_every=10:eval_n=16"
+PRESETS = {name: shlex.split(words) for name, words in {  # words that stand before those of the command line
+    "deepscaler": f"""--run runs/deepscaler --model {MODEL}
+        --stages 8192:1040:8:save_every=20:eval_every=20:eval_n=8,16384:480:16{LATER},24576:200:16{LATER}""",
     "justrl": f"--run runs/justrl --model {MODEL} --stages 15360:4380:8 --recipe justrl",
-    "toy": f"""--run runs/toy --model '{TOY}/model' --stages 40:70:8,80:50:8,120:30:8 --switch auto --turn_window 8
-        --benchmarks '{TOY}/heldout.jsonl' --evaluate '-n 16 --max_tokens 192 --temperature 1 --top_p 1'
-        --data '{TOY}/train.jsonl.gz' --eval_data '{TOY}/heldout.jsonl' --eval_every 10 --eval_n 2 --eval_max_len 192
-        --eval_temperature 1 --save_every 5 --recipe improved --prompts 128 --updates 1 --lr 2e-4 --engine torch
-        --max_seqs 256 --token_budget 8192 --max_prompt_len 128 --show_every 0"""}.items()}
+    "toy": f"""--run runs/toy --model '{TOY}/model' --stages 40:70:8,80:50:8,120:30:8 --switch auto
+        --turn_window 8 --benchmarks '{TOY}/heldout.jsonl' --data '{TOY}/train.jsonl.gz'
+        --evaluate '-n 16 --max_tokens 192 --temperature 1 --top_p 1' --eval_data '{TOY}/heldout.jsonl'
+        --eval_every 10 --eval_n 2 --eval_max_len 192 --eval_temperature 1 --save_every 5 --recipe improved
+        --prompts 128 --updates 1 --lr 2e-4 --engine torch --max_seqs 256 --token_budget 8192
+        --max_prompt_len 128 --show_every 0"""}.items()}
 COSTS = [  # what others paid for the same model, by their own accounts
     ("DeepScaleR", "8K, 16K, 24K, about 1,750 steps, A100-80", "3,800", "4,500", "43.1"),
     ("NeMo-RL", "8K, 240 steps at about 252 s on 8 H100", "134 (computed)", "", "28.3"),
@@ -58,21 +59,21 @@ COSTS = [  # what others paid for the same model, by their own accounts
 ]
 
 
-# ----- the turning point -------------------------------------------------------------------------------------
+# ----- the turning point ------------------------------------------------------------------------------------
 
 def turning_point(steps, length, truncated, reward, window, fall=0.05, rise=0.05, z=4.0):
     """Where a stage should have ended (responses grow again, more are cut off, reward is flat), or None.
 
-    steps, length, truncated, reward: [n], a number for each step. The newest window of steps is compared with the
-    trough, the last window whose mean length is within one standard error of the lowest. Length fell to it (by
-    `fall` of its size) and has risen since (`rise`, and `z` standard errors), truncation has risen (`z`), reward
-    has not (one standard error, or less than half its former pace); all that for half a window of steps.
+    steps, length, truncated, reward: [n], a number for each step. The newest window of steps is compared with
+    the trough, the last window whose mean length is within one standard error of the lowest. Length fell to
+    it (by `fall` of its size) and has risen since (by `rise` and `z` standard errors), truncation has risen
+    (`z`), reward has not (one error, or 40 % of its former pace); all that for half a window of steps.
     A function of the past alone: asked again, at any time, it says the same.
     """
     w, x = window, np.array([length, truncated, reward], dtype=float)
     if x.shape[1] < 3 * w:
         return None
-    windows = np.lib.stride_tricks.sliding_window_view(x, w, axis=1)                        # [3, n - w + 1, w]
+    windows = np.lib.stride_tricks.sliding_window_view(x, w, axis=1)  # [3, n - w + 1, w]
     mean = windows.mean(2)
     # noise: what a straight line through each window leaves over. Its variance, and the likeness phi of
     # neighbouring steps (underestimated in short windows), are those of all windows so far
@@ -90,7 +91,7 @@ def turning_point(steps, length, truncated, reward, window, fall=0.05, rise=0.05
         before[2] = x[2, max(0, trough - w):trough + 2 * w].mean()  # a longer stretch has less noise
         errors = (after - before) / se[:, now] / np.sqrt([1, 1, 2 / 3])
         pace = (mean[2, trough] - mean[2, 0]) / max(1, trough)
-        flat = errors[2] < 1 or after[2] - before[2] < pace / 2 * (now - trough)
+        flat = errors[2] < 1 or after[2] - before[2] < 0.4 * pace * (now - trough)
         fell_and_rose = before[0] <= (1 - fall) * top and after[0] >= (1 + rise) * before[0]
         held = held + 1 if fell_and_rose and min(errors[:2]) > z and flat else 0
         if held >= w // 2:
@@ -104,21 +105,21 @@ def turning_point(steps, length, truncated, reward, window, fall=0.05, rise=0.05
 def describe_turn(e):
     """The evidence in plain words."""
     (short, long, z), cut, reward = e["length"], e["truncated"], e["reward"]
-    return (f"by step {e['turn']} responses had become shorter, from {e['top']:.1f} to {short:.1f} tokens. Steps "
-            f"{e['after'][0]}-{e['after'][1]} against {e['before'][0]}-{e['before'][1]}: they grow again, to "
-            f"{long:.1f} ({z:+.1f} standard errors), more are cut off at the limit, {cut[0]:.1%} -> {cut[1]:.1%} "
-            f"({cut[2]:+.1f}), and it hardly pays, reward {reward[0]:.3f} -> {reward[1]:.3f} ({reward[2]:+.1f}): "
-            f"the model needs more room")
+    return (f"by step {e['turn']} responses had become shorter, from {e['top']:.1f} to {short:.1f} tokens. "
+            f"Since then (steps {e['after'][0]}-{e['after'][1]} against {e['before'][0]}-{e['before'][1]}) "
+            f"they grow again, to {long:.1f} ({z:+.1f} standard errors), more are cut off at the limit, "
+            f"{cut[0]:.1%} -> {cut[1]:.1%} ({cut[2]:+.1f}), and it hardly pays, reward {reward[0]:.3f} -> "
+            f"{reward[1]:.3f} ({reward[2]:+.1f}): the model needs more room")
 
 
 def read_metrics(folder, validation=False):
-    """Lines of metrics.jsonl that describe a training step, each step once; `validation`: the others as well."""
+    """Lines of metrics.jsonl about a training step, each step once; `validation`: the others as well."""
     path = os.path.join(folder, "metrics.jsonl")
     lines = common.read_lines(path, on_bad=lambda text: None) if os.path.exists(path) else ()
     return list({row["step"]: row for row in lines if validation or "reward" in row}.values())
 
 
-# ----- options -----------------------------------------------------------------------------------------------
+# ----- options ----------------------------------------------------------------------------------------------
 
 PER_STAGE = {"--max_len": "--stages", "--steps": "--stages", "--group": "--stages", "--out": "--run",
              "--resume": "--run (it is always on)", "--optimizer_from": "--optimizer carry"}
@@ -130,7 +131,7 @@ GONE = {f"--{name}": successor for names, successor in [
      'options of torchrun stand in one quoted --torchrun "--nnodes 2 ..."'),
     ("bench_n bench_max_tokens bench_temperature bench_top_p",
      'options of evaluate.py stand in one quoted --evaluate "-n 4 ..."'),
-    ("turn_z turn_flat turn_fall turn_rise", "the bounds are the same for every run")] for name in names.split()}
+    ("turn_z turn_flat turn_fall turn_rise", "the bounds are the same everywhere")] for name in names.split()}
 
 
 def parser():
@@ -138,20 +139,20 @@ def parser():
                       "listed here go to grpo.py.")
     add = p.add_argument_group("what is trained").add_argument
     add("--run", help="folder of the whole run; one that exists is continued (default: runs/PRESET)")
-    add("--preset", choices=list(PRESETS), default="deepscaler", help="toy: on a laptop; justrl: one long stage")
-    add("--stages", help="CONTEXT:STEPS:SAMPLES[:OPTION=VALUE...],... with samples for each problem and options "
-        "of grpo.py for one stage (default: the preset's)")
+    add("--preset", choices=list(PRESETS), default="deepscaler", help="toy: on a laptop")
+    add("--stages", help="CONTEXT:STEPS:SAMPLES[:OPTION=VALUE...],... with samples for each problem and "
+        "options of grpo.py for one stage (default: the preset's)")
     add("--model", help="start weights, folder or hub name (default: the preset's)")
-    add("--optimizer", choices=["fresh", "carry"], default="fresh", help="Adam's state at the start of a stage")
+    add("--optimizer", choices=["fresh", "carry"], default="fresh", help="Adam's state in the next stage")
     add("--seed", type=int, default=0, help="stage k trains with seed + k - 1: a new data order")
     add = p.add_argument_group("when a stage ends").add_argument
-    add("--switch", choices=["steps", "auto"], default="steps", help="auto: at the turning point of the response "
-        "length, --stages' steps at most; not in the last stage, which nothing follows")
+    add("--switch", choices=["steps", "auto"], default="steps", help="auto: at the turning point of the "
+        "response length, --stages' steps at most; not in the last stage, which nothing follows")
     add("--turn_window", type=int, default=0, help="steps of a window; 0: a twentieth of the stage, 10 to 50")
     add = p.add_argument_group("machines").add_argument
     add("--gpus", type=int, default=0, help="processes on each node; 0: the GPUs found, else 1 (toy: 2)")
-    add("--torchrun", default="", help="options of torchrun on this node, quoted, for nodes that share a disk: "
-        '"--nnodes 2 --node_rank 0 --rdzv_backend c10d --rdzv_endpoint HOST:PORT"')
+    add("--torchrun", default="", help="options of torchrun on this node, quoted, for nodes that share a "
+        'disk: "--nnodes 2 --node_rank 0 --rdzv_backend c10d --rdzv_endpoint HOST:PORT"')
     add = p.add_argument_group("evaluation after each stage").add_argument
     add("--benchmarks", nargs="+", default=["aime24", "math500", "amc23", "minerva", "olympiad"],
         help="names or files")
@@ -163,7 +164,7 @@ def parser():
     add("--gpu_type", help=f"{', '.join(GPUS)} (default: what is found here, else A100-80)")
     add("--gpu_memory_gib", type=float, default=0.0, help="memory of a GPU, to describe any other card")
     add("--gpu_price", type=float, help="dollars an hour (default: an assumption for --gpu_type)")
-    add("--mean_len", type=int, default=0, help="tokens of a mean response; 0: half the context, at most 5,000")
+    add("--mean_len", type=int, default=0, help="of a response; 0: half the context, at most 5,000 tokens")
     return p
 
 
@@ -172,18 +173,19 @@ def parse(p, words):
     preset = p.parse_known_args(words)[0].preset
     args, rest = p.parse_known_args(PRESETS[preset] + words)
     own = [name for action in p._actions for name in action.option_strings]
-    for name in (word.split("=")[0] for word in rest):
+    for name in (word.split("=")[0] for word in rest if word.startswith("--")):
         if name in GONE or difflib.get_close_matches(name, own, 1, 0.87):
             p.refuse([name])  # misspelt; what resembles none of these options goes to grpo.py
         if name in PER_STAGE:
             p.error(f"{name} is set for each stage: use {PER_STAGE[name]}")
-    if min(args.gpus, args.gpu_memory_gib, args.mean_len) < 0 or args.turn_window not in (0, *range(4, 10**6)):
+    window = args.turn_window
+    if min(args.gpus, args.gpu_memory_gib, args.mean_len, window) < 0 or window in (1, 2, 3):
         p.error("--gpus, --gpu_memory_gib and --mean_len must not be negative, --turn_window 0 or at least 4")
     nodes = re.search(r"--nnodes[= ](?:\d+:)?(\d+)", args.torchrun)
     rank = re.search(r"--node[_-]rank[= ](\d+)", args.torchrun)
     args.nodes, args.node_rank = int(nodes[1]) if nodes else 1, int(rank[1]) if rank else 0
     if args.nodes > 1 and not rank:
-        p.error("several nodes need --node_rank in --torchrun: 0 on the one that keeps the plan, else 1, 2, ...")
+        p.error("several nodes need --node_rank in --torchrun: 0 on the one that keeps the plan, 1, 2, ...")
     found = torch.cuda.device_count()
     args.gpus = args.gpus or (min(2, found or 2) if args.preset == "toy" else max(1, found))
     return args, rest
@@ -199,8 +201,8 @@ def parse_stages(text):
         shape, *extra = re.split(r":(?=[a-z_])", entry.strip())
         numbers = re.fullmatch(r"(\d+):(\d+):(\d+)", shape)
         if not numbers or not all("=" in option for option in extra):
-            raise ValueError(f"--stages: {entry!r} is not CONTEXT:STEPS:SAMPLES[:OPTION=VALUE...], for example "
-                             f"8192:1040:8")
+            raise ValueError(f"--stages: {entry!r} is not CONTEXT:STEPS:SAMPLES[:OPTION=VALUE...], for "
+                             f"example 8192:1040:8")
         max_len, steps, group = map(int, numbers.groups())
         if max_len < 1 or steps < 1 or group < 2:
             raise ValueError(f"--stages: {entry!r} needs a context, steps and at least 2 samples a problem")
@@ -224,9 +226,10 @@ def stage_words(args, rest, stages, k):
     by_hand = not any(args.stages in words for words in PRESETS.values())
     return ["--model", os.path.join(handed, "hf") if handed else args.model,
             *(["--keep", str(stage.get("keep", 0))] if watched(args, stages, k) else []),
-            *(rest + stage["extra"] if by_hand else stage["extra"] + rest), "--resume",
-            "--max_len", str(stage["max_len"]), "--steps", str(stage["steps"]), "--group", str(stage["group"]),
-            "--out", os.path.join(os.path.abspath(args.run), stage["folder"]), "--seed", str(args.seed + k),
+            *(rest + stage["extra"] if by_hand else stage["extra"] + rest),
+            "--max_len", str(stage["max_len"]), "--steps", str(stage["steps"]), "--resume",
+            "--group", str(stage["group"]), "--seed", str(args.seed + k),
+            "--out", os.path.join(os.path.abspath(args.run), stage["folder"]),
             *(["--optimizer_from", handed] if handed and args.optimizer == "carry" else [])]
 
 
@@ -250,8 +253,8 @@ def check(args, rest, stages):
     for k, (stage, a) in enumerate(zip(stages, options)):
         window, every = watched(args, stages, k), a["save_every"]
         if window and every > window:
-            raise ValueError(f"--switch auto compares windows of {window} steps and returns to a checkpoint before "
-                             f"the turn: --save_every {every} must be at most {window}, or --turn_window larger")
+            raise ValueError(f"--switch auto compares windows of {window} steps and returns to a checkpoint: "
+                             f"--save_every {every} must be at most {window}, or --turn_window larger")
         if window and a["keep"]:
             raise ValueError(f"--switch auto may return to any checkpoint: leave --keep {a['keep']} away")
         # --keep 0 keeps all weights, but the optimizer's state of few
@@ -261,14 +264,14 @@ def check(args, rest, stages):
     return options
 
 
-# ----- the plan ----------------------------------------------------------------------------------------------
+# ----- the plan ---------------------------------------------------------------------------------------------
 
 def read_plan(run):
     path = os.path.join(run, "plan.json")
     plan = common.read_json(path) if os.path.exists(path) else None
     if plan is not None and not (isinstance(plan, dict) and plan.get("stages") and "words" in plan):
-        raise ValueError(f"{path} is of another version of this program and cannot be continued. Its weights can: "
-                         f"--model {run}/stageN/checkpoints/STEP/hf, the --stages left, and another --run")
+        raise ValueError(f"{path} is of another version of this program and cannot be continued. Its weights "
+                         f"can: --model {run}/stageN/checkpoints/STEP/hf, the --stages left, another --run")
     return plan
 
 
@@ -288,12 +291,12 @@ def carry_on(run, plan, before, args, stages):
     """Give the stages what was done of them. Words that would alter finished work are refused."""
     results = glob.glob(os.path.join(glob.escape(run), "eval", "*.json"))
     begun = results or os.path.isdir(os.path.join(run, "stage1"))
-    fixed = ["model", "preset", "seed", "optimizer"] * bool(begun) + ["benchmarks", "evaluate"] * bool(results)
-    for name in fixed:
+    fixed = ["model", "preset", "seed", "optimizer"] if begun else []
+    for name in fixed + (["benchmarks", "evaluate"] if results else []):
         was, now = getattr(before, name), getattr(args, name)
         if was != now:
-            raise ValueError(f"{run} was begun with --{name} {was}, not {now}: leave it away to go on, or start "
-                             f"another --run")
+            raise ValueError(f"{run} was begun with --{name} {was}, not {now}: leave it away to go on, or "
+                             f"start another --run")
     for number, was in enumerate(plan["stages"]):
         if not os.path.isdir(os.path.join(run, was["folder"])):
             break
@@ -301,10 +304,10 @@ def carry_on(run, plan, before, args, stages):
         same = ["max_len", "group"] + ["steps", "extra"] * (was["picked"] is not None)
         if any(now.get(name) != was[name] for name in same):
             shape = ":".join(str(was[name]) for name in ("max_len", "steps", "group"))
-            raise ValueError(f"--stages: stage {number + 1} of {run} was begun with {shape} and cannot change; "
+            raise ValueError(f"--stages: {was['folder']} of {run} was begun with {shape} and cannot change; "
                              f"later stages can, and the steps of one that is not finished")
         if now["steps"] < done:
-            raise ValueError(f"--stages: stage {number + 1} of {run} has done {done} steps, not {now['steps']}")
+            raise ValueError(f"--stages: {was['folder']} of {run} has done {done} steps, not {now['steps']}")
         now.update(picked=was["picked"], evidence=was["evidence"])
 
 
@@ -325,13 +328,14 @@ class Stopped(Exception):
 def launch(args, script, options, number):
     """Start a program on this node: plain python for one process, torchrun for more."""
     command = [sys.executable, os.path.join(HERE, script), *options]
-    if args.gpus * args.nodes > 1:
+    if args.gpus > 1 or args.torchrun:
+        where = shlex.split(args.torchrun) or ["--standalone"]
         # a rendezvous of its own for every program: a late node must not join the one before
-        nodes = [*shlex.split(args.torchrun), "--rdzv_id", str(number)] if args.nodes > 1 else ["--standalone"]
-        command[1:1] = ["-m", "torch.distributed.run", *nodes, "--nproc_per_node", str(args.gpus)]
+        where += ["--rdzv_id", str(number)] if args.nodes > 1 else []
+        command[1:1] = ["-m", "torch.distributed.run", *where, "--nproc_per_node", str(args.gpus)]
     print("$ " + shlex.join(command), flush=True)
-    # A session of its own: Ctrl-C in a terminal comes to this process alone, which passes it on. torchrun would
-    # wait only 30 seconds for its workers, less than a large checkpoint takes.
+    # A session of its own: Ctrl-C in a terminal comes to this process alone, which passes it on. By itself
+    # torchrun gives its workers 30 seconds, less than a large checkpoint takes.
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True,
                             env={"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3600", **os.environ})
 
@@ -356,7 +360,7 @@ def wait(child, signals, look=lambda: None):
 
 def say(args, **word):
     """Tell the other nodes what the node of rank 0 does: they wait for its word before each program, since a
-    shared disk may lag and two nodes may see different things on it. The beat shows that the word is alive."""
+    shared disk may lag and two nodes may see different things on it. The beat shows that it lives."""
     if args.nodes > 1:
         common.write_atomic(os.path.join(args.run, "word.json"), json.dumps(word | {"beat": time.time()}))
 
@@ -364,7 +368,9 @@ def say(args, **word):
 def other_node(args, patience=600):
     """A node of rank above 0: start its share of each program that node 0 names -> exit code."""
     signals, path, last = common.catch_signals(), os.path.join(args.run, "word.json"), time.time()
-    number, beat = None, common.read_json(path)["beat"] if os.path.exists(path) else None  # of an earlier start
+    number, beat = None, None
+    if os.path.exists(path):  # of an earlier start, until its beat changes
+        beat = common.read_json(path)["beat"]
     while not signals:
         word = common.read_json(path) if os.path.exists(path) else {"beat": beat}
         if word["beat"] != beat:
@@ -375,13 +381,13 @@ def other_node(args, patience=600):
                 number = word["number"]
                 wait(launch(args, word["script"], word["options"], number), signals)
         elif time.time() - last > patience:
-            raise ValueError(f"node 0 says nothing in {args.run}: does schedule.py run there, and is the disk shared?")
+            raise ValueError(f"node 0 says nothing in {args.run}: does it run, and is the disk shared?")
         time.sleep(0.2)
     return 128 + signals[0]
 
 
 class Schedule:
-    """A plan, and what is done to it on the node of rank 0. options: grpo.py's for each stage, see `check`."""
+    """A plan, and what node 0 does with it. options: grpo.py's for each stage, see `check`."""
 
     def __init__(self, args, rest, plan, options):
         self.args, self.rest, self.plan, self.options = args, rest, plan, options
@@ -392,8 +398,7 @@ class Schedule:
         """Do what is left to do -> exit code, which the other nodes are told as well."""
         code = 2
         try:
-            self.run_stages()
-            code = 0
+            code = self.run_stages()
         except Stopped as e:
             code, words = e.args
             print(f"schedule.py: {words}", file=sys.stderr)
@@ -413,6 +418,7 @@ class Schedule:
             self.evaluate(stage["folder"], os.path.join(checkpoint(self.run, stage), "hf"))
             report(self)
         print(f"done: {os.path.join(self.run, 'report.md')}")
+        return 0
 
     def save_plan(self):
         common.write_atomic(os.path.join(self.run, "plan.json"), json.dumps(self.plan, indent=1))
@@ -433,7 +439,7 @@ class Schedule:
             raise Stopped(1, f"{script} ended with exit code {code}, see above; once mended, {self.again}")
 
     def evaluate(self, name, model):
-        """evaluate.py on one model, unless it was done; a killed one goes on with the samples that are missing."""
+        """evaluate.py on one model, unless it was done; a killed one goes on with the samples it lacks."""
         if not self.args.no_eval and not os.path.exists(os.path.join(self.run, "eval", name + ".json")):
             self.program("evaluate.py", evaluate_words(self.args, self.options[0], name, model))
 
@@ -447,12 +453,14 @@ class Schedule:
         while not self.outcome(k) and time.time() < patience:
             time.sleep(1)
         if not self.outcome(k):
-            raise Stopped(1, f"{stage['folder']} ended at step {max(saved_steps(self.run, stage), default=0)} of "
-                          f"{stage['steps']}: by its stop file, or ALARM lines above say why; {self.again}")
+            done = max(saved_steps(self.run, stage), default=0)
+            raise Stopped(1, f"{stage['folder']} ended at step {done} of {stage['steps']}: by its stop file, "
+                          f"or ALARM lines above say why; {self.again}")
         stage["picked"], stage["evidence"] = self.outcome(k)
         self.save_plan()
         if stage["evidence"]:
-            print(f"{stage['folder']}: {describe_turn(stage['evidence'])}. Checkpoint {stage['picked']} goes on")
+            words = describe_turn(stage["evidence"])
+            print(f"{stage['folder']}: {words}. Checkpoint {stage['picked']} goes on", flush=True)
 
     def outcome(self, k):
         """(step of the checkpoint to hand on, evidence of the turn) of a stage that may end, else None."""
@@ -506,8 +514,8 @@ def total(key, rows):
 
 
 def ledger(run, stages, processes, price):
-    """Markdown: what each stage and evaluation took. A step done again after a crash counts once; loading, saving
-    and what a crash cost are not in it."""
+    """Markdown: what each stage and evaluation took. A step done again after a crash counts once; loading,
+    saving and what a crash cost are not in it."""
     rows = []
     for stage in stages:
         folder = os.path.join(run, stage["folder"])
@@ -535,7 +543,7 @@ def report(schedule):
     run, args, missing = schedule.run, schedule.args, {}
     try:
         import figures
-        missing = figures.draw(run)[1]
+        _, missing = figures.draw(run)
         figures.transcripts(run)
     except Exception as e:  # noqa: BLE001 (a report without pictures is still a report)
         missing["figures"] = f"{type(e).__name__}: {e}"
@@ -543,31 +551,34 @@ def report(schedule):
     command = [sys.executable, os.path.join(HERE, "evaluate.py"), "--table", *results]
     command += ["--published"] * (args.model == MODEL)
     done = subprocess.run(command, capture_output=True, text=True, check=False) if results else None
-    scores = "No evaluation was run.\n" if done is None else done.stdout or f"evaluate.py --table: {done.stderr}\n"
-    ends = [f"- {s['folder']}: {s['max_len']:,} tokens of context, {s['group']} samples a problem, up to "
-            f"{s['steps']:,} steps; " + (f"checkpoint {s['picked']} handed on" if s["picked"] else "not finished")
-            + (f". It turned: {describe_turn(s['evidence'])}" if s["evidence"] else "") for s in schedule.stages]
+    scores = (done.stdout or f"evaluate.py --table: {done.stderr}\n") if done else "No evaluation was run.\n"
+    ends = []
+    for s in schedule.stages:
+        ends.append(f"- {s['folder']}: {s['max_len']:,} tokens of context, {s['group']} samples a problem, "
+                    f"up to {s['steps']:,} steps; checkpoint {s['picked'] or '(not yet)'} handed on")
+        ends[-1] += f". It turned: {describe_turn(s['evidence'])}" if s["evidence"] else ""
     pictures = sorted(os.path.basename(path) for path in glob.glob(f"{glob.escape(run)}/figures/*.png"))
     gpus = torch.cuda.device_count()
+    price = card(args)["price"] if gpus else args.gpu_price or 0.0
     text = [f"# {os.path.basename(os.path.abspath(run))}: training with a growing context\n",
-            (f"The first stage starts from {args.model}, each other one from the weights of the one before, with "
-             f"{'its' if args.optimizer == 'carry' else 'a fresh'} optimizer. Options of all stages: "
+            (f"The first stage starts from {args.model}, each other one from the weights of the one before, "
+             f"with {'its' if args.optimizer == 'carry' else 'a fresh'} optimizer. Options of all stages: "
              f"`{shlex.join(schedule.rest) or 'the defaults of grpo.py'}`\n"),
             *ends, "\n## Results\n", scores, "## Figures\n",
             *(f"![{name[:-4]}](figures/{name})\n" for name in pictures),
             *["[Transcripts](transcripts.html)\n"] * os.path.exists(os.path.join(run, "transcripts.html")),
             *(f"- not shown: {name}: {why}\n" for name, why in missing.items()), "## Ledger\n",
-            ledger(run, schedule.stages, args.gpus * args.nodes, card(args)["price"] if gpus else args.gpu_price or 0),
-            ("" if gpus else "Without GPUs, hours are process-hours. ") + "Seconds are those of steps, by phase as "
-            "means over ranks. What others paid, by their own accounts:\n",
+            ledger(run, schedule.stages, args.gpus * args.nodes, price),
+            (f"{'' if gpus else 'Without GPUs, hours are process-hours. '}Seconds are those of steps, by "
+             f"phase as means over ranks. What others paid, by their own accounts:\n"),
             common.table(["who", "what", "GPU-hours", "dollars", "AIME 2024"], COSTS)]
     common.write_atomic(os.path.join(run, "report.md"), "\n".join(text).replace(HERE + os.sep, ""))
 
 
 # ----- prediction (--dry_run) -------------------------------------------------------------------------------
 
-# GiB as the driver reports it; bf16 peak TFLOP/s; assumed: tokens/s generated by a 1.8B model with a full batch,
-# and by one sequence when the batch has run empty; dollars an hour (A100: 4,500 / 3,800, as DeepScaleR paid)
+# GiB as the driver reports it; bf16 peak TFLOP/s; assumed: tokens/s generated by a 1.8B model with a full
+# batch, and by one sequence when it has run empty; dollars an hour (A100: 4,500 / 3,800, as DeepScaleR paid)
 GPUS = {"A100-80": (79.2, 312, 6000, 110, 1.18), "A100-40": (39.4, 312, 5500, 100, 1.1),
         "H100-80": (79.1, 989, 12000, 180, 2.5), "H200": (139.8, 989, 14000, 200, 3.0),
         "L40S": (44.4, 362, 4500, 70, 0.9), "RTX4090": (23.5, 165, 4500, 80, 0.4)}
@@ -576,8 +587,8 @@ MFU, PROMPT = 0.4, 150          # assumed: share of the peak reached in training
 RESERVE, VLLM_EXTRA = 2.0, 2.0  # GiB: CUDA context, NCCL, fragmentation; activations and CUDA graphs of vLLM
 TILE = 150_000_000              # logits of a tile by default, see policy.py
 SHAPE = {"model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
-         "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": False,
-         "max_position_embeddings": 131072}
+         "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936,
+         "tie_word_embeddings": False, "max_position_embeddings": 131072}
 
 
 def card(args):
@@ -600,15 +611,13 @@ def card(args):
 
 
 def model_config(model):
-    """A causal LM's config. The default model's needs no network; the hub is asked once, with little patience."""
+    """A causal LM's config. The default model's is built in; the hub is asked once, with little patience."""
     from transformers import AutoConfig
     if model == MODEL:
         return AutoConfig.for_model(**SHAPE)
     url = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{model}/resolve/main/config.json"
     try:
-        if os.path.isdir(model):
-            return AutoConfig.from_pretrained(model)
-        with contextlib.suppress(OSError, ValueError):  # not in the cache
+        with contextlib.suppress(*[] if os.path.isdir(model) else [OSError, ValueError]):  # not in the cache
             return AutoConfig.from_pretrained(model, local_files_only=True)
         with urllib.request.urlopen(url, timeout=2) as f:
             return AutoConfig.for_model(**json.load(f))
@@ -631,15 +640,15 @@ def model_shape(model):
 
 
 def update_bytes(m, tokens, width, recompute, chunk):
-    """Peak of an update beside weights, gradients and Adam: in the backward of the head, or of the last layer."""
+    """Peak of an update beside weights, gradients and Adam, in the backward of the head or the last layer."""
     # what a decoder layer keeps for its backward: 53.8 K numbers a token for R1-Distill-Qwen-1.5B
     layer = tokens * width * (4 * m["mlp"] + 6 * m["hidden"] + 5 * m["q"] + 4 * m["kv"])
     stream, head = tokens * width * m["hidden"], m["vocab"] * m["hidden"]
     kept = m["layers"] * (stream if recompute else layer)
     # FSDP: embedding and head, a layer that computes, one that comes, one that goes, the fp32 gradient of one
     gathered = (m["root"] + 3 * m["layer"]) * width + 4 * m["layer"]
-    # two fp32 tiles of logits and their gradient; the head's gradient in fp32 and in the compute type; final hidden
-    # states before and after their norm, those that are scored, and the gradients of all three
+    # two fp32 tiles of logits and their gradient; the head's gradient in fp32 and in the compute type; final
+    # hidden states before and after their norm, those that are scored, and the gradients of all three
     in_head = chunk * m["vocab"] * (8 + width) + head * (4 + width) + 6 * stream
     # the layer once more, gradients of two MLP-sized vectors, and the head's, which waits to be reduced
     in_layer = recompute * layer + 2 * tokens * width * m["mlp"] + head * width
@@ -647,7 +656,7 @@ def update_bytes(m, tokens, width, recompute, chunk):
 
 
 def predict(m, a, gpu, world):
-    """Memory in GiB of one GPU, in parts, for a stage with grpo.py's options `a`; "why" it cannot run, or None."""
+    """GiB of one GPU, in parts, for a stage with grpo.py's options `a`, and "why" it cannot run, or None."""
     longest, width = a["max_len"] + a["max_prompt_len"], 4 if a["dtype"] == "float32" else 2
     tokens, torch_engine = a["token_budget"] or max(32768, longest), a["engine"] == "torch"
     chunk = min(tokens, a["logit_chunk"] or max(1, TILE // m["vocab"]))
@@ -663,13 +672,14 @@ def predict(m, a, gpu, world):
              "engine: weights": weights, "engine: KV cache": pool, "engine: rest": VLLM_EXTRA * GIB}
     parts = {name: max(size, 0) / GIB for name, size in parts.items()}
     states, reference, update, *engine = parts.values()
-    peaks = {"generating": 0.75 * states + reference + sum(engine) + RESERVE,  # gradients are freed after a step
-             "training": states + reference + update + RESERVE + (not a["sleep"] or torch_engine) * sum(engine)}
-    why = [f"{phase} needs {peak:.1f} GiB on each GPU, which has {gpu['memory']:.1f}" for phase, peak in peaks.items()
-           if peak > gpu["memory"]]
+    awake = sum(engine) if torch_engine or not a["sleep"] else 0.0
+    peaks = {"generating": 0.75 * states + reference + sum(engine) + RESERVE,  # a step frees its gradients
+             "training": states + reference + update + awake + RESERVE}
+    why = [f"{phase} needs {peak:.1f} GiB on each GPU, which has {gpu['memory']:.1f}"
+           for phase, peak in peaks.items() if peak > gpu["memory"]]
     sequences = int(min(mine, a["max_seqs"] or 256, max(pool, 0) // full))
     if m["positions"] and a["max_len"] >= m["positions"]:
-        why = [f"a context of {a['max_len']} leaves no room for a prompt in the model's {m['positions']} positions"]
+        why = [f"a context of {a['max_len']} leaves no room for a prompt in {m['positions']} positions"]
     elif tokens < longest:
         why = [f"--token_budget {tokens} holds no sequence of {longest} tokens"]
     elif not sequences:
@@ -678,7 +688,7 @@ def predict(m, a, gpu, world):
 
 
 def remedies(m, a, gpu, world):
-    """Options that make a stage fit, each with the nearest value that does it alone; else the size of a model."""
+    """Options that make a stage fit, each with the nearest value that does it alone; else a model's size."""
     longest, down = a["max_len"] + a["max_prompt_len"], [i / 16 for i in range(15, 0, -1)]
     budget = max(a["token_budget"] or 32768, longest)
     choices = {"token_budget": [int(budget * x) for x in down] + [longest], "recompute": [1], "sleep": [1],
@@ -701,7 +711,7 @@ def remedies(m, a, gpu, world):
 
 
 def step_seconds(m, a, gpu, world):
-    """Assumed seconds of a step -> dict. Generation is bound by throughput or by its longest sequence, training by
+    """Assumed seconds of a step. Generation is bound by throughput or by its longest sequence, training by
     two FLOP for each weight that a token meets, and causal attention."""
     n, scale, length = a["prompts"] * a["group"], 1.777e9 / m["parameters"], a["mean_len"] + PROMPT
     stream = min(gpu["stream"] * scale, 500.0)  # a small model is bound by launching kernels
@@ -717,10 +727,10 @@ def step_seconds(m, a, gpu, world):
 def dry_run(args, stages, options):
     """Print what every stage would need -> exit code: 2 if one cannot run."""
     m, gpu, world = model_shape(args.model), card(args), args.gpus * args.nodes
-    print(f"{args.model}: {m['parameters']:,} parameters\n{world} x {gpu['name']}, {gpu['memory']:.1f} GiB each\n"
-          f"assumed: {gpu['tokens']:,} generated tokens/s for each GPU with a full batch and {gpu['stream']} for "
-          f"one sequence\n  (1.8B model; inversely with size), {gpu['tflops']} TFLOP/s at {MFU:.0%}, prompts of "
-          f"{PROMPT} tokens, ${gpu['price']:g} an hour. Estimates, not measurements")
+    print(f"{args.model}: {m['parameters']:,} parameters\n{world} x {gpu['name']}, {gpu['memory']:.1f} GiB")
+    print(f"assumed: {gpu['tokens']:,} generated tokens/s for each GPU with a full batch and {gpu['stream']} "
+          f"for one sequence\n  (1.8B model; inversely with size), {gpu['tflops']} TFLOP/s at {MFU:.0%}, "
+          f"prompts of {PROMPT} tokens, ${gpu['price']:g} an hour")
     columns, refused, hours = [], [], 0.0
     for stage, a in zip(stages, options):
         a = a | {"mean_len": args.mean_len or min(a["max_len"] // 2, 5000)}
@@ -740,8 +750,8 @@ def dry_run(args, stages, options):
     for name in columns[0]:  # one line a quantity reads better than 17 columns
         print(f"  {name:46s}" + "".join(f"{column[name]!s:>20s}" for column in columns))
     disk = 16 * m["parameters"] / GIB
-    print(f"total {hours:,.1f} hours, {hours * world:,.0f} GPU-hours, ${hours * world * gpu['price']:,.0f} without "
-          f"evaluations; disk: {disk:.1f} GiB a checkpoint, three at least"
+    print(f"total {hours:,.1f} hours, {hours * world:,.0f} GPU-hours, ${hours * world * gpu['price']:,.0f} "
+          f"without evaluations; disk: {disk:.1f} GiB a checkpoint, three at least"
           + (f", and {disk / 4:.1f} GiB for each that may be returned to" if args.switch == "auto" else ""))
     print("\n".join(refused) if refused else "it fits", file=sys.stderr if refused else sys.stdout)
     return 2 if refused else 0
@@ -763,9 +773,11 @@ def start(argv):
     run = args.run
     if args.node_rank and not args.dry_run:
         return other_node(args)
-    # the folder is no property of the run; paths are made absolute: the next call may stand in another folder
-    words = [word if word in PRESETS or not os.path.exists(word) else os.path.abspath(word)
-             for word in where.parse_known_args(argv)[1]]
+    words = where.parse_known_args(argv)[1]  # the folder is no property of the run
+    # paths are made absolute: the next call may stand in another folder
+    paths = [os.path.exists(word) and (option == "--model" or "." in word or "/" in word)
+             for option, word in zip(["", *words], words)]
+    words = [os.path.abspath(word) if path else word for path, word in zip(paths, words)]
     old = read_plan(run)
     said = old["words"] if old else []
     new = [] if words == said[len(said) - len(words):] else words
@@ -782,7 +794,7 @@ def start(argv):
         raise ValueError(NO_GPU)
     with common.lock(os.path.join(run, "schedule.lock")):
         if read_plan(run) != old:
-            raise ValueError(f"{run} was begun or changed by another schedule.py at this very moment: try again")
+            raise ValueError(f"{run} was begun or changed by another schedule.py just now: try again")
         print(told, end="", flush=True)
         plan = {"words": said + new, "model": args.model, "stages": stages}
         return Schedule(args, rest, plan, options).work()
@@ -794,6 +806,8 @@ def main(argv=None):
     except (ValueError, OSError, common.RankError) as e:
         print(f"schedule.py: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":
