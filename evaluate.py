@@ -584,7 +584,10 @@ def curve_note(args, protocol):
         o = common.read_json(os.path.join(args.model, "../../../config.json"))["options"]
         there = {"n": o["eval_n"], "temperature": o["eval_temperature"], "top_p": o["eval_top_p"], "limit": 0,
                  "max_tokens": o["eval_max_len"] or o["max_len"], "seed": o.get("eval_seed", o["seed"]),
-                 "style": o["style"], "reward": o.get("reward"), "dtype": o["dtype"]}
+                 "chat": not o["no_chat"], "instruction": o.get("instruction", data.INSTRUCTION)}
+        there |= {key: o.get(key) for key in ("style", "reward", "examples", "dtype")}
+        if protocol["template"] is not None:
+            del there["instruction"]
         if not o["eval_every"] or label(o["eval_data"]) not in map(label, args.benchmarks):
             return None
     except (OSError, ValueError, KeyError, TypeError):
