@@ -1,7 +1,7 @@
 """rollout.py - prompts in, graded samples out.
 
     engine = make_engine("auto", "path/or/hub-name", max_model_len=9216, dtype="auto", device=device)
-    engine.push(policy.full_weights())                   # before the first rollout and after every update
+    engine.push(policy.full_weights())                # before the first rollout and after every update
     samples, seconds = rollout(engine, tokenizer, problems, prompts, sampling, step, grade)
 
 Two engines, one small interface: generate, push, sleep, wake, close.
@@ -10,12 +10,12 @@ Two engines, one small interface: generate, push, sleep, wake, close.
   TorchEngine   transformers and a KV cache, anywhere torch runs: finished rows leave the batch at once and
                 waiting prompts take their place. The plain twin: tests hold the two against each other.
 
-Both promise: token ids without padding; log-probs of the *tempered* distribution the token was drawn from
-(anything else makes every importance ratio wrong at T = 0.6); finish_reason "length" if and only if the limit
-cut the sample; a sample depends on its own seed alone, so not on its batch, its rank or the number of ranks, up
+Both promise: token ids without padding; log-probs of the *tempered* distribution a token was drawn from
+(anything else makes every importance ratio wrong at T = 0.6); finish_reason "length" if and only if the
+limit cut the sample; a sample depends on its seed, not on its batch, its rank or the number of ranks, up
 to the last bits of the kernels.
 
-Left out on purpose: tensor-parallel engines (a 1.5B model fits one GPU), asynchronous rollouts, tools, turns.
+Left out on purpose: tensor-parallel engines (a 1.5B model fits one GPU), asynchronous rollouts, tools.
 """
 import hashlib
 import importlib.util
@@ -40,7 +40,6 @@ from common import RankError, any_rank, gather, is_out_of_memory, join_processes
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """What an engine must know beside the prompts."""
     n: int = 1             # samples of each prompt
     temperature: float     # 0 is greedy
     top_p: float = 1.0
@@ -64,7 +63,7 @@ class Sample:
 
 
 def sample_seed(*key):
-    """A 63-bit number for (run seed, step, problem id, sample): the same on any number of ranks, and later.
+    """A 63-bit number for (run seed, step, problem id, sample): the same on any number of ranks.
 
     >>> sample_seed(0, 1, "p7", 3) == sample_seed(0, 1, "p7", 3) != sample_seed(0, 1, "p7", 4)
     True
@@ -72,52 +71,50 @@ def sample_seed(*key):
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big") >> 1
 
 
-# -------------------------------------------------------------------------------------------------------------
-# One rollout over all ranks
-# -------------------------------------------------------------------------------------------------------------
+# ---- One rollout over all ranks --------------------------------------------------------------------------
 
 def rollout(engine, tokenizer, problems, prompts, sampling, step, grade, *, only=None, stop=None,
             desc="generate"):
     """Generate and grade on all ranks -> (samples, seconds), the same samples on every rank.
 
-    problems [P] with an .id, prompts [P] of token ids. One sample for each (p, j), p < P and j < sampling.n, in
-    this order, or for the pairs in `only`. Rank r makes pairs r, r + world, ...: the samples of a long problem
-    spread out, which saves a tenth of the time. grade(problem, sample) -> (reward, verdict) runs in a thread of
-    that rank while others generate; it may empty a sample that nobody needs afterwards. samples is None when
-    stop() turned true on any rank. seconds: "generate", "reward" (waiting for the thread), "idle" (for other
-    ranks). An error of engine or grade on any rank ends the work of all with RankError.
+    problems [P] with an .id, prompts [P] of token ids. One sample for each (p, j), p < P, j < sampling.n, in
+    this order, or for the pairs in `only`. Rank r makes pairs r, r + world, ...: the samples of a long
+    problem spread out, which saves a tenth of the time. grade(problem, sample) -> (reward, verdict) runs in a
+    thread of that rank while others generate; it may empty a sample that nobody needs later. samples is None
+    when stop() turned true on any rank. seconds: "generate", "reward" (waiting for the thread), "idle"
+    (waiting for other ranks). An error of engine or grade ends the generation of all ranks: RankError.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     pairs = [(p, j) for p in range(len(problems)) for j in range(sampling.n)] if only is None else list(only)
     mine = pairs[rank::world]
-    halt, clock = Halt(), [time.time()]
+    seeds = [sample_seed(sampling.seed, step, problems[p].id, j) for p, j in mine]
+    halt, work, clock = Halt(stop), [], [time.time()]
 
     def finish(i, sample):
         try:
             sample.text = tokenizer.decode(sample.response_ids.tolist(), clean_up_tokenization_spaces=False)
             sample.reward, sample.verdict = grade(problems[mine[i][0]], sample)
         except BaseException:
-            halt.say()  # or generation would go on for hours before anybody hears of it
+            halt.say()
             raise
 
     def generate_and_grade():
-        work = []
-        seeds = [sample_seed(sampling.seed, step, problems[p].id, j) for p, j in mine]
-        with ThreadPoolExecutor(1) as pool:
-            try:
-                samples = engine.generate(
-                    [prompts[p] for p, _ in mine], seeds, sampling, stop=lambda: halt.heard(stop),
-                    on_sample=lambda i, sample: work.append(pool.submit(finish, i, sample)),
-                    desc=desc if rank == 0 else None)
-            except BaseException:
-                halt.say()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        pool = ThreadPoolExecutor(1)
+        try:
+            samples = engine.generate(
+                [prompts[p] for p, _ in mine], seeds, sampling, stop=halt.heard,
+                on_sample=lambda i, sample: work.append(pool.submit(finish, i, sample)),
+                desc=desc if rank == 0 else None)
             clock.append(time.time())
             for future in work:
                 future.result()
-        clock.append(time.time())
-        return samples
+            clock.append(time.time())
+            return samples
+        except BaseException:
+            halt.say()
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # only an error leaves something to cancel
 
     samples = whole_error("rollout", generate_and_grade)
     parts = gather(None if samples is None else flatten(samples))
@@ -132,58 +129,54 @@ def rollout(engine, tokenizer, problems, prompts, sampling, step, grade, *, only
 class Halt:
     """A word that any rank says and all ranks hear within a second, in the middle of their generation."""
 
-    made = 0  # all ranks make their rollouts in the same order, so this count names the same one everywhere
+    made = 0  # every rank makes its rollouts in the same order, so the count names the same one on all
 
-    def __init__(self):
+    def __init__(self, stop):
         Halt.made += 1
-        self.key, self.said, self.next_look = f"halt rollout {Halt.made}", False, 0.0
-        several = dist.is_initialized() and dist.get_world_size() > 1
-        self.store = dist.distributed_c10d._get_default_store() if several else None
+        self.stop, self.key, self.said, self.looked = stop, f"halt {Halt.made}", False, 0.0
+        self.store = dist.distributed_c10d._get_default_store() if dist.is_initialized() else None
 
     def say(self):
         self.said = True
-        if self.store:
+        if self.store is not None:
             self.store.set(self.key, "1")
 
-    def heard(self, stop=None):
-        if not self.said and stop is not None and stop():
+    def heard(self):
+        if not self.said and self.stop is not None and self.stop():
             self.say()
-        if not self.said and self.store and time.monotonic() > self.next_look:
-            self.next_look = time.monotonic() + 1
+        if not self.said and self.store is not None and time.monotonic() > self.looked + 1:
+            self.looked = time.monotonic()
             self.said = self.store.check([self.key])
         return self.said
 
 
 def flatten(samples):
-    """Samples as flat arrays, which travel 50 times faster than objects of Python numbers. No prompts."""
-    lengths = [len(s.response_ids) for s in samples]
-    ids = np.concatenate([np.empty(0, np.int32)] + [s.response_ids for s in samples])
-    logprobs = np.concatenate([np.empty(0, np.float32)] + [s.logprobs for s in samples])
-    return lengths, ids, logprobs, [(s.finish_reason, s.text, s.reward, s.verdict) for s in samples]
+    """Samples as flat arrays, which travel 50 times faster than lists of numbers; all know the prompts."""
+    ids = np.concatenate([np.empty(0, np.int32), *(s.response_ids for s in samples)])
+    logprobs = np.concatenate([np.empty(0, np.float32), *(s.logprobs for s in samples)])
+    ends = np.cumsum([len(s.response_ids) for s in samples])[:-1]
+    return ids, logprobs, ends, [(s.finish_reason, s.text, s.reward, s.verdict) for s in samples]
 
 
 def unflatten(part, prompts):
-    lengths, ids, logprobs, rest = part
-    ends = np.cumsum(lengths)[:-1]
-    split = zip(prompts, np.split(ids, ends), np.split(logprobs, ends), rest)
-    return [Sample(prompt, i, logp, *more) for prompt, i, logp, more in split]
+    ids, logprobs, ends, rest = part
+    rows = zip(prompts, np.split(ids, ends), np.split(logprobs, ends), rest)
+    return [Sample(prompt, row_ids, row_logprobs, *more) for prompt, row_ids, row_logprobs, more in rows]
 
 
 def whole_error(what, work):
-    """`together` with all of an error's text: vLLM says only in its second line what is wrong."""
-    def in_one_line():
+    """`together` with the whole text of an error: vLLM says what is wrong in its second line."""
+    def one_line():
         try:
             return work()
         except Exception as e:
             text = " ".join(f"{type(e).__name__}: {e}".split())[:500]
             said = not is_out_of_memory(e) or "out of memory" in text.lower()
             raise RuntimeError(text if said else f"out of memory: {text}") from e
-    return together(what, in_one_line)
+    return together(what, one_line)
 
 
-# -------------------------------------------------------------------------------------------------------------
-# Which engine, and what both refuse
-# -------------------------------------------------------------------------------------------------------------
+# ---- Which engine, and what both refuse ------------------------------------------------------------------
 
 def make_engine(kind, model, *, max_model_len, dtype, device, max_seqs=0, gpu_memory=0.6, seed=0,
                 load_weights=False, enable_sleep=False, enforce_eager=False):
@@ -191,9 +184,9 @@ def make_engine(kind, model, *, max_model_len, dtype, device, max_seqs=0, gpu_me
     torch is many times slower, a vLLM that is installed but fails is an error. All ranks call it together and
     get the same engine, or RankError.
 
-    model: path or hub name. max_model_len: prompt plus response. dtype: see compute_dtype. max_seqs: rows made
-    at once, 0: the engine's choice. gpu_memory: vLLM's share of the whole card. load_weights=False starts vLLM
-    with dummy weights: training pushes the policy's first, and a forgotten push cannot hide.
+    model: path or hub name. max_model_len: prompt plus response. dtype: see compute_dtype. max_seqs: rows at
+    once, 0: the engine's choice. gpu_memory: vLLM's share of the card. load_weights=False starts vLLM with
+    dummy weights: training pushes the policy's first, and a forgotten push cannot hide.
     """
     if kind not in ("vllm", "torch", "auto"):
         raise ValueError(f'engine must be "vllm", "torch" or "auto", not {kind!r}')
@@ -213,11 +206,7 @@ def make_engine(kind, model, *, max_model_len, dtype, device, max_seqs=0, gpu_me
 
 
 def compute_dtype(name, device):
-    """"auto" -> "bfloat16" on a card that computes in it (compute capability 8.0 or more), else "float32".
-
-    >>> compute_dtype("auto", "cpu"), compute_dtype("bfloat16", "cpu")
-    ('float32', 'bfloat16')
-    """
+    """"auto" -> "bfloat16" on a card that computes in it (compute capability 8.0 or more), else "float32"."""
     if name == "auto":
         able = torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
         return "bfloat16" if able else "float32"
@@ -237,23 +226,17 @@ def check_prompts(prompts, vocabulary, room=float("inf")):
 
 
 def check_tokenizer(tokenizer, prompt_texts, prompts, vocabulary):
-    """ValueError with the cause if prompts [P] of token ids lost something of prompt_texts [P] (the whole prompt,
-    or the problem that a template wrapped). What `plain` drops may differ."""
+    """ValueError with the cause if prompts [P] of token ids lost something of prompt_texts [P]: whole
+    prompts, or the problems that a template wrapped. What `plain` drops may differ."""
     check_prompts(prompts, vocabulary)
     unknown = {tokenizer.unk_token_id} - {tokenizer.bos_token_id, tokenizer.eos_token_id, None}
     for text, prompt in zip(prompt_texts, prompts, strict=True):
-        whole = tokenizer.decode(prompt, clean_up_tokenization_spaces=False)
-        if plain(text) in plain(whole) and unknown.isdisjoint(prompt):
-            continue
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        back = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        if plain(text) in plain(back) and unknown.isdisjoint(ids):
-            raise ValueError(f"the prompt's template loses text: {text[:80]!r} is not in {whole!r}")
-        at = max(0, len(os.path.commonprefix([text, back])) - 30)
-        raise ValueError(
-            f"the tokenizer ({type(tokenizer).__name__}) does not give its text back: {text[at:at + 60]!r} "
-            f"becomes {back[at:at + 60]!r}. If blanks are missing, its tokenizer_config.json may name a class that "
-            f'misreads tokenizer.json: "tokenizer_class": "PreTrainedTokenizerFast" reads it as it is')
+        back = tokenizer.decode(prompt, clean_up_tokenization_spaces=False)
+        if plain(text) not in plain(back) or not unknown.isdisjoint(prompt):
+            raise ValueError(
+                f"the tokenizer ({type(tokenizer).__name__}) or its template does not give text back: "
+                f"{text[:200]!r} becomes {back[:400]!r}. If blanks are missing, tokenizer_config.json may "
+                f'name a class that misreads tokenizer.json: "PreTrainedTokenizerFast" reads it as it is')
 
 
 def plain(text):
@@ -268,8 +251,8 @@ def plain(text):
 
 
 def stop_token_ids(model, config):
-    """All ids that end a response, in both engines: the tokenizer's own, and those of generation_config.json or,
-    without that file, of the model's config."""
+    """All ids that end a response, in both engines: the tokenizer's own, and those of generation_config.json
+    or, without that file, of the model's config."""
     try:
         ids = GenerationConfig.from_pretrained(model).eos_token_id
     except OSError:
@@ -281,18 +264,15 @@ def stop_token_ids(model, config):
     return {own, *(ids if isinstance(ids, list) else [ids])} - {None}
 
 
-# -------------------------------------------------------------------------------------------------------------
-# vLLM
-# -------------------------------------------------------------------------------------------------------------
+# ---- vLLM ------------------------------------------------------------------------------------------------
 
 class VllmEngine:
-    """vLLM in this process, fed one request a sample. With tensor_parallel_size=1 each rank is an engine of its
-    own and gets its own prompts.
+    """vLLM in this process, fed one request a sample; each rank is an engine with its own prompts.
 
-    By itself vLLM waits for all ranks twice: to make its process groups, and for the smallest free memory. A rank
-    that failed before would leave the others waiting there. So all ranks agree before the groups are made, each
-    sizes its cache alone, and all agree again after a first token. What is left is a rank that hangs or fails
-    between making two groups: the time limit of the process group ends that.
+    By itself vLLM waits for all ranks twice: to make process groups, and for the smallest free memory. A rank
+    that failed before would leave the others waiting. So all ranks agree before the groups are made, each
+    sizes its cache alone, and all agree again after a first token. What is left is a rank that hangs, or
+    fails between two groups: the time limit of the process group ends that.
     """
 
     name = "vllm"
@@ -302,10 +282,11 @@ class VllmEngine:
         on_cpu = device.type == "cpu"
         self.llm, self.asleep, self.sleeps = None, set(), enable_sleep and not on_cpu
         self.dtype, self.max_model_len, self.loaded = getattr(torch, dtype), max_model_len, load_weights
+        untied = {} if load_weights else {"tie_word_embeddings": False}
         options = {
             "model": model, "dtype": dtype, "max_model_len": max_model_len, "seed": seed,
-            "load_format": "auto" if load_weights else "dummy", "tensor_parallel_size": 1,
-            "distributed_executor_backend": "external_launcher",  # inside the process group of torchrun
+            "load_format": "auto" if load_weights else "dummy",
+            "distributed_executor_backend": "external_launcher",  # in torchrun's process group
             "max_num_seqs": max_seqs or (128 if on_cpu else 256), "enable_prefix_caching": True,
             # a seeded request whose prefill is split over two steps kills the CPU sampler of 0.32
             # ("CPU Generator does not use offset"), so there prompts are never split
@@ -316,7 +297,7 @@ class VllmEngine:
             # fp32 logits as the trainer's: rounding them to bf16 makes half of the mismatch between the two.
             # A tied head is packed once and goes stale after a push; untied, it is pushed like any tensor. A
             # model loaded from disk takes no push, and its checkpoint may hold no head of its own
-            "hf_overrides": {"head_dtype": "float32"} | ({} if load_weights else {"tie_word_embeddings": False})}
+            "hf_overrides": {"head_dtype": "float32", **untied}}
         whole_error("vLLM", lambda: self._prepare(options, device.type))
         try:
             whole_error("vLLM", lambda: self._start(options))
@@ -325,7 +306,7 @@ class VllmEngine:
             raise
 
     def _prepare(self, options, device):
-        """All that can fail before ranks wait for each other."""
+        """What can fail before ranks wait for each other."""
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         if device == "cpu":
@@ -335,7 +316,7 @@ class VllmEngine:
         warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
         from vllm.engine.arg_utils import EngineArgs
         from vllm.platforms import current_platform
-        runs_on = "cuda" if current_platform.is_cuda_alike() else current_platform.device_type or "nothing here"
+        runs_on = "cuda" if current_platform.is_cuda_alike() else current_platform.device_type
         if runs_on != device:
             raise RuntimeError(f"the installed vLLM is for {runs_on}, this process runs on {device}")
         self.config = EngineArgs(**options).create_engine_config()
@@ -354,18 +335,17 @@ class VllmEngine:
             init_worker_distributed_environment(self.config, dist.get_rank(), "env://",
                                                 int(os.environ["LOCAL_RANK"]), current_platform.dist_backend)
         ExecutorWithExternalLauncher.determine_available_memory = UniProcExecutor.determine_available_memory
-        with mock.patch.object(torch, "set_num_threads"):  # its CPU worker replaces it by a warning, for good
+        with mock.patch.object(torch, "set_num_threads"):  # its CPU worker replaces it for good
             self.llm = LLM(**options)
         # a model may load and still find no kernel for its heads
         self.generate([[0, 0]], [0], Sampling(temperature=1.0, max_tokens=2))
 
     def generate(self, prompts, seeds, sampling, on_sample=None, stop=None, desc=None):
-        """One Sample for each (prompt, seed), in order; None if `stop()` turned true. `on_sample(i, sample)` is
+        """One Sample for each (prompt, seed), in order; None if stop() turned true. on_sample(i, sample) is
         called while the rest still generates. desc: title of a progress bar."""
         from vllm.sampling_params import RequestOutputKind, SamplingParams
-        engine = self.llm.llm_engine
+        engine, samples = self.llm.llm_engine, [None] * len(prompts)
         check_prompts(prompts, self.vocabulary, self.max_model_len - sampling.max_tokens)
-        samples = [None] * len(prompts)
         bar = tqdm(total=len(prompts), desc=desc, disable=None if desc else True, leave=False)
         try:
             for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
@@ -391,34 +371,30 @@ class VllmEngine:
         return samples
 
     def push(self, weights):
-        """Load (name, tensor) pairs named as in the HF checkpoint. Never `reload_weights` without an iterator: it
-        would read the first checkpoint from disk again and train on stale rollouts without a word."""
+        """Load (name, tensor) pairs named as in the HF checkpoint. Never call `reload_weights` without its
+        iterator: it would read the first checkpoint from disk again and make stale rollouts."""
         if self.loaded:
-            raise RuntimeError("push needs an engine made with load_weights=False: here a tied head would stay")
-        self._wake({"weights"})
+            raise RuntimeError("an engine made with load_weights=True takes no push")
+        self.wake({"weights"})
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": (
             (name, w.to(self.dtype) if w.is_floating_point() else w) for name, w in weights)})
         self.llm.reset_prefix_cache()  # cached keys and values belong to the old weights
 
     def sleep(self, keep_weights=False):
-        """Give the GPU memory back: the KV cache is freed; weights are dropped (the next push brings new ones)
-        or, when the same ones will be needed again, parked in CPU memory."""
+        """Give the GPU memory back: the KV cache is freed, the weights are dropped (a push brings new ones)
+        or, if the same ones will be needed again, parked in CPU memory."""
         if self.sleeps:
             self.llm.sleep(level=1 if keep_weights else 2)
             self.asleep = {"weights", "kv_cache"}
 
-    def wake(self):
-        """Take the memory back before generating; after a push only the KV cache's is missing."""
-        self._wake({"weights", "kv_cache"})
-
-    def _wake(self, tags):
-        # only what sleeps: waking a part twice would map its memory twice
+    def wake(self, tags=frozenset({"weights", "kv_cache"})):
+        """Take the memory back before generating, only what sleeps: a part woken twice is mapped twice."""
         if self.asleep & tags:
             self.llm.wake_up(tags=sorted(self.asleep & tags))
             self.asleep -= tags
 
     def close(self):
-        """Shut down, even what is half started. The process group stays, vLLM would end it: it is the caller's."""
+        """Shut down, even what is half started. vLLM would end the caller's process group, too."""
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
         destroy = dist.destroy_process_group
         with mock.patch.object(dist, "destroy_process_group", lambda group=None: group and destroy(group)):
@@ -428,41 +404,37 @@ class VllmEngine:
         self.llm = None
 
 
-# torch ---------------------------------------------------------------------------------------------------------
+# ---- torch -----------------------------------------------------------------------------------------------
 
 class Slots:
-    """KV cache of the torch engine: for each layer keys and values [slots, Hkv, length, D], one slot a running
-    sample. Set before each forward: rows (a slice of slots), positions [B, T] and visible [B, T, seen]."""
+    """KV cache of the torch engine: keys and values [slots, Hkv, length, D] of each layer, a slot for each
+    running sample. Set before a forward of B rows by T tokens: first (their slots: first to first + B - 1),
+    positions [B, T] and visible [B, T, L]."""
 
     def __init__(self, n_slots, length):
-        self.shape, self.layers = (n_slots, length), {}
-
-    def look(self, rows, positions):
-        self.rows, self.positions = rows, positions
-        self.visible = torch.arange(int(positions.max()) + 1, device=positions.device) <= positions[..., None]
+        self.n_slots, self.length, self.layers = n_slots, length, {}
 
     def update(self, layer, *new):
-        """Write keys and values [B, Hkv, T, D] of the tokens at hand -> those of all positions seen so far."""
+        """Write keys and values [B, Hkv, T, D] of the tokens at hand -> those of positions 0 to L - 1."""
         if layer not in self.layers:
-            (n_slots, length), (_, heads, _, d) = self.shape, new[0].shape
-            self.layers[layer] = [x.new_zeros(n_slots, heads, length, d) for x in new]
-        rows = torch.arange(self.rows.start, self.rows.stop, device=self.positions.device)[:, None]
+            self.layers[layer] = [x.new_zeros(self.n_slots, x.shape[1], self.length, x.shape[3]) for x in new]
+        rows = slice(self.first, self.first + len(self.positions))
+        at = torch.arange(rows.start, rows.stop, device=self.positions.device)[:, None]
         for cache, x in zip(self.layers[layer], new):
-            cache[rows, :, self.positions] = x.transpose(1, 2)
-        return [cache[self.rows, :, :self.visible.shape[-1]] for cache in self.layers[layer]]
+            cache[at, :, self.positions] = x.transpose(1, 2)
+        return [cache[rows, :, :self.visible.shape[-1]] for cache in self.layers[layer]]
 
     def move(self, source, target):
         """Row `source` takes the place of row `target`, which has finished."""
-        for caches in self.layers.values():
-            for cache in caches:
-                cache[target] = cache[source]
+        for keys, values in self.layers.values():
+            keys[target], values[target] = keys[source], values[source]
 
 
 def slot_attention(module, query, key, value, attention_mask=None, scaling=None, slots=None,
                    sliding_window=None, softcap=None, s_aux=None, **_):
-    """The attention function registered with transformers under the name "slots": query [B, Hq, T, D] attends to
-    its row's cache up to its own position. The g query heads that share a key head are laid out as g x T queries
-    of that head, so that nothing is repeated."""
+    """The attention function registered with transformers under the name "slots": query [B, Hq, T, D] attends
+    to the cache of its row up to its own position. The g query heads that share a key head are laid out as
+    g x T queries of that head, so that nothing is repeated."""
     if softcap is not None or s_aux is not None:
         raise NotImplementedError("attention with soft-capping or sinks is not covered by the torch engine")
     visible = slots.visible
@@ -470,11 +442,10 @@ def slot_attention(module, query, key, value, attention_mask=None, scaling=None,
         oldest = slots.positions[..., None] - sliding_window
         visible = visible & (torch.arange(visible.shape[-1], device=visible.device) > oldest)
     k, v = slots.update(module.layer_idx, key, value)
-    batch, heads, length, d = query.shape
-    q = query.reshape(batch, k.shape[1], -1, d)
-    mask = visible.repeat(1, heads // k.shape[1], 1)[:, None]
+    q = query.reshape(len(query), k.shape[1], -1, query.shape[-1])
+    mask = visible.repeat(1, query.shape[1] // k.shape[1], 1)[:, None]
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling or module.head_dim ** -0.5)
-    return out.reshape(batch, heads, length, d).transpose(1, 2), None
+    return out.reshape(query.shape).transpose(1, 2), None
 
 
 AttentionInterface.register("slots", slot_attention)
@@ -500,34 +471,31 @@ class TorchEngine:
         """As VllmEngine.generate."""
         check_prompts(prompts, self.vocabulary, self.max_model_len - sampling.max_tokens)
         samples, ids, logprobs = [None] * len(prompts), [[] for _ in prompts], [[] for _ in prompts]
-        waiting, running = list(range(len(prompts)))[::-1], []  # which prompts; running[row] lives in slot `row`
-        n_slots = min(self.max_seqs, len(prompts))
-        slots = Slots(n_slots, max(map(len, prompts), default=0) + sampling.max_tokens)
-        bar = tqdm(total=len(prompts), desc=desc, disable=None if desc else True, leave=False)
-        with bar:
+        waiting, running = list(range(len(prompts)))[::-1], []  # prompt running[row] lives in slot `row`
+        longest = max(map(len, prompts), default=0) + sampling.max_tokens
+        slots = Slots(min(self.max_seqs, len(prompts)), longest)
+        with tqdm(total=len(prompts), desc=desc, disable=None if desc else True, leave=False) as bar:
             while waiting or running:
                 if stop is not None and stop():
                     return None
-                new = [waiting.pop() for _ in range(min(n_slots - len(running), len(waiting)))]
-                if new:
-                    logits = self._logits(slots, len(running), [prompts[i] for i in new], [0] * len(new))
-                else:
-                    at = [len(prompts[i]) + len(ids[i]) - 1 for i in running]
-                    logits = self._logits(slots, 0, [ids[i][-1:] for i in running], at)
-                running += new
-                drawn = new or running
-                tokens, logps = sample_tokens(logits, [seeds[i] for i in drawn], [len(ids[i]) for i in drawn],
+                # new prompts come first, a few at once: their mask grows with the square of the length
+                new = [waiting.pop() for _ in range(min(16, slots.n_slots - len(running), len(waiting)))]
+                rows, first = (new, len(running)) if new else (running, 0)
+                start = [0 if new else len(prompts[i]) + len(ids[i]) - 1 for i in rows]
+                logits = self._logits(slots, first, [prompts[i] if new else ids[i][-1:] for i in rows], start)
+                tokens, logps = sample_tokens(logits, [seeds[i] for i in rows], [len(ids[i]) for i in rows],
                                               sampling.temperature, sampling.top_p)
-                for i, token, logp in zip(drawn, tokens.tolist(), logps.tolist()):
+                for i, token, logp in zip(rows, tokens.tolist(), logps.tolist()):
                     ids[i].append(token)
                     logprobs[i].append(logp)
+                running += new
                 for row in reversed(range(len(running))):
                     i = running[row]
                     ended = ids[i][-1] in self.stop_ids
                     if not ended and len(ids[i]) < sampling.max_tokens:
                         continue
-                    samples[i] = Sample(prompts[i], np.array(ids[i], np.int32), np.array(logprobs[i], np.float32),
-                                        "stop" if ended else "length")
+                    samples[i] = Sample(prompts[i], np.array(ids[i], np.int32),
+                                        np.array(logprobs[i], np.float32), "stop" if ended else "length")
                     slots.move(len(running) - 1, row)
                     running[row] = running[-1]
                     running.pop()
@@ -537,20 +505,22 @@ class TorchEngine:
         return samples
 
     def _logits(self, slots, first, tokens, start):
-        """Feed tokens [B][T] from positions `start` [B] on to the slots first, first + 1, ... -> logits [B, V] of
-        the next token, in fp32 as the trainer's and vLLM's. Shorter rows are padded: what the padding writes lies
-        after the row's own position, unseen, and is overwritten before that position comes."""
+        """Feed tokens [B][T] from positions start [B] on to the slots first, first + 1, ... -> logits [B, V]
+        of the next token, in fp32 as the trainer's and vLLM's. Shorter rows are padded: what padding writes
+        into the cache lies behind the row's last position, unseen, and is overwritten in time."""
         longest = max(map(len, tokens))
-        ids = torch.tensor([t + [0] * (longest - len(t)) for t in map(list, tokens)], device=self.device)
-        positions = torch.tensor(start, device=self.device)[:, None] + torch.arange(longest, device=self.device)
-        slots.look(slice(first, first + len(tokens)), positions)
-        hidden = self.model.base_model(input_ids=ids, position_ids=positions, attention_mask=None,
+        ids = torch.tensor([[*t, *[0] * (longest - len(t))] for t in tokens], device=self.device)
+        positions = torch.tensor(start)[:, None] + torch.arange(longest)
+        slots.first, seen = first, torch.arange(positions.max() + 1)
+        slots.positions = positions.to(self.device)
+        slots.visible = (seen <= positions[..., None]).to(self.device)
+        hidden = self.model.base_model(input_ids=ids, position_ids=slots.positions, attention_mask=None,
                                        use_cache=False, slots=slots).last_hidden_state
         hidden = hidden[range(len(tokens)), [len(t) - 1 for t in tokens]]
-        head = self.model.get_output_embeddings()
+        weight = self.model.get_output_embeddings().weight.t()
         if hidden.is_cuda and hidden.dtype != torch.float32:
-            return torch.mm(hidden, head.weight.t(), out_dtype=torch.float32)
-        return hidden.float() @ head.weight.float().t()
+            return torch.mm(hidden, weight, out_dtype=torch.float32)
+        return hidden.float() @ weight.float()
 
     @torch.no_grad()
     def push(self, weights):
@@ -574,27 +544,24 @@ class TorchEngine:
 
 
 def sample_tokens(logits, seeds, counts, temperature, top_p=1.0):
-    """Draw one token a row. logits [B, V] fp32, seeds and counts (tokens drawn so far) of length B, temperature 0
+    """Draw one token a row. logits [B, V], seeds and counts (tokens drawn so far) of length B, temperature 0
     is greedy -> tokens [B], logprobs [B] under the distribution drawn from.
 
-    Inverse of the cumulative distribution at a number that depends on (seed, count) alone, so that a row's sample
-    is the same in any batch. Rows of non-finite logits give the last token and a NaN log-prob: the trainer's
-    guard, not the engine, decides what to do about a broken model.
+    Inverse of the cumulative distribution at a number that depends on (seed, count) alone, so that a row's
+    sample is the same in any batch. A row of non-finite logits gives any token and a NaN log-prob: the
+    trainer's guard, not the engine, decides what to do about a broken model.
     """
-    logprobs = torch.log_softmax(logits / (temperature or 1.0), -1)
+    logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
+    if top_p < 1 and temperature > 0:
+        ordered, order = logprobs.exp().sort(-1, descending=True)
+        drop = ordered.cumsum(-1) - ordered >= top_p  # keep tokens until the mass before them reaches top_p
+        logprobs = logprobs.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), float("-inf"))
+        logprobs = torch.log_softmax(logprobs, -1)
     if temperature == 0:
         tokens = logits.argmax(-1)
-        return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
-    probs = logprobs.exp()
-    if top_p < 1:
-        ordered, order = probs.sort(-1, descending=True)
-        drop = ordered.cumsum(-1) - ordered >= top_p  # keep tokens until the mass before them reaches top_p
-        probs = probs.masked_fill(torch.zeros_like(drop).scatter(-1, order, drop), 0)
-        probs = probs / probs.sum(-1, keepdim=True)
-        logprobs = probs.log()
-    cumulative = probs.cumsum(-1, dtype=torch.float64)
-    u = torch.tensor([(sample_seed(s, c) >> 10) / 2 ** 53 for s, c in zip(seeds, counts)],
-                     dtype=torch.float64, device=logits.device)
-    tokens = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)[:, 0]
-    tokens = tokens.clamp_(max=logits.shape[-1] - 1)
+    else:
+        cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
+        u = [[(sample_seed(s, n) >> 10) / 2 ** 53] for s, n in zip(seeds, counts)]
+        point = torch.tensor(u, dtype=torch.float64, device=logits.device) * cumulative[:, -1:]
+        tokens = torch.searchsorted(cumulative, point, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]

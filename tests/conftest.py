@@ -108,8 +108,8 @@ def sabotaged(folder, code):
     return path
 
 
-def run(cmd, check=True, timeout=300, **env):
-    done = subprocess.run(cmd, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL,
+def run(cmd, check=True, timeout=300, cwd=None, **env):
+    done = subprocess.run(cmd, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, cwd=cwd,
                           env={**os.environ, "OMP_NUM_THREADS": "1", **env})
     if check and done.returncode:
         raise AssertionError(f"{' '.join(cmd)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
