@@ -280,14 +280,11 @@ def report(results, published=False):
 
 def protocol_line(p):
     """Everything that would change the number, on one line."""
-    versions = {k: v for k, v in p["versions"].items() if k not in ("sympy", "numpy")}
     hidden = ("model", "weights", "template", "stop", "versions", "commit")
-    shown = {k: v for k, v in p.items() if k not in hidden and v not in ("", None)} | versions
-    if p.get("reward"):
-        shown["scores"] = f"are mean rewards x 100, pass@n counts rewards of {RIGHT:g} or more"
-    return ", ".join(f"{k} {v}" for k, v in shown.items()) + (
-        f", nanoscaler {(p['commit'] or 'unknown')[:12]}; ±: one standard error, problems clustered; at 0 "
-        f"and 100: a bound of 95 % confidence")
+    shown = {k: v for k, v in p.items() if k not in hidden and v not in ("", None)} | p["versions"]
+    own = f"; scores: mean rewards x 100, pass@n: from {RIGHT:g} on" * bool(p.get("reward"))
+    return (", ".join(f"{k} {v}" for k, v in shown.items()) + f", nanoscaler {p['commit'] or 'unknown'}{own}; "
+            "±: one standard error, problems clustered; at 0 and 100 a 95 % bound")
 
 
 def alarms(result):
@@ -312,10 +309,8 @@ def compare(first, other, show=10):
     p, q = first["protocol"], other["protocol"]
     differ = [f"{k} {p.get(k)!r} / {q.get(k)!r}" for k in {**p, **q}
               if k not in ("model", "weights", "commit", "versions") and p.get(k) != q.get(k)]
-    lines, rows, pairs, moved = [], [], [], []
-    if differ:
-        lines.append("CAUTION the protocols differ, so the difference is not due to the models alone: "
-                     + "; ".join(differ))
+    lines = [f"CAUTION the models are not all that differs: {'; '.join(differ)}"] * bool(differ)
+    rows, pairs, moved = [], [], []
     for name in [name for name in first["benchmarks"] if name in other["benchmarks"]]:
         a, b = (r["benchmarks"][name] for r in (first, other))
         x, y = (c.get("rewards") or {i: k / c["n"] for i, k in c["per_problem"].items()} for c in (a, b))
@@ -385,13 +380,14 @@ def read_result(path, need=("name", "benchmarks", "protocol", "protocol_line")):
     try:
         result = common.read_json(path)
         lacks = [key for key in need if key not in result]
-        for name, b in result["benchmarks"].items() if "benchmarks" in need and not lacks else ():
-            if not b.get("per_problem") or not b.get("n"):
-                lacks.append(f"the per-problem counts of {name} (--regrade {path} mends that)")
+        lacks = lacks or [key for key in ("template", "think", "stop", "n") if key not in result["protocol"]]
+        if not lacks and "benchmarks" in need:
+            lacks = [f"per_problem of {name} (--regrade {path} mends that)"
+                     for name, b in result["benchmarks"].items() if not (b.get("per_problem") and b.get("n"))]
+        if lacks:
+            raise ValueError(f"it lacks {', '.join(lacks)}")
     except (OSError, ValueError, AttributeError, TypeError) as e:
         raise ValueError(f"{path} is no result of evaluate.py: {e}") from e
-    if lacks:
-        raise ValueError(f"{path} is no result of evaluate.py: it lacks {', '.join(lacks)}")
     return result
 
 
@@ -578,21 +574,22 @@ def finish(args, base, items, model, protocol, seconds):
 
 
 def curve_note(args, protocol):
-    """One sentence: is this score the point of its step in the validation curve of the run that made the
-    model?"""
+    """One sentence: is this score a point of the validation curve of the run that made the model?"""
     try:
         o = common.read_json(os.path.join(args.model, "../../../config.json"))["options"]
-        there = {"n": o["eval_n"], "temperature": o["eval_temperature"], "top_p": o["eval_top_p"], "limit": 0,
-                 "max_tokens": o["eval_max_len"] or o["max_len"], "seed": o.get("eval_seed", o["seed"]),
-                 "style": o["style"], "reward": o.get("reward"), "dtype": o["dtype"]}
-        if not o["eval_every"] or label(o["eval_data"]) not in map(label, args.benchmarks):
-            return None
+        name = label(o["eval_data"]) if o["eval_every"] else ""
+        o |= {f"eval_{key}": o[key] for key in ("style", "reward", "examples", "instruction", "dtype")}
+        o |= {"eval_max_tokens": o["eval_max_len"] or o["max_len"], "eval_chat": not o["no_chat"]}
+        o["eval_limit"] = 0
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    differ = [f"{k} {v} there, {protocol[k]} here" for k, v in there.items() if protocol[k] != v]
-    if not differ:
-        return f"{label(o['eval_data'])}: same settings and seeds as the validation, so the same number"
-    return f"{label(o['eval_data'])}: not the number of the validation in training: {'; '.join(differ)}"
+    if name not in map(label, args.benchmarks):
+        return None
+    differ = [f"{key} {o[f'eval_{key}']} there, {here} here" for key, here in protocol.items()
+              if o.get(f"eval_{key}", here) != here and not (key == "instruction" and protocol["template"])]
+    if differ:
+        return f"{name}: not the number of the validation in training: {'; '.join(differ)}"
+    return f"{name}: same settings and seeds as the validation in training, so the same number"
 
 
 def regrade(path):
@@ -695,8 +692,7 @@ def main(argv=None):
             print(compare(read_result(args.compare[0]), read_result(path), args.show))
         if args.model:
             result, signal_number = evaluate(args)
-            if result:
-                print(report([result], args.published))
+            print(report([result], args.published) if result else "", end="\n" * bool(result))
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, RuntimeError) as e:

@@ -332,8 +332,9 @@ def test_two_evaluations_of_one_name(tiny, bench, tmp_path, here):
 
 def test_a_full_disk_ends_the_generation_at_once(tiny, bench, tmp_path, undisturbed):
     """A limit on the size of files stands for it. The same command with room gives the undisturbed result."""
-    done = subprocess.run(cmd(tiny, bench, tmp_path, "--max_seqs", 1), capture_output=True, text=True,
-                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000)), check=False)
+    small = (resource.RLIMIT_FSIZE, (4000, 4000))
+    done = subprocess.run(cmd(tiny, bench, tmp_path, "--max_seqs", 1), check=False, capture_output=True,
+                          text=True, preexec_fn=lambda: resource.setrlimit(*small))
     assert done.returncode == 2 and "cannot be written" in done.stderr and "goes on" in done.stderr
     part, = tmp_path.glob("x.part.*")
     assert 1 < part.read_text().count("\n") < 15 and "Traceback" not in done.stderr
@@ -379,7 +380,7 @@ def test_a_run_with_a_reward_of_ones_own(tiny, tmp_path, own, here):
     bench = tmp_path / "open.jsonl"
     bench.write_text("".join(json.dumps({"id": f"s{i}", "problem": f"{i}+1?"}) + "\n" for i in range(4)))
     code, said = here(*options(tiny, bench, tmp_path, "--reward", own + "short"))
-    assert code == 0 and "reward ownreward:short, " in said and "rewards of 0.5 or more" in said
+    assert code == 0 and "reward ownreward:short, " in said and "pass@n: from 0.5 on" in said
     result, rows = load(tmp_path)
     b = result["benchmarks"]["open"]
     assert b["rewards"]["s0"] == pytest.approx(0.37) and b["per_problem"]["s0"] == 0
@@ -424,7 +425,7 @@ def test_the_curve_and_the_table_agree(tiny, problems, tmp_path, here):
     b = load(tmp_path)[0]["benchmarks"]["sums"]
     assert (line["eval_reward"], line["eval_se"], line["eval_length"]) == (b["pass@1"], b["se"], b["tokens"])
     said = here(*options(hf, problems, tmp_path / "other", "--n", 3))[1]
-    assert "settings differ: top_p 1.0 there, 0.95 here" in said
+    assert "not the number of the validation in training: top_p 1.0 there, 0.95 here" in said
 
 
 @pytest.mark.slow
@@ -448,7 +449,8 @@ def test_empty_and_unknown_benchmarks(tmp_path):
 
 @pytest.mark.parametrize("text, says", [
     ("", "is no result"), ("[1]", "lacks"), ('{"name": "x"}', "lacks benchmarks"),
-    ('{"name": "x", "benchmarks": {"a": {}}, "protocol_line": "", "protocol": {}}', "counts of a")])
+    ('{"name": "x", "benchmarks": {"a": {}}, "protocol_line": "", "protocol": P}'.replace(
+        "P", '{"template": 0, "think": 0, "stop": [], "n": 1}'), "per_problem of a")])
 def test_broken_result_files(tmp_path, text, says, capsys):
     path = tmp_path / "x.json"
     path.write_text(text)
@@ -505,7 +507,7 @@ def test_table_layout():
 
 
 @pytest.mark.parametrize("argv, says", [
-    ([], "--model is missing"), (["--compare", "a.json"], "two results"), (["--model", "m", "-n", "0"], "--n"),
+    ([], "--model is missing"), (["--compare", "a.json"], "two results"), (["--show", "-1"], "--show"),
     (["--model", "m", "--top_p", "0"], "--top_p"), (["--model", "m", "--temperature", "0"], "--n 1"),
     (["--model", "m", "--name", "a/b"], "--name"), (["--benchmark", "x"], "did you mean --benchmarks")])
 def test_bad_options(argv, says, capsys):
