@@ -39,11 +39,9 @@ GREY, DASHES = "#595959", ("-", "--", "-.", ":", (0, (6, 2)), (0, (6, 1, 1, 1)))
 LOOKS = [{"color": c, "marker": m, "ls": ls} for c, m, ls in zip(COLORS, "osD^vP", DASHES)]
 STYLE = {
     "font.size": 11, "figure.titleweight": "bold", "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "axes.grid.axis": "y", "grid.color": "#E4E4E4", "legend.frameon": False,
-    "legend.fontsize": 10, "figure.constrained_layout.use": True, "figure.dpi": 200,
-    "text.parse_math": False,       # a $ in a name is a dollar sign
-    "svg.hashsalt": "nanoscaler",   # the same picture is the same file, byte for byte
-}
+    "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "grid.color": "#E4E4E4",
+    "legend.frameon": False, "legend.fontsize": 10, "figure.constrained_layout.use": True, "figure.dpi": 200,
+    "text.parse_math": False, "svg.hashsalt": "nanoscaler"}  # a $ in a name is a dollar; same run, same bytes
 AIME24 = {"R1-Distill-Qwen-1.5B": 28.8, "o1-preview": 40.0, "DeepScaleR-1.5B": 43.1}  # published pass@1 (%)
 PHASES = {"generate": BLUE, "reward": PINK, "logprobs": SKY, "update": ORANGE, "sync": GREEN,
           "idle": "#D0D0D0", "rest": "#8C8C8C"}
@@ -77,18 +75,21 @@ def label(text, most=34):
     return text if len(text) <= most else text[:most - 1] + "…"
 
 
+def dictionary(value):
+    return value if isinstance(value, dict) else {}
+
+
 def read_stage(folder, plan, start):
     """One run of grpo.py. Its step s is step start + s of the whole run, `end` its last step that counts."""
     name, picked = str(plan.get("folder") or ""), plan.get("picked")
+    evidence = dictionary(plan.get("evidence"))
     path = os.path.join(folder, name, "config.json")
-    options = next(read_objects(path), {}).get("options") if os.path.exists(path) else None
-    options = options if isinstance(options, dict) else {}
+    options = dictionary(next(read_objects(path), {}).get("options")) if os.path.exists(path) else {}
     path = os.path.join(folder, name, "metrics.jsonl")
     rows = {}
     for row in read_objects(path) if picked or os.path.exists(path) else ():
         if type(row.get("step")) is int and 0 <= row["step"] < 1e9:
             rows[row["step"]] = row  # a step that was done twice, after a crash, counts as it was done last
-    evidence = plan["evidence"] if isinstance(plan.get("evidence"), dict) else {}
     windows = [evidence.get(key) for key in ("before", "after")]  # the steps that were compared to see a turn
     return SimpleNamespace(
         name=label(name, 16), rows=[rows[step] for step in sorted(rows)], start=start,
@@ -103,13 +104,13 @@ def read_run(folder):
         raise ValueError(f"{folder} is not a folder; give the folder of a run (its --out), or of evaluations")
     path, stages = os.path.join(folder, "plan.json"), []
     plans = next(read_objects(path), {}).get("stages") if os.path.exists(path) else [{}]
-    if not isinstance(plans, list) or not all(isinstance(plan, dict) for plan in plans):
+    if type(plans) is not list:
         raise ValueError(f"{path} holds no list of stages")
     for plan in plans:
-        stages.append(read_stage(folder, plan, stages[-1].start + stages[-1].end if stages else 0))
+        start = stages[-1].start + stages[-1].end if stages else 0
+        stages.append(read_stage(folder, dictionary(plan), start))
     stages = [stage for stage in stages if stage.rows]
-    name = label(os.path.basename(os.path.abspath(folder)))
-    here = glob.escape(folder)
+    name, here = label(os.path.basename(os.path.abspath(folder))), glob.escape(folder)
     paths = glob.glob(os.path.join(here, "*.json")) + glob.glob(os.path.join(here, "eval", "*.json"))
     results = [(step_of(r, stages, name), r) for path in sorted(paths) for r in read_result(path)]
     return SimpleNamespace(name=name, stages=stages, results=results)
@@ -118,14 +119,14 @@ def read_run(folder):
 def read_result(path):
     """[a result of evaluate.py], its scores {benchmark: (pass@1, standard error)} in per cent; else []."""
     row = next(read_objects(path), {})
-    if not isinstance(row.get("benchmarks"), dict):
-        return []
-    scores = row["benchmarks"] | ({"average": row.get("average")} if len(row["benchmarks"]) > 1 else {})
-    scores = {label(name): [100 * number(score.get(key)) for key in ("pass@1", "se")]
-              for name, score in scores.items() if isinstance(score, dict)}
+    found = dictionary(row.get("benchmarks"))
+    found |= {"average": row.get("average")} if len(found) > 1 else {}
+    scores = {label(name): [100 * number(dictionary(score).get(key)) for key in ("pass@1", "se")]
+              for name, score in found.items()}
     scores = {name: (mean, np.nan_to_num(se)) for name, (mean, se) in scores.items() if np.isfinite(mean)}
     name, model = label(row.get("name") or os.path.basename(path)[:-5]), str(row.get("model"))
-    return [SimpleNamespace(name=name, model=model, scores=scores, size=number(row.get("parameters")))]
+    result = SimpleNamespace(name=name, model=model, scores=scores, size=number(row.get("parameters")))
+    return [result] if found else []
 
 
 def step_of(result, stages, run_name):
@@ -184,7 +185,7 @@ def legend(figure, axis):
         figure.legend(handles, names, loc="outside lower center", ncols=columns)
 
 
-def draw_series(axis, runs, key, color, scale=1.0, name="", bars=None):
+def draw_series(axis, runs, key, color, scale=1, name="", bars=None):
     """Each step pale and the moving average strong; or, with the key of a standard error, points with bars.
     After the checkpoint handed on all is faded. Two runs get a colour and a dash each, and their names."""
     for run, look in zip(runs, LOOKS):
@@ -193,14 +194,15 @@ def draw_series(axis, runs, key, color, scale=1.0, name="", bars=None):
         for stage in run.stages:
             x, y, error = columns(stage, key, bars)
             mean, end = moving_average(y, run.window), stage.start + stage.end
-            for part, alpha in ((x <= end, 1.0), (x >= end, 0.35))[:1 + bool((x > end).any())]:
+            drawn = ((x <= end, 1.0), (x >= end, 0.35))[:1 + bool((x > end).any())] if len(x) else ()
+            for part, alpha in drawn:
                 kw = {"color": color, "alpha": alpha, "ls": look["ls"], "label": text}
                 if bars:
                     error = np.nan_to_num(error)
                     axis.errorbar(x[part], scale * y[part], scale * error[part], marker="o", ms=4, **kw)
                 else:
                     axis.plot(x[part], scale * y[part], ".-", ms=4, lw=0.6, color=color, alpha=0.3 * alpha)
-                    axis.plot(x[part], scale * mean[part], lw=2.2, **kw)
+                    axis.plot(x[part], scale * mean[part], lw=2.2, marker="o" if sum(part) < 3 else "", **kw)
                 text = None
 
 
@@ -219,7 +221,7 @@ def step_axis(axis, runs, names=True):
                               textcoords="offset points", fontsize=9.5, color=color)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
     axis.xaxis.set_major_formatter("{x:,.0f}")
-    faded = any(row["step"] > stage.end for run in runs for stage in run.stages for row in stage.rows)
+    faded = any(line.get_alpha() == 0.35 for line in axis.lines)
     axis.set_xlabel("training step" + " (faded: after the checkpoint handed on)" * faded)
 
 
@@ -256,15 +258,29 @@ def pass_at_1(runs, sizes):
     return figure
 
 
+def mean_of(runs):
+    return f"mean of {runs[0].window} steps" if runs[0].window > 1 else "each step"
+
+
 def length_and_reward(runs, _):
     figure, [[above], [below]] = canvas("Response length and reward", 6.4, 2, sharex=True)
-    draw_series(above, runs, "length_mean", BLUE)
+    draw_series(above, runs, "length_mean", BLUE, name=mean_of(runs))
     draw_series(below, runs, "reward", RED)
     step_axis(above, runs)
     step_axis(below, runs, names=False)
-    above.set(xlabel="", ylabel=f"length (tokens)\nline: mean of {runs[0].window} steps")
-    below.set_ylabel(f"reward\nline: mean of {runs[0].window} steps")
+    above.set(xlabel="", ylabel="length (tokens)")
+    below.set_ylabel("mean reward")
     legend(figure, above)
+    return figure
+
+
+def truncation(runs, _):
+    figure, [[axis]] = canvas("Responses cut off at the limit", 4)
+    draw_series(axis, runs, "truncated", RED, 100, f"training, {mean_of(runs)}")
+    draw_series(axis, runs, "eval_truncated", BLUE, 100, "validation", bars="eval_truncated_se")
+    step_axis(axis, runs)
+    axis.set(ylabel="truncated (%)", ylim=(0, max(1, axis.get_ylim()[1])))
+    legend(figure, axis)
     return figure
 
 
@@ -277,27 +293,18 @@ def turning_over(runs, _):
     figure, axes = canvas(title, 6.6, 3, len(turned), sharex="col")
     for column, (run, stage) in zip(axes.T, turned):
         alone = [SimpleNamespace(**vars(run) | {"stages": [SimpleNamespace(**vars(stage) | {"start": 0})]})]
-        for axis, key, text in zip(column, ("reward", "truncated", "length_mean"),
-                                   ("reward", "truncated (%)", "length (tokens)")):
-            draw_series(axis, alone, key, BLUE, 100 if key == "truncated" else 1)
+        for axis, key, color in zip(column, ("reward", "truncated", "length_mean"), (RED, GREEN, BLUE)):
+            draw_series(axis, alone, key, color, 100 if key == "truncated" else 1)
             axis.axvline(stage.end, color="black", lw=1.2, ls="--")
             for (first, last), shade in zip(stage.windows, (SKY, ORANGE)):
                 axis.axvspan(first - 0.5, last + 0.5, color=shade, alpha=0.25, lw=0)
-            axis.set_ylabel(text if axis in axes[:, 0] else "")
         step_axis(column[-1], alone)
         column[-1].set_xlabel("step of the stage")
         column[0].set_title(f"{run.name}, {stage.name}" if len(runs) > 1 else stage.name)
-    figure.supxlabel("shaded: the steps compared; dashed: the checkpoint handed on", fontsize=10, color=GREY)
-    return figure
-
-
-def truncation(runs, _):
-    figure, [[axis]] = canvas("Responses cut off at the limit", 4)
-    draw_series(axis, runs, "truncated", RED, 100, f"training, mean of {runs[0].window} steps")
-    draw_series(axis, runs, "eval_truncated", BLUE, 100, "validation", bars="eval_truncated_se")
-    step_axis(axis, runs)
-    axis.set(ylabel="truncated responses (%)", ylim=(0, max(1, axis.get_ylim()[1])))
-    legend(figure, axis)
+    for axis, text in zip(axes[:, 0], ("mean reward", "truncated (%)", "length (tokens)")):
+        axis.set_ylabel(text)
+    words = f"line: {mean_of(runs)}; shaded: the steps compared; dashed: the checkpoint handed on"
+    figure.supxlabel(words, fontsize=10, color=GREY)
     return figure
 
 
@@ -376,11 +383,11 @@ def draw(run, run_b=None, *, window=100, out=None, sizes=None):
     for r, folder in zip(runs, (run, run_b)):
         r.window = max(1, min(window, longest // 4))
         r.name = label(folder) if same else r.name
-    table = read_sizes(sizes) if sizes else []
+    models = read_sizes(sizes) if sizes else []
     written, missing = [], {}
     with matplotlib.rc_context(STYLE):
         for make, needs in FIGURES.items():
-            figure = lacking(runs, needs) or make(runs, table)
+            figure = lacking(runs, needs) or make(runs, models)
             if isinstance(figure, str):
                 missing[make.__name__] = figure
                 continue
@@ -396,7 +403,7 @@ def draw(run, run_b=None, *, window=100, out=None, sizes=None):
 
 PAGE_CHARS, MATH_CHARS = 30_000_000, 4_000_000  # all responses and all MathML: opened in 1 s each
 TAGS = re.compile("math|mrow|mi|mn|mo|mtext|mspace|msup|msub|msubsup|mfrac|msqrt|mroot|munder|mover|"
-                  "munderover|mtable|mtr|mtd|mstyle|mpadded|menclose")
+                  "munderover|mtable|mtr|mtd|mstyle|menclose")
 ATTRIBUTES = re.compile("(display|displaystyle|scriptlevel|stretchy|fence|form|movablelimits|linethickness|"
                         "columnalign|columnspacing|rowspacing|minsize|maxsize|width)=[a-z0-9. ]{0,20}")
 REFUSED = re.compile(r"\\(def|newcommand|newenvironment|DeclareMathOperator|sideset|[bx]?cancel|sout)")
@@ -411,10 +418,12 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60em; margin: auto; padd
 body, pre { overflow-wrap: anywhere; }
 details { border: 1px solid var(--line); border-radius: 6px; margin: 0.5em 0; padding: 0.4em 0.7em; }
 summary { cursor: pointer; }
+label { white-space: nowrap; }
 summary span { display: block; opacity: 0.75; max-height: 3em; overflow: hidden; }
+[open] > summary span { display: none; }
 article { border-top: 1px solid var(--line); content-visibility: auto; contain-intrinsic-size: auto 20em; }
-pre { font: inherit; white-space: pre-wrap; margin: 0.4em 0; max-height: 30em; overflow: auto; }
-.thought { background: #8882; border-left: 3px solid var(--line); padding: 0.4em; font-size: 0.9em; }
+pre { font: inherit; white-space: pre-wrap; margin: 0; padding: 0.4em; overflow: auto; }
+.thought { max-height: 30em; background: #8882; border-left: 3px solid var(--line); font-size: 0.9em; }
 .right b { color: var(--right); }
 .wrong b { color: var(--wrong); }
 menclose { border: 1px solid; padding: 0.1em 0.3em; }
@@ -431,11 +440,7 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Transcript
 
 
 def visible(text):
-    r"""Text with control and direction characters and lone surrogates by their numbers.
-
-    >>> visible("a\0\u202e\ud800")
-    'a[U+0000][U+202E][U+D800]'
-    """
+    """Control and direction characters and lone surrogates are shown by their numbers, like [U+202E]."""
     return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]",
                   lambda c: f"[U+{ord(c[0]):04X}]", str(text).replace("\r\n", "\n"))
 
@@ -451,7 +456,8 @@ def mathml(tex, display):
     >>> mathml(r"\frac12", "inline")
     '<math display="inline"><mrow><mfrac><mn>1</mn><mn>2</mn></mfrac></mrow></math>'
     """
-    if len(tex) > 1000 or REFUSED.search(tex):
+    nested = max(itertools.accumulate((c == "{") - (c == "}") for c in "x" + tex))
+    if len(tex) > 1000 or nested > 20 or REFUSED.search(tex):
         return ""
     try:
         tree = convert_to_element(tex.replace("{aligned}", "{align*}"), display=display)
@@ -480,8 +486,10 @@ class Typesetter:
             words = re.sub(r"\\[a-zA-Z]+({[^}]*})?", "", tex)
             if kind == "inline2" and re.match(r"\d.*\s[a-zA-Z]{2}", words):
                 continue  # "$5 and 6$" is money
-            math = mathml(tex, kind[:-1]) if self.room > 0 else ""
-            self.room -= len(math or 4 * tex)
+            math = ""
+            if self.room > 0:
+                math = mathml(tex, kind[:-1])
+                self.room -= len(math or 16 * tex)  # what is refused takes time as well
             pieces.append(html.escape(text[end:found.start()]))
             pieces.append(math or f"<code>{html.escape(found[0])}</code>")
             end = found.end()
@@ -500,7 +508,8 @@ def answer_html(row, advantage, typeset, most):
     rest = typeset(rest)  # before the thought, which may use up the room for formulas
     box = f'<pre class="thought">{typeset(thought + close)}</pre>' if thought else ""
     kind, word = ("right", "✓ right") if number(row.get("reward")) > 0 else ("wrong", "✗ wrong")
-    facts = [word + ", ✂ cut off" * cut, f"reward {row.get('reward')}", f"advantage {advantage:+.2f}",
+    facts = [word + ", ✂ cut off" * cut, f"reward {row.get('reward')}",
+             f"advantage {advantage:+.2f}" if "step" in row else "",  # else an evaluation
              f"{row.get('response_tokens')} tokens", row.get("verdict") or row.get("reason")]
     facts = " · ".join(escape(fact) for fact in facts if fact)
     return f'<article class="{kind}{" cut" * cut}"><p><b>{facts}</b></p>{box}<pre>{rest}</pre></article>'
@@ -510,19 +519,20 @@ def group_html(where, rows, typeset, samples):
     """A group: the problem once, then its answers."""
     rewards = np.nan_to_num([number(row.get("reward")) for row in rows])
     spread = rewards.std(ddof=1) if len(rows) > 1 else 0.0
+    name, problem, gold = (str(rows[0].get(key)) for key in ("id", "problem", "answer"))
+    typeset.room += MATH_CHARS // samples
+    asked, wanted = typeset(problem), typeset(f"${gold}$") if re.search(r"[\\^_]", gold) else escape(gold)
     answers = []
     for row, reward in zip(rows, rewards):
         typeset.room += MATH_CHARS // samples
         computed = (reward - rewards.mean()) / (spread + 1e-6)
         advantage = computed if row.get("advantage") is None else number(row["advantage"])
         answers.append(answer_html(row, advantage, typeset, PAGE_CHARS // samples))
-    name, problem, gold = (str(rows[0].get(key)) for key in ("id", "problem", "answer"))
     good, step = int((rewards > 0).sum()), f", step {rows[0]['step']}" if "step" in rows[0] else ""
     kind = "none" if good == 0 else "all" if good == len(rows) else "mixed"
     head = escape(f"{where}{step} · {name[:60]} · {good} of {len(rows)} right")
     return (f'<details class="{kind}"><summary>{head}<span>{escape(problem[:200])}</span></summary>'
-            f'<pre>{typeset(problem)}</pre><p>Wanted: {mathml(gold, "inline") or escape(gold)}</p>'
-            f'{"".join(answers)}</details>')
+            f'<pre>{asked}</pre><p>Wanted: {wanted}</p>{"".join(answers)}</details>')
 
 
 def evenly(items, most):
