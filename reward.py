@@ -198,7 +198,7 @@ DIGITS = tuple("0123456789")                     # not str.isdigit: that is true
 CLOCK = re.compile(r"(?<![0-9:.])([01]?[0-9]|2[0-4])(?:\s*:\s*([0-5][0-9](?![0-9.\\]))(:[0-5][0-9])?)?"
                    r"(?!\s*[:.0-9])(?:(?:[\s\"(~]|\\[ ,;:!])*([aApP][mM])(?![A-Za-z])[\")]*)?")
 TEXT = re.compile(r"\\(text[a-z]*|math(?:rm|bf|it|sf)|operatorname\*?|emph|mbox|hbox)\s*\{([^{}]*)\}")
-WORD = re.compile(r"[0-9]+:[0-9:]+[ap]?m?|[A-Za-z](?:[A-Za-z'-]|\.(?=[A-Za-z]))*|[\u4e00-\u9fff]+|[0-9]+(?:\.[0-9]+)?|\.[0-9]+|\S")
+WORD = re.compile(r"[0-9]+:[0-9:]+[ap]?m?|[A-Za-z](?:[A-Za-z'-]|\.(?=[A-Za-z]))*|[\u4e00-\u9fff]+|[0-9]+(?:\.[0-9]+)?|\.[0-9]+|[^\s~]")
 
 
 def quoted(m):
@@ -1526,7 +1526,7 @@ def formulas(problem):
 def is_operation(tree):
     """Something to be calculated: more than a number, a name, or a number times a name."""
     if tree[0] == "*":
-        return not is_literal(tree) and not (is_literal(tree[1]) and tree[2][0] in ("var", "const", "num"))
+        return not is_literal(tree) and not is_name(tree) and not (is_literal(tree[1]) and tree[2][0] in ("var", "const", "num"))
     return tree[0] not in STRUCTURES | {"var", "const", "num", "deg"} and not is_literal(tree)
 
 
@@ -1541,7 +1541,7 @@ def restates(a, b, problem):
     if any(x in trees and x not in own for x in values):
         return True
     return bare(a.tokens) in run and bare(a.tokens) != bare(b.tokens) and any(
-        map(is_operation, nodes(a.tree))) and not any(x in own for x in values)
+        map(is_operation, nodes(a.tree))) and not any(x in own and is_operation(x) for x in values)
 
 
 # ---- public interface
@@ -1559,24 +1559,31 @@ def gold_texts(gold):
         return []
 
 
-def judge(answer, gold, problem=None):
-    """The reason of the verdict: equal if any text of the gold is, else what the first readable one gives.
+def judge(found, gold, problem=None):
+    """The Verdict on the last boxes of a response: equal if any text of the gold is, else what the first says.
 
-    Bad input is refused further in; what is caught here is a fault of this file, and it is said aloud.
+    The last box is the answer; but boxes one after another, one for each part, together answer a gold that is a
+    list.  Bad input is refused further in; what is caught here is a fault of this file, and it is said aloud.
     """
     global _deadline
-    reasons = []
+    verdicts = [Verdict(0.0, "unparsed_gold", found[-1], gold)]
     with _lock:
         for text in gold_texts(gold):
-            _deadline = time.monotonic() + SECONDS
+            _deadline, answer = time.monotonic() + SECONDS, found[-1]
             try:
-                reasons.append(compare(answer, text, problem))
+                if len(found) > 1 and is_list(text) and not any(map(is_list, found)):
+                    answer = ", ".join(found)
+                reason = compare(answer, text, problem)
             except Exception as error:
-                reasons.append(f"error: {type(error).__name__}: {error}")
-                warnings.warn(f"grading {answer[:200]!r} against {text[:200]!r}: {reasons[-1]}", RuntimeWarning)
-            if reasons[-1] == "equal":
-                return "equal"
-    return next((r for r in reasons if r != "unparsed_gold"), "unparsed_gold")
+                reason = f"error: {type(error).__name__}: {error}"
+                warnings.warn(f"grading {answer[:200]!r} against {text[:200]!r}: {reason}", RuntimeWarning)
+            verdicts.append(Verdict(float(reason == "equal"), reason, answer, gold))
+    return max(verdicts, key=lambda v: (v.reward, v.reason != "unparsed_gold"))
+
+
+def is_list(text):
+    tree = read(text).tree
+    return tree is not None and tree[0] in LISTS
 
 
 def grade(answer, gold, problem=None):
@@ -1602,13 +1609,12 @@ def grade(answer, gold, problem=None):
     >>> grade("6", ["5", "6"]), grade("6", None), grade("6", float("nan"))
     (True, False, False)
     """
-    return isinstance(answer, str) and judge(answer, gold, problem) == "equal"
+    return isinstance(answer, str) and judge([answer], gold, problem).reward == 1.0
 
 
 def explain_answer(answer, gold, problem=None):
     """`explain` for the text inside the box."""
-    reason = judge(answer, gold, problem)
-    return Verdict(float(reason == "equal"), reason, answer, gold)
+    return judge([answer], gold, problem)
 
 
 def explain(response, gold, problem=None, require_think=True):
@@ -1627,10 +1633,7 @@ def explain(response, gold, problem=None, require_think=True):
     if not found:
         closed = isinstance(response, str) and ("</think>" in response or not require_think)
         return Verdict(0.0, "no_box" if closed else "no_close", None, gold)
-    with _lock:          # boxes one after another, one for each part, together answer a gold that is a list
-        lists = [[(read(text).tree or ("",))[0] in LISTS for text in texts] for texts in (found, gold_texts(gold))]
-    parts = len(found) > 1 and any(lists[1]) and not any(lists[0])
-    return explain_answer(", ".join(found) if parts else found[-1], gold, problem)
+    return judge(found, gold, problem)
 
 
 def compute_reward(response, gold, problem=None, require_think=True):
