@@ -761,7 +761,9 @@ def signs_chosen(tree, tied):
         raise Unparsed("too many signs")
 
     def chosen(t, signs):
-        return ("*", next(signs), chosen(t[1], signs)) if t[0] == "pm" else mapped(lambda p: chosen(p, signs), t)
+        t = ("*", next(signs), chosen(t[1], signs)) if t[0] == "pm" else mapped(lambda p: chosen(p, signs), t)
+        rational = {part[0] for part in nodes(t)} <= {"num", "+", "*", "/"}
+        return ("num", value(t, {})) if rational else t              # 3 \pm 1 is finished
 
     choices = map(itertools.repeat, (ONE, MINUS_ONE)) if tied else map(
         iter, itertools.product((ONE, MINUS_ONE), repeat=count))

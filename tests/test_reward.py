@@ -420,3 +420,41 @@ def test_command_line(tmp_path):
     for out, said in ((run(str(file)), "line 1"), (run(str(tmp_path / "none.jsonl")), "No such file")):
         assert out.returncode == 1 and said in out.stderr and "Traceback" not in out.stderr
     assert run().returncode == 2
+
+
+# Verdicts of the original grader, measured by running it.
+STRICT = [
+    ("142", "142.0", 1), ("0.25", r"\frac{1}{4}", 1), ("1.5", r"\frac{3}{2}", 1), (r"10\%", "10", 1),
+    ("1,000", "1000", 1),
+    ("1{,}000", "1000", 1), (r"2\sqrt{3}", r"\sqrt{12}", 1), ("x^2+2x+1", "(x+1)^2", 1), ("x=5", "5", 1),
+    ("y = 5", "5", 1),
+    (r"\text{(A)}", "A", 1), (r"5\text{cm}", "5", 1), ("Yes", "yes", 1), (r"\text{Yes}", "yes", 1),
+    ("3.00000001", "3", 1),
+    ("07", "7", 1), (r"-\frac{2}{3}", r"\frac{-2}{3}", 1), (r"90^\circ", "90", 1), (r"5 \text{ or } 6", "5", 1),
+    (r"\frac{9}{4\pi}", r"\frac94\pi", 1), (r"5\sqrt4", r"5\sqrt[3]4", 1),
+    (r"\frac{2}{4}", r"\frac{1}{2}", 0), (r"\frac{10}{5}", "2", 0), ("4/2", "2", 0), ("2^{10}", "1024", 0),
+    ("2^5", "32", 0),
+    ("10^6", "1000000", 0), ("0.1", r"10\%", 0), (r"1\,000", "1000", 0), ("90°", "90", 0), ("(2,1)", "(1,2)", 0),
+    ("1,2", "2,1", 0),
+    ("abc=5", "5", 0), (r"\log_2 8", "3", 0), (r"\sin 30", "0.5", 0), (r"x \in [0,1]", "[0,1]", 0),
+    (r"\pm 2", "-2, 2", 0),
+    (r"9.6\times10^3", "9600", 0), (r"\pi", "3.14159", 0), ("[1,2)", "[1,2]", 0), ("(10^6)!+x", "x", 0),
+    ("((5!)!)!+x", "x", 0),
+    ("9**9**9+x", "x", 0), ("9^9**9+x", "x", 0), ("(x+y+1)**200", "x", 0),
+]
+
+
+@pytest.mark.parametrize("answer, gold, right", STRICT)
+def test_strict_reproduces_the_original(answer, gold, right):
+    """DeepScaleR's own verdicts, a peer in the bench."""
+    sys.path.insert(0, str(ROOT / "bench"))
+    import grader
+    start = time.perf_counter()
+    assert grader.strict(answer, gold) == bool(right)
+    assert time.perf_counter() - start < 4
+
+
+def test_strict_extraction():
+    """The part between the first and the second closing tag, as in the original."""
+    import grader
+    assert grader.strict_answer("</think>\\boxed{1}</think>\\boxed{2}") == "1"
