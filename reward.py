@@ -24,6 +24,7 @@ import argparse
 import atexit
 import collections
 import concurrent.futures
+import faulthandler
 import functools
 import itertools
 import json
@@ -32,7 +33,6 @@ import numbers
 import os
 import random
 import re
-import selectors
 import subprocess
 import sys
 import threading
@@ -134,64 +134,67 @@ def words(text, plural=False):
     return frozenset(text.split()) | {word + "s" for word in text.split() if plural and len(word) > 2}
 
 
-UNICODE = {ord(c): t + " " * t.startswith("\\") for c, t in table(r"""
-    −=- –=- —=- ×=\times ·=\cdot ⋅=\cdot ∙=\cdot ÷=/ ⁄=/ π=\pi °=\degree √=\sqrt ∞=\infty ∪=\cup ∩=\cap ∈=\in
-    ≤=\le ≥=\ge ≠=\ne ≈=\approx ±=\pm ∓=\mp ∅=\emptyset ≡=\equiv ℝ=\mathbb{R} ℤ=\mathbb{Z} ℕ=\mathbb{N} ²=^2 ³=^3
-    ′=' ’=' ，=, 、=, ；=; ：=: （=( ）=) 。=. θ=\theta α=\alpha β=\beta γ=\gamma λ=\lambda φ=\phi ω=\omega
-    …=\ldots ㎝=\text{cm} ㎜=\text{mm} ㎞=\text{km} ㎏=\text{kg} ㎎=\text{mg} ㎖=\text{ml} ㏄=\text{ml}
-    ㎡=\text{m}^2 ㎠=\text{cm}^2 ㎢=\text{km}^2 ㎥=\text{m}^3 ㎤=\text{cm}^3 ℃=\degree ℉=\degree""").items()}
+UNICODE = {ord(c): t + " " * t.startswith("\\") for c, t in table(r"""−=- –=- —=- ×=\times ·=\cdot ⋅=\cdot
+    ∙=\cdot ÷=/ ⁄=/ π=\pi °=\degree √=\sqrt ∞=\infty ∪=\cup ∩=\cap ∈=\in ≤=\le ≥=\ge ≠=\ne ≈=\approx ±=\pm
+    ∓=\mp ∅=\emptyset ≡=\equiv ℝ=\mathbb{R} ℤ=\mathbb{Z} ℕ=\mathbb{N} ²=^2 ³=^3 ′=' ’=' ，=, 、=, ；=; ：=:
+    （=( ）=) 。=. θ=\theta α=\alpha β=\beta γ=\gamma λ=\lambda φ=\phi ω=\omega …=\ldots ㎝=\text{cm}
+    ㎜=\text{mm} ㎞=\text{km} ㎏=\text{kg} ㎎=\text{mg} ㎖=\text{ml} ㏄=\text{ml} ㎡=\text{m}^2 ㎠=\text{cm}^2
+    ㎢=\text{km}^2 ㎥=\text{m}^3 ㎤=\text{cm}^3 ℃=\degree ℉=\degree""").items()}
 UNICODE |= dict.fromkeys(map(ord, "\u00a0\u2009\u202f\u3000€£¥￥"), " ")
 UNICODE |= {0xfee0 + i: chr(i) for i in range(65, 123) if chr(i).isalpha()}                       # full width
 ALIAS = table(r"""\dfrac=\frac \tfrac=\frac \cfrac=\frac \dbinom=\binom \tbinom=\binom \leq=\le \leqslant=\le
     \geq=\ge \geqslant=\ge \lt=< \gt=> \neq=\ne \cdot=* \ast=* \div=/ \colon=: \land=\and \wedge=\and \lor=\or
-    \vee=\or \varnothing=\emptyset \lvert=| \rvert=| \vert=| \mid=| \lbrace=\{ \rbrace=\} \prime=' \varphi=\phi
-    \backslash=\setminus \langle=( \rangle=) \lbrack=[ \rbrack=] \lparen=( \rparen=) \dots=\ldots \cdots=\ldots
-    \textdegree=\degree \varepsilon=\epsilon \arcsinh=\asinh \arccosh=\acosh \arctanh=\atanh \rightarrow=\to
-    \bmod=\pmod \mod=\pmod""")
+    \vee=\or \varnothing=\emptyset \lvert=| \rvert=| \vert=| \mid=| \lbrace=\{ \rbrace=\} \prime='
+    \varphi=\phi \backslash=\setminus \langle=( \rangle=) \lbrack=[ \rbrack=] \lparen=( \rparen=) \dots=\ldots
+    \cdots=\ldots \textdegree=\degree \varepsilon=\epsilon \arcsinh=\asinh \arccosh=\acosh \arctanh=\atanh
+    \rightarrow=\to \bmod=\pmod \mod=\pmod""")
 TRIG = words("sin cos tan cot sec csc")
-FUNCTIONS = frozenset("\\" + f for f in """sin cos tan cot sec csc sinh cosh tanh coth sech csch arcsin arccos arctan
-    arccot arcsec arccsc asinh acosh atanh ln log lg exp gcd lcm max min""".split())
+FUNCTIONS = frozenset("\\" + f for f in """sin cos tan cot sec csc sinh cosh tanh coth sech csch arcsin arccos
+    arctan arccot arcsec arccsc asinh acosh atanh ln log lg exp gcd lcm max min""".split())
 NAMED = {c[1:]: c for c in FUNCTIONS | words(r"\sqrt \pi \infty \frac \binom \theta \alpha \beta \and \or")}
 NAMED |= table(r"asin=\arcsin acos=\arccos atan=\arctan tg=\tan ctg=\cot infinity=\infty times=*")
-GREEK = frozenset("\\" + g for g in """alpha beta gamma delta epsilon zeta eta theta vartheta iota kappa lambda mu nu
-    xi rho sigma tau upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar mho odot
-    partial nabla""".split())
+GREEK = frozenset("\\" + g for g in """alpha beta gamma delta epsilon zeta eta theta vartheta iota kappa
+    lambda mu nu xi rho sigma tau upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega
+    ell hbar mho odot partial nabla""".split())
 MARKS = words(r"\overrightarrow \overline \bar \hat \widehat \dot \ddot \tilde \underline \mathcal")
 SILENT = words(r"""\left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \middle \displaystyle \textstyle
     \limits \quad \qquad \, \! \; \: \> \( \) \[ \] \$ \% $ % ~ \rm \bf \it \bm \boldsymbol \hline \angle
     \triangle \vec \phantom \mathrm \mathbf \text""") | {"\\ ", "\\\n", '"'}
 # A closed list: only these words may be dropped behind a value.
-UNITS = words("""degree deg percent pct cent dollar usd yuan euro pound rupee yen unit square sq cubic cu cm mm km m
-    dm nm mi inch inche in foot feet ft yard yd mile meter metre centimeter centimetre millimeter millimetre kilometer
-    kilometre second sec s minute min hour hr h day week month year yr gram g kilogram kg mg lb ounce oz ton tonne
-    liter litre L l ml milliliter gallon quart mph kmh kph per radian rad hz hertz khz mhz joule J kj cal kcal watt W
-    kw newton N volt V ohm mol mole pa atm kelvin K C F celsius fahrenheit acre hectare mb gb kb byte bit rpm point pt
-    people person student child children boy girl man men woman women adult worker player member team way piece item
-    object thing apple orange ball marble coin book card ticket page word letter digit time number integer value
-    solution root triangle rectangle circle side edge vertices face diagonal line region pair set subset group game
-    trip car bus buses box boxes bag bottle chair table tile tree flower cat dog animal pen pencil candies cookie
-    stamp block cube dice match matches element term factor divisor multiple function permutation combination
-    arrangement distinct different total each apiece step move turn lap row column seat room house question problem
-    平方厘米 立方厘米 平方米 立方米 平方千米 平方公里 平方分米 立方分米 厘米 毫米 分米 千米 公里 米 元 角 分 美元
-    个 人 名 位 只 本 张 次 种 台 辆 条 件 块 棵 天 日 周 月 年 岁 小时 分钟 秒 时 度 千克 公斤 克 吨 升 毫升 支""", plural=True)
+UNITS = words("""degree deg percent pct cent dollar usd yuan euro pound rupee yen unit square sq cubic cu cm
+    mm km m dm nm mi inch inche in foot feet ft yard yd mile meter metre centimeter centimetre millimeter
+    millimetre kilometer kilometre second sec s minute min hour hr h day week month year yr gram g kilogram kg
+    mg lb ounce oz ton tonne liter litre L l ml milliliter gallon quart mph kmh kph per radian rad hz hertz
+    khz mhz joule J kj cal kcal watt W kw newton N volt V ohm mol mole pa atm kelvin K C F celsius fahrenheit
+    acre hectare mb gb kb byte bit rpm point pt people person student child children boy girl man men woman
+    women adult worker player member team way piece item object thing apple orange ball marble coin book card
+    ticket page word letter digit time number integer value solution root triangle rectangle circle side edge
+    vertices face diagonal line region pair set subset group game trip car bus buses box boxes bag bottle
+    chair table tile tree flower cat dog animal pen pencil candies cookie stamp block cube dice match matches
+    element term factor divisor multiple function permutation combination arrangement distinct different total
+    each apiece step move turn lap row column seat room house question problem 平方厘米 立方厘米 平方米 立方米
+    平方千米 平方公里 平方分米 立方分米 厘米 毫米 分米 千米 公里 米 元 角 分 美元 个 人 名 位 只 本 张 次 种
+    台 辆 条 件 块 棵 天 日 周 月 年 岁 小时 分钟 秒 时 度 千克 公斤 克 吨 升 毫升 支""", plural=True)
 # Units that may stand behind a number without a \text and without a blank; other letters are a product.
-SHORT_UNITS = words("""cm mm km kg mg ml mL ft yd yds mi lb lbs oz hr hrs min mins sec secs mph kmh Hz kHz kJ kW inch
-    feet foot yards miles meters hours days weeks months years cents percent pct""")
-COUNTS = {word: n for n, word in enumerate("""zero one two three four five six seven eight nine ten eleven twelve
-    thirteen fourteen fifteen sixteen seventeen eighteen nineteen""".split())}
+SHORT_UNITS = words("""cm mm km kg mg ml mL ft yd yds mi lb lbs oz hr hrs min mins sec secs mph kmh Hz kHz kJ
+    kW inch feet foot yards miles meters hours days weeks months years cents percent pct""")
+COUNTS = {word: n for n, word in enumerate("""zero one two three four five six seven eight nine ten eleven
+    twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen""".split())}
 COUNTS |= {word: 10 * n for n, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
-FACTORS = {word: Fraction(text) for word, text in table("""hundred=100 thousand=1000 million=1e6 billion=1e9 dozen=12
-    trillion=1e12 half=1/2 halve=1/2 third=1/3 quarter=1/4 fourth=1/4 fifth=1/5 sixth=1/6 seventh=1/7 eighth=1/8
-    ninth=1/9 tenth=1/10 hundredth=1/100 thousandth=1/1000 millionth=1e-6 十=10 百=100 千=1000 万=1e4 亿=1e8""").items()}
+FACTORS = {word: Fraction(text) for word, text in table("""hundred=100 thousand=1000 million=1e6 billion=1e9
+    dozen=12 trillion=1e12 half=1/2 halve=1/2 third=1/3 quarter=1/4 fourth=1/4 fifth=1/5 sixth=1/6 seventh=1/7
+    eighth=1/8 ninth=1/9 tenth=1/10 hundredth=1/100 thousandth=1/1000 millionth=1e-6 十=10 百=100 千=1000
+    万=1e4 亿=1e8""").items()}
 FACTORS |= {word + "s": factor for word, factor in FACTORS.items()}
 # Words of a qualifier behind an answer.  Those with a sign of their own change what is said.
-DOMAINS = table(r"""integer=Z integers=Z whole=Z \integers=Z real=R reals=R \reals=R natural=N \naturals=N odd=odd
-    rational=Q \rationals=Q complex=C \complexes=C positive=+ negative=- nonnegative=+0 non-negative=+0 nonzero=!0
-    non-zero=!0 even=even prime=prime""")
-QUALIFIERS = words("""where for with is are being any all every each some an a the arbitrary constant constants number
-    numbers value values of in fixed""") | DOMAINS.keys()
-PROSE = words("""all any every real reals number numbers except excluding there solution solutions roots exist exists
-    answer final option choice where for only the about approximately roughly empty set integer integers constant""")
+DOMAINS = table(r"""integer=Z integers=Z whole=Z \integers=Z real=R reals=R \reals=R natural=N \naturals=N
+    odd=odd rational=Q \rationals=Q complex=C \complexes=C positive=+ negative=- nonnegative=+0
+    non-negative=+0 nonzero=!0 non-zero=!0 even=even prime=prime""")
+QUALIFIERS = words("""where for with is are being any all every each some an a the arbitrary constant
+    constants number numbers value values of in fixed""") | DOMAINS.keys()
+PROSE = words("""all any every real reals number numbers except excluding there solution solutions roots exist
+    exists answer final option choice where for only the about approximately roughly empty set integer
+    integers constant""")
 VOCABULARY = PROSE | QUALIFIERS | UNITS | FACTORS.keys() | COUNTS.keys() | {"no", "if", "other", "than"}
 WORDY = re.compile(r"(?<![A-Za-z\\])(?:" + "|".join(sorted(PROSE)) + ")(?![A-Za-z])", re.I)
 DIGITS = tuple("0123456789")                     # not str.isdigit: that is true of a superscript two
@@ -1051,6 +1054,8 @@ def in_degrees(tree, radians=False):
 
 def equal_values(a, b):
     r"""Two values, where 30^\circ is 30 and also \pi/6."""
+    if is_literal(a) and is_literal(b):
+        return value(a, {}) == value(b, {})
     kinds = [{t[0] for t in nodes(tree)} for tree in (a, b)]
     if CONSTANTS["\\infty"] in (*nodes(a), *nodes(b)) or unfinished(a, b):
         return False                                     # of infinities, only the same tree is equal
@@ -1063,11 +1068,12 @@ def equal_values(a, b):
 def agree(a, b):
     """The same value at every sample point where the gold b is defined; sympy where digits do not decide."""
     try:
-        return a == b or all(same(value(a, point), y) for y, point in sampled(b, a))
+        points = [] if a == b else sampled(b, a)
     except Undecided:
         tick()
-        big = ["big" in {t[0] for t in nodes(tree)} for tree in (a, b)]
-        return big != [True, False] and ask_sympy(a, b)  # a sum that the gold does not have restates the problem
+        return ask_sympy(a, b)
+    try:
+        return all(same(value(a, point), y) for y, point in points)
     except ArithmeticError:
         return False
 
@@ -1268,47 +1274,37 @@ def contains(tree, x):
 class Worker:
     """`python reward.py --worker KIND`, one JSON line in, one out.
 
-    A fresh interpreter, not a fork: forking a process with torch, CUDA or threads is unsafe, and
-    multiprocessing's spawn would import the caller's __main__ again.  SIGALRM would only work in the main
-    thread and not inside a long C call, so time is kept here and the process is killed.  The worker ends
-    by itself when its input closes or its parent is gone, however the parent ended.
+    A fresh interpreter, not a fork: forking a process with torch, CUDA or threads is unsafe, and multiprocessing's
+    spawn would import the caller's __main__ again.  SIGALRM would only work in the main thread and not inside a
+    long C call, so time is kept here and the process is killed.  It also ends by itself when its parent is gone.
     """
 
     def __init__(self, kind):
         self.kind, self.process, self.lock = kind, None, threading.Lock()
-
-    def start(self):
-        self.process = subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__), "--worker", self.kind], start_new_session=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        if self.read(30) != b"ready\n":
-            raise OSError("worker did not start")
-
-    def read(self, seconds):
-        """One line; OSError when time is up or the worker died."""
-        line, deadline = b"", time.monotonic() + seconds
-        with selectors.DefaultSelector() as selector:                # select.select refuses files above 1023
-            selector.register(self.process.stdout, selectors.EVENT_READ)
-            while not line.endswith(b"\n"):
-                ready = selector.select(max(deadline - time.monotonic(), 0))
-                chunk = os.read(self.process.stdout.fileno(), 65536) if ready else b""
-                if not chunk:
-                    raise OSError("no answer")
-                line += chunk
-        return line
 
     def ask(self, job, seconds):
         """The worker's answer; None after a timeout, which also ends the worker."""
         with self.lock:
             try:
                 if self.process is None:
-                    self.start()
+                    self.process = subprocess.Popen(
+                        [sys.executable, os.path.abspath(__file__), "--worker", self.kind], start_new_session=True,
+                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+                    self.read(30)
                 self.process.stdin.write(json.dumps(job, default=str).encode() + b"\n")
                 self.process.stdin.flush()
                 return json.loads(self.read(seconds))
             except (OSError, ValueError):
                 self.stop()
                 return None
+
+    def read(self, seconds):
+        """One line, or nothing when time is up: then the process is killed and its output ends."""
+        timer = threading.Timer(seconds, self.process.kill)
+        timer.start()
+        line = self.process.stdout.readline()
+        timer.cancel()
+        return line
 
     def stop(self):
         if self.process is not None:
@@ -1377,13 +1373,15 @@ def worker_main(kind):
     threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     if kind == "sympy":
         __import__("sympy")            # slow, so it happens before `ready`, outside any job's time
+    limit_memory()
     print("ready", flush=True)
     for line in sys.stdin:
-        limit_process()
+        faulthandler.dump_traceback_later(ROW_SECONDS, exit=True)    # should nobody be left to kill this process
         try:
             result = serve(json.loads(line))
         except Exception:              # whatever sympy raises, the pair is not shown to be equal
             result = False
+        faulthandler.cancel_dump_traceback_later()
         print(json.dumps(result), flush=True)
 
 
@@ -1394,13 +1392,10 @@ def end_with(parent):
     os._exit(1)
 
 
-def limit_process():
-    """The kernel enforces memory and CPU limits too, should the parent be gone; not on every platform."""
+def limit_memory():
+    """The kernel's limit, where there is one: a number may grow faster than a clock can stop it."""
     try:
         import resource
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        seconds = int(used.ru_utime + used.ru_stime + ROW_SECONDS)
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
         resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, WORKER_BYTES))
     except (ImportError, ValueError, OSError):
         pass
@@ -1411,7 +1406,7 @@ def limit_process():
 # tree: None outside the grammar; tied: the tree with every \pm of a tuple the same sign; domain: what the qualifier
 # behind the answer says of its parameters (Z, R, +, ...).
 Reading = collections.namedtuple("Reading", "tokens tree tied domain parameters", defaults=(None,) * 2 + (frozenset(),) * 2)
-_readings = {}
+_readings, _cached_characters = {}, 0
 
 
 def unqualified(tokens):
@@ -1430,6 +1425,7 @@ def unqualified(tokens):
 
 def read(text):
     """The Reading of a text.  Remembered, for a gold is read often: at most 400 bytes for each of 100,000 characters."""
+    global _cached_characters
     if text in _readings:
         return _readings[text]
     found = Reading(None)
@@ -1443,10 +1439,12 @@ def read(text):
         found = Reading(found.tokens, tree, tied, domain, parameters)
     except REFUSALS:
         pass
-    if sum(map(len, _readings)) > 100_000:
+    if _cached_characters > 100_000:
         _readings.clear()
+        _cached_characters = 0
     if len(text) <= 300:
         _readings[text] = found
+        _cached_characters += len(text)
     return found
 
 
