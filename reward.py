@@ -188,14 +188,14 @@ DOMAINS = table(r"""integer=Z integers=Z whole=Z \integers=Z real=R reals=R \rea
     odd=odd rational=Q \rationals=Q complex=C \complexes=C positive=+ negative=- nonnegative=+0
     non-negative=+0 nonzero=!0 non-zero=!0 even=even prime=prime""")
 QUALIFIERS = words("""where for with is are being any all every each some an a the arbitrary constant
-    constants number numbers value values of in fixed""") | DOMAINS.keys() | {"\\in", "\\forall", ",", "(", ")"}
+    constants number numbers value values of in fixed""") | DOMAINS.keys() | {"\\in", "\\forall", ",", "(", ")", "\\and"}
 PROSE = words("""all any every real reals number numbers except excluding there solution solutions roots exist
     exists answer final option choice where for only the about approximately roughly empty set integer
     integers constant""")
 VOCABULARY = PROSE | QUALIFIERS | UNITS | FACTORS.keys() | COUNTS.keys() | {"no", "if", "other", "than"}
 WORDY = re.compile(r"(?<![A-Za-z\\])(?:" + "|".join(sorted(PROSE)) + ")(?![A-Za-z])", re.I)
 DIGITS = tuple("0123456789")                     # not str.isdigit: that is true of a superscript two
-CLOCK = re.compile(r"(?<![0-9:.])([01]?[0-9]|2[0-4])(?:\s*:\s*([0-5][0-9](?![0-9.\\]))(:[0-5][0-9])?)?"
+CLOCK = re.compile(r"(?<![0-9:.])([01]?[0-9]|2[0-4])(?:\s*:\s*([0-5][0-9](?![0-9.]|\\[dtc]?frac))(:[0-5][0-9])?)?"
                    r"(?!\s*[:.0-9])(?:(?:[\s\"(~]|\\[ ,;:!])*([aApP][mM])(?![A-Za-z])[\")]*)?")
 TEXT = re.compile(r"\\(text[a-z]*|math(?:rm|bf|it|sf)|operatorname\*?|emph|mbox|hbox)\s*\{([^{}]*)\}")
 WORD = re.compile(r"[0-9]+:[0-9:]+[ap]?m?|[A-Za-z](?:[A-Za-z'-]|\.(?=[A-Za-z]))*|[\u4e00-\u9fff]+|"
@@ -206,10 +206,11 @@ def quoted(m):
     r"""\text{...} as "..."; but \mathrm{e} is a letter, \operatorname{sin} a function, \text{12} a number."""
     command, inner = m[1], m[2].replace('"', " ")
     bare = inner.strip(" ~")
-    if command[:2] in ("ma", "op") and (bare in NAMED or bare.isalpha() and (len(bare) == 1 or bare.isupper())
-                                        and not {bare, bare.lower()} & UNITS):
+    name = bare.isalpha() and (len(bare) == 1 or bare.isupper()) and command[:2] in ("ma", "op")
+    if (name or bare in NAMED) and not {bare, bare.lower()} & UNITS:
         return f" {NAMED.get(bare, bare)} "
-    is_math = "\\" in inner or not re.search("[A-Za-z]{2}", inner) and re.search(r"^[-\s]*[0-9]|=", inner)
+    is_math = "\\" in inner or re.match(r"\s*[0-9]+:", inner) or not re.search(
+        "[A-Za-z]{2}", inner) and re.search(r"^[-\s]*[0-9]|=", inner)
     return f" {inner} " if is_math else f'"{inner}"'
 
 
@@ -282,7 +283,7 @@ TOKEN = re.compile(rf"(?P<num>{SCIENTIFIC}|(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[e
 INNER_FUNCTION = re.compile("(arcsin|arccos|arctan|sqrt|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|pi)")
 # What a phrase means, on tokens joined by blanks, in this order.
 PHRASES = [(re.compile(pattern), new) for pattern, new in (
-    (r'^(?:"the )?(?:"final |"correct )?"(?:answer|solution|value|result)s?(?: "is| "are)?(?: :| =)? (?=.)',
+    (r'^(?:"the )?(?:"final |"correct )?"(?:answer|ans|solution|value|result)s?(?: "is| "are)?(?: :| =)? (?=.)',
      ""),
     (r'^"(?:option|choice) ', ""), (r'(?: ,)? "only$', ""), (r'^"the "empty "set$', r"\\emptyset"),
     (r'^(?:"for )?"(?:all|any|every) (?:"the )?"reals?(?: "numbers?| "values?)?(?: "of)?(?: "?[a-z](?= |$))?',
@@ -403,7 +404,13 @@ def number(token):
 def times(a, b):
     if a[0] == b[0] == "num":
         return ("num", a[1] * b[1]) if MINUS_ONE in (a, b) else ("*", a, b)
-    return ("matrix", b[1], *(("*", a, cell) for cell in b[2:])) if b[0] == "matrix" else ("*", a, b)
+    if b[0] == "matrix" or b[0] == "tuple" and is_literal(a):
+        return (*b[:2], *(times(a, cell) for cell in b[2:]))
+    return ("*", a, b)
+
+
+def is_power(tree):
+    return tree[0] == "^" or tree[0] == "*" and is_power(tree[2])
 
 
 def negative(tree):
@@ -472,7 +479,7 @@ class Parser:
         if t[:1] == '"':
             return self.with_word(left)
         if t not in INFIX:
-            if is_number(t) and (is_number(self.peek(-1)) and left[0] != "^" or self.peek(-1)[0] == '"'):
+            if is_number(t) and (is_number(self.peek(-1)) and not is_power(left) or self.peek(-1)[0] == '"'):
                 raise Unparsed("two numbers side by side")
             return times(left, self.tree(POWER))
         self.at += 1
@@ -666,6 +673,16 @@ class Parser:
         bound = ("var", f"#{str(body).count('#')}")                  # renamed: \sum_i and \sum_k are one tree
         return ("big", kind, bound, low, high, substituted(body, name, bound))
 
+    def condition(self):
+        """A relation, or words up to the end of the line: n is even."""
+        start, text = self.at, []
+        while self.peek() not in ("\\\\", "\\end"):
+            text.append(self.take().strip('"'))
+        if any(t[0] == '"' for t in self.tokens[start:self.at]):
+            return ("word", " ".join(text).strip(" ."))
+        self.at = start
+        return self.tree(RELATION)
+
     def environment(self):
         r"""\begin{xmatrix} or \begin{cases}; the bracket style does not matter, but \vmatrix is no matrix."""
         name, rows = self.subscript(), [[]]
@@ -677,11 +694,14 @@ class Parser:
             if self.accept("\\\\"):
                 rows.append([])
             elif not self.accept("&", *([",", '"if', '"for', '"when', ";", "."] if name == "cases" else [])):
-                rows[-1].append(self.tree(RELATION if name == "cases" else SUM))
+                rows[-1].append(self.condition() if name == "cases" and rows[-1] else self.tree(
+                    RELATION if name == "cases" else SUM))
         self.subscript()
         rows = [row for row in rows if row]
         if len({len(row) for row in rows}) != 1:
             raise Unparsed("ragged")
+        if name == "cases" and len(rows[0]) == 1:                    # x = 1, y = 2 one above the other
+            return ("list", *itertools.chain(*rows))
         if name == "cases":
             return ("cases", *(("pair", *row) for row in rows))
         return ("matrix", str(len(rows)), *itertools.chain(*rows))
@@ -731,8 +751,8 @@ def relation(ops, sides):
 
 def check_rounding(exact_side, decimal):
     r"""`18\pi \approx 56.5` says 18\pi, if the decimal is a rounding of it."""
-    if decimal[0] != "num" or abs(inexact(value(exact_side, {})) - inexact(decimal[1])) > mp().mpf(
-            1) / (decimal[1].denominator if decimal[1].denominator > 1 else 1):
+    digits = next((k for k in range(20) if decimal[0] == "num" and (decimal[1] * 10 ** k).denominator == 1), None)
+    if digits is None or abs(inexact(value(exact_side, {})) - inexact(decimal[1])) > mp().mpf(10) ** -digits:
         raise Unparsed("not a rounding")
 
 
@@ -741,6 +761,8 @@ def builder(left, condition):
     left = left[1] if left[0] == "assign" and left[2] == ("reals",) else left
     if left[0] == "var" and variables(condition) == {left[1]} and condition[0] in ("rel", "or", "assign"):
         return condition if condition[0] != "assign" else ("set", condition[2])
+    if condition[0] == "assign" and condition[1][0] == "var":                       # 2k and 2n, whole numbers
+        left, condition = (substituted(t, condition[1], ("var", "#")) for t in (left, condition))
     return ("builder", left, condition)
 
 
@@ -773,7 +795,7 @@ def signs_chosen(tree, tied):
         raise Unparsed("too many signs")
 
     def chosen(t, signs):
-        t = ("*", next(signs), chosen(t[1], signs)) if t[0] == "pm" else mapped(lambda p: chosen(p, signs), t)
+        t = times(next(signs), chosen(t[1], signs)) if t[0] == "pm" else mapped(lambda p: chosen(p, signs), t)
         rational = {part[0] for part in nodes(t)} <= {"num", "+", "*", "/"}
         return ("num", value(t, {})) if rational else t              # 3 \pm 1 is finished
 
@@ -1025,7 +1047,7 @@ def equal(a, b):
     if "pair" not in kinds and {a[0], b[0], *(t[0] for t in (*a[1:], *b[1:]) if isinstance(t, tuple))} & SETS:
         return equal_sets(a, b)
     if kinds <= {"matrix", "tuple"} and a[:2] != b[:2]:
-        xs, ys = as_vector(a), as_vector(b)
+        xs, ys = as_vector(a, ("()", "[]") if b[0] == "matrix" else ("()",)), as_vector(b, ("()",))
         return bool(xs) and bool(ys) and len(xs) == len(ys) and all(map(equal, xs, ys))
     if kinds & STRUCTURES:
         return a[0] == b[0] != "base" and not kinds & LISTS and len(a) == len(b) and all(
@@ -1033,11 +1055,11 @@ def equal(a, b):
     return equal_values(a, b)
 
 
-def as_vector(tree):
-    """The entries of a column, a row or a tuple in round brackets, else None."""
+def as_vector(tree, brackets):
+    """The entries of a column, a row or a tuple in such brackets, else None."""
     if tree[0] == "matrix":
         return tree[2:] if tree[1] in ("1", str(len(tree) - 2)) else None
-    return tree[2:] if tree[1] == "()" else None
+    return tree[2:] if tree[1] in brackets else None
 
 
 def equal_labelled(a, b):
@@ -1183,7 +1205,8 @@ def equal_assign(a, b):
     a, b = (("assign", t[1], t[2][1]) if t[0] == "assign" and t[2][0] == "set" and len(t[2]) == 2 else t
             for t in (a, b))
     if a[0] == b[0]:
-        functions = all(t[1][0] == "var" and re.fullmatch(r"y|[A-Za-z]\([a-z]\)", t[1][1]) for t in (a, b))
+        names = [t[1][1] if t[1][0] == "var" else "" for t in (a, b)]
+        functions = "y" in names and all(re.fullmatch(r"y|[A-Za-z]\([a-z]\)", name) for name in names)
         if (functions and variables(b[2]) or equal(a[1], b[1])) and equal(a[2], b[2]):
             return True                          # y = x+1 and f(x) = x+1 define one function
     elif "rel" in (a[0], b[0]) and {a[-1][0], b[-1][0]} & (SETS | {"tuple"}):
@@ -1472,6 +1495,9 @@ def compare(answer, gold, problem=None):
     a, b = read(answer), read(gold)
     if a.tokens and a.tokens == b.tokens:
         return "equal"
+    option = re.fullmatch(r'\( "?([A-H]) \) [^A-H"]+', " ".join(a.tokens or ()))
+    if option and spelled(b.tokens) in [*"abcdefgh"]:
+        return "equal" if spelled(b.tokens) == option[1].lower() else "different"             # (B) 12
     name, tokens = spelled(b.tokens), [*(a.tokens or ()), *b.tokens]
     choice = any(r.tokens in map(list, "ABCDEFGH") for r in (a, b))
     if name and (choice or any(t[0] == '"' or len(t) > 3 and t.isalpha() for t in tokens)):
