@@ -99,10 +99,10 @@ def encode(style, problems, tokenizer, room, instruction=data.INSTRUCTION, chat=
     add = not any(token in style.template for token in added)
     texts = [style.template.replace("{problem}", problem.problem) for problem in problems]
     prompts = [list(tokenizer(text, add_special_tokens=add)["input_ids"]) for text in texts]
-    fits = [i for i, ids in enumerate(prompts) if len(ids) <= room]
-    if not fits:
+    kept = [(problem, ids) for problem, ids in zip(problems, prompts) if len(ids) <= room]
+    if not kept:
         raise ValueError(f"all {len(problems)} prompts are longer than {room} tokens: raise --max_prompt_len")
-    return [problems[i] for i in fits], [prompts[i] for i in fits], len(problems) - len(fits)
+    return [problem for problem, _ in kept], [ids for _, ids in kept], len(problems) - len(kept)
 
 
 def load_reward(name, style):
@@ -160,10 +160,10 @@ def curve_point(samples, problems, n):
 def mean_and_se(values):
     """Mean over problems and its standard error, problems being the sample: [P] values -> (mean, se or None).
 
-    values[p] is a mean over the n samples of problem p. Samples of one problem are alike, so P x n verdicts
-    are not P x n independent ones; the spread of problem means covers the choice of problems and the luck of
-    sampling (Miller 2411.00640, clustered standard errors with equal clusters). Means of 0 and 1 have no
-    spread; the rule of three says: with 95 % confidence no further than 3 / P off, twice the error given.
+    values[p] is a mean over the n samples of problem p. These are alike, so P x n verdicts are not P x n
+    independent ones; the spread of problem means covers the choice of problems and the luck of sampling
+    (Miller 2411.00640, clustered standard errors). A mean of 0 or 1 has no spread; there the rule of three
+    says: with 95 % confidence no further than 3 / P off, twice the error given.
 
     >>> mean_and_se([1.0, 0.0, 1.0, 0.0]), mean_and_se([0.0] * 30)
     ((0.5, 0.28867513459481287), (0.0, 0.05))
@@ -225,10 +225,9 @@ def average(benchmarks):
 def paired_bootstrap(a, b, draws=10_000, seed=0):
     """Is b better than a on the same problems? a, b: lists (one entry a benchmark) of [P] problem means.
 
-    Problems are drawn with replacement, the same ones for both models, within each benchmark; the statistic
-    is the unweighted mean of the benchmarks' differences. -> difference, its se, 95 % interval, two-sided
-    p-value. (Efron and Tibshirani 1993, ch. 16: p is twice the smaller tail beyond 0, never below 1 / draws.)
-    """
+    Problems are drawn with replacement, the same for both, within each benchmark; the statistic is the
+    unweighted mean of the benchmarks' differences. -> difference, its se, 95 % interval, two-sided p-value
+    (Efron and Tibshirani 1993, ch. 16: twice the smaller tail beyond 0, never below 1 / draws)."""
     rng = np.random.default_rng(seed)
     gains = [np.asarray(y, dtype=float) - np.asarray(x, dtype=float) for x, y in zip(a, b)]
     boot = np.mean([g[rng.integers(len(g), size=(draws, len(g)))].mean(1) for g in gains], axis=0)
@@ -283,8 +282,8 @@ def protocol_line(p):
     hidden = ("model", "weights", "template", "stop", "versions", "commit")
     shown = {k: v for k, v in p.items() if k not in hidden and v not in ("", None)} | p["versions"]
     own = f"; scores: mean rewards x 100, pass@n: from {RIGHT:g} on" * bool(p.get("reward"))
-    return (", ".join(f"{k} {v}" for k, v in shown.items()) + f", nanoscaler {p['commit'] or 'unknown'}{own}; "
-            "±: one standard error, problems clustered; at 0 and 100 a 95 % bound")
+    text = ", ".join(f"{k} {v}" for k, v in shown.items()) + f", nanoscaler {p['commit'] or 'unknown'}{own}"
+    return text + "; ±: one standard error, problems clustered; at 0 and 100 a 95 % bound"
 
 
 def alarms(result):
@@ -559,14 +558,14 @@ def finish(args, base, items, model, protocol, seconds):
     """Rank 0 scores all samples on the disk and writes the result; the part files go last."""
     if dist.get_rank() > 0:
         return None
-    rows = saved_samples(base, items, protocol)
-    rows = [rows[item[:3]] for item in items]
+    found = saved_samples(base, items, protocol)
+    rows = [found[item[:3]] for item in items]
     if os.path.exists(base + ".json"):
         seconds += read_result(base + ".json").get("seconds", 0.0)
     result = {"name": args.name, "model": args.model, "parameters": model.parameters, "protocol": protocol,
-              "curve": curve_note(args, protocol),
+              "curve": curve_note(args, protocol), "seconds": seconds,
               "tokens_generated": sum(row["response_tokens"] for row in rows),
-              "seconds": seconds, "date": time.strftime("%Y-%m-%d %H:%M:%S")}
+              "date": time.strftime("%Y-%m-%d %H:%M:%S")}
     write_result(base, result, rows)
     for path in glob.glob(glob.escape(base) + ".part.*"):
         os.remove(path)
@@ -692,7 +691,8 @@ def main(argv=None):
             print(compare(read_result(args.compare[0]), read_result(path), args.show))
         if args.model:
             result, signal_number = evaluate(args)
-            print(report([result], args.published) if result else "", end="\n" * bool(result))
+            if result:
+                print(report([result], args.published))
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, RuntimeError) as e:

@@ -1,23 +1,23 @@
 r"""reward.py: is the last \boxed{} after </think> the right answer?  1.0 or 0.0, nothing in between.
 
     python reward.py --answer '\frac{2}{4}x' --gold 'x/2'    explain one verdict
-    python reward.py FILE.jsonl                              grade rows {"response" or "answer", "gold", "problem"}
+    python reward.py FILE.jsonl                              grade rows of response or answer, gold, problem
 
-The reward decides what the policy becomes, so three things matter, in this order: it must not be
-exploitable, it must be right, it must be fast.  The file follows the way of an answer:
+The reward decides what the policy becomes, so three things matter, in this order: it must not be exploitable,
+it must be right, it must be fast.  The file follows the way of an answer:
 
-    extract    the last \boxed{...} after the last </think>       no fallback to free text: that pays hedging
-    tokens     one spelling for everything LaTeX has many for     formatting never matters
-    tree       a parser of our own, for lists and sets as well    model text never reaches eval or sympify
-    value      exact while rational, else to 200 digits           no tolerance: 10001 is not 10000, 3.14 not \pi
-    equality   by kind: values, words, lists, sets, equations     unordered, ordered, as sets, up to a factor
-    sympy      what digits leave open: sums, tiny terms           in a process that can be killed
-    public     grade, explain, compute_reward, compute_rewards    with two locks against restating the problem
+    extract    the last \boxed{...} after the last </think>      no fallback to free text: that pays hedging
+    tokens     one spelling for everything LaTeX has many for    formatting never matters
+    tree       a parser of our own, for lists and sets as well   model text never reaches eval or sympify
+    value      exact while rational, else to 200 digits          no tolerance: 10001 is not 10000
+    equality   by kind: values, words, lists, sets, equations    unordered, ordered, as sets, up to a factor
+    sympy      what digits leave open: sums, tiny terms          in a process that can be killed
+    public     grade, explain, compute_reward                    with two locks against restating the problem
 
-The locks: a plain gold (7, 1/2, 3\sqrt2, \pi/4) wants a finished answer, so 3+4 and \log_2 8 earn nothing for it;
+The locks: a plain gold (7, 1/2, 3\sqrt2, \pi/4) wants a finished answer: 3+4 and \log_2 8 earn nothing for it;
 and an answer whose tokens stand in a row in the problem's own formulas earns nothing unless it is the gold.
-Left out on purpose: tolerance, per cent as a factor (50% is not 0.5), unit conversion, answers outside the box.
-Model output is hostile: every operation is bounded BEFORE it is done, and what cannot be read earns nothing.
+Left out on purpose: tolerance, per cent as a factor (50% is not 0.5), unit conversion, answers outside a box.
+Model output is hostile: every operation is bounded BEFORE it is done; what cannot be read earns nothing.
 """
 
 import argparse
@@ -40,19 +40,19 @@ import time
 import warnings
 from fractions import Fraction
 
-MAX_CHARS = 4_000        # longer answers are refused unread; also keeps int(str) under Python's 4,300-digit error
+MAX_CHARS = 4_000        # longer answers are refused unread; int(str) stays under Python's 4,300 digits, too
 MAX_DEPTH = 60           # nesting, so that no input reaches Python's recursion limit
 MAX_ITEMS = 300          # elements of a list
 MAX_BITS = 60_000        # of any exact integer: 9^{9^9} would otherwise fill memory
-PRECISION = 300          # digits of inexact numbers; what agrees to 200 of them is equal, the others are for rounding
+PRECISION = 300          # digits of inexact numbers; what agrees to 200 of them is equal
 SEEN_BITS = 600          # longer integers would lose digits among inexact numbers
 SECONDS = 0.8            # for one comparison, sympy apart
 SYMPY_SECONDS = 1.0
 ROW_SECONDS = 10.0       # for one row in a worker of explain_all
 WORKER_BYTES = 2 << 30
 
-# What `explain` returns.  reason: equal, different, restated, no_close, no_box, unparsed_answer, unparsed_gold,
-# too_large, timeout, or "error: ...", which is a fault of this file and should alarm.
+# What `explain` returns.  reason: equal, different, restated, no_close, no_box, unparsed_answer,
+# unparsed_gold, too_large, timeout, or "error: ...", which is a fault of this file and should alarm.
 Verdict = collections.namedtuple("Verdict", "reward reason answer gold")
 
 
@@ -73,11 +73,11 @@ REFUSALS = (ArithmeticError, ValueError, RecursionError)
 BRACE = re.compile(r"\\.|[{}]", re.S)
 BOX = re.compile(r"\\boxed[ \t\n]*(?=\{)")
 # What may stand between the boxes of one answer in several parts: punctuation and "and".
-GLUE = re.compile(r"(?:[\s,;.:$*&]|\\[,;:! \[\]()\\]|\\q?quad(?![a-z])|\\text\{[\s,]*(?:and)?[\s,]*\}|\band\b)*")
+GLUE = re.compile(r"(?:[\s,;.:$*&]|\\[,;:! \[\]()\\]|\\q?quad\b|\\text\{[\s,]*(?:and)?[\s,]*\}|\band\b)*")
 
 
 def box_at(text, start):
-    r"""(content, end) of the \boxed{...} that begins at `start`; content is None if it is empty or not closed."""
+    r"""(content, end) of the \boxed{...} at `start`; content is None if it is empty or not closed."""
     box, depth = BOX.match(text, max(start, 0)), 0
     for m in BRACE.finditer(text, box.end(), box.end() + MAX_CHARS + 2) if box else ():
         depth += (m[0] == "{") - (m[0] == "}")
@@ -86,14 +86,20 @@ def box_at(text, start):
     return None, 0
 
 
-def last_boxes(text):
-    r"""The contents of the boxes that end a text, one after another with only punctuation and "and" between.
+def last_boxes(response, require_think=True):
+    r"""The boxes that end a response, one after another with only punctuation and "and" between them.
 
-    >>> last_boxes(r"\boxed{0}? So $\boxed{1}$, $\boxed{2}$ and $\boxed{3}$.")
-    ['1', '2', '3']
+    Only what follows the last </think> counts; the opening tag may sit in the prompt.  An unclosed or empty
+    last box is no answer, whatever stands before it: falling back would pay a model for hedging.
+
+    >>> last_boxes(r"<think>\boxed{0}</think> \boxed{1}? So $\boxed{2}$, $\boxed{3}$ and $\boxed {4}$.")
+    ['2', '3', '4']
+    >>> last_boxes(r"\boxed{2}"), last_boxes(r"</think> \boxed{2} \boxed{3")
+    ([], [])
     """
+    _, close, text = response.rpartition("</think>") if isinstance(response, str) else ("", "", "")
     start, contents = text.rfind("\\boxed"), []
-    content, _ = box_at(text, start)
+    content, _ = box_at(text, start) if close or not require_think else (None, 0)
     while content is not None and len(contents) < 20:
         contents.insert(0, content)
         before = text.rfind("\\boxed", 0, start)
@@ -104,26 +110,16 @@ def last_boxes(text):
     return contents
 
 
-def answer_boxes(response, require_think=True):
-    """`last_boxes` after the last </think>, whose opening tag may sit in the prompt."""
-    _, close, rest = response.rpartition("</think>") if isinstance(response, str) else ("", "", "")
-    return last_boxes(rest) if close or not require_think else []
-
-
 def extract_answer(response, require_think=True):
     r"""The content of the last `\boxed{...}` after the last `</think>`, or None.
 
-    An unclosed or empty last box is None whatever stands before it: falling back would pay a model for hedging.
-
     >>> extract_answer(r"<think>\boxed{1}</think> so \boxed{2}, no: \boxed {\frac{1}{2}}.")
     '\\frac{1}{2}'
-    >>> extract_answer(r"\boxed{2}"), extract_answer(r"</think> \boxed{2} \boxed{3")
-    (None, None)
     """
-    return next(reversed(answer_boxes(response, require_think)), None)
+    return next(reversed(last_boxes(response, require_think)), None)
 
 
-# ---- tokens.  A token is a string: '12.5' number, '\\frac' command, 'a' letter, '"cm' word, or one other character
+# ---- tokens: strings, '12.5' number, '\\frac' command, 'a' letter, '"cm' word, or one other character
 
 def table(text):
     """`a=b c=d` as a dict."""
@@ -180,7 +176,8 @@ SHORT_UNITS = words("""cm mm km kg mg ml mL ft yd yds mi lb lbs oz hr hrs min mi
     kW inch feet foot yards miles meters hours days weeks months years cents percent pct""")
 COUNTS = {word: n for n, word in enumerate("""zero one two three four five six seven eight nine ten eleven
     twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen""".split())}
-COUNTS |= {word: 10 * n for n, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+COUNTS |= {word: 10 * n for n, word in enumerate(TENS, 2)}
 FACTORS = {word: Fraction(text) for word, text in table("""hundred=100 thousand=1000 million=1e6 billion=1e9
     dozen=12 trillion=1e12 half=1/2 halve=1/2 third=1/3 quarter=1/4 fourth=1/4 fifth=1/5 sixth=1/6 seventh=1/7
     eighth=1/8 ninth=1/9 tenth=1/10 hundredth=1/100 thousandth=1/1000 millionth=1e-6 十=10 百=100 千=1000
@@ -191,34 +188,37 @@ DOMAINS = table(r"""integer=Z integers=Z whole=Z \integers=Z real=R reals=R \rea
     odd=odd rational=Q \rationals=Q complex=C \complexes=C positive=+ negative=- nonnegative=+0
     non-negative=+0 nonzero=!0 non-zero=!0 even=even prime=prime""")
 QUALIFIERS = words("""where for with is are being any all every each some an a the arbitrary constant
-    constants number numbers value values of in fixed""") | DOMAINS.keys()
+    constants number numbers value values of in fixed""") | DOMAINS.keys() | {"\\in", "\\forall", ",", "(", ")", "\\and"}
 PROSE = words("""all any every real reals number numbers except excluding there solution solutions roots exist
     exists answer final option choice where for only the about approximately roughly empty set integer
     integers constant""")
 VOCABULARY = PROSE | QUALIFIERS | UNITS | FACTORS.keys() | COUNTS.keys() | {"no", "if", "other", "than"}
 WORDY = re.compile(r"(?<![A-Za-z\\])(?:" + "|".join(sorted(PROSE)) + ")(?![A-Za-z])", re.I)
 DIGITS = tuple("0123456789")                     # not str.isdigit: that is true of a superscript two
-CLOCK = re.compile(r"(?<![0-9:.])([01]?[0-9]|2[0-4])(?:\s*:\s*([0-5][0-9](?![0-9.\\]))(:[0-5][0-9])?)?"
+CLOCK = re.compile(r"(?<![0-9:.])([01]?[0-9]|2[0-4])(?:\s*:\s*([0-5][0-9](?![0-9.]|\\[dtc]?frac))(:[0-5][0-9])?)?"
                    r"(?!\s*[:.0-9])(?:(?:[\s\"(~]|\\[ ,;:!])*([aApP][mM])(?![A-Za-z])[\")]*)?")
 TEXT = re.compile(r"\\(text[a-z]*|math(?:rm|bf|it|sf)|operatorname\*?|emph|mbox|hbox)\s*\{([^{}]*)\}")
-WORD = re.compile(r"[0-9]+:[0-9:]+[ap]?m?|[A-Za-z](?:[A-Za-z'-]|\.(?=[A-Za-z]))*|[\u4e00-\u9fff]+|[0-9]+(?:\.[0-9]+)?|\.[0-9]+|[^\s~]")
+WORD = re.compile(r"[0-9]+:[0-9:]+[ap]?m?|[A-Za-z](?:[A-Za-z'-]|\.(?=[A-Za-z]))*|[\u4e00-\u9fff]+|"
+                  r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+|[^\s~]")
 
 
 def quoted(m):
-    r"""\text{...} as "..."; but \mathrm{e} is a letter, \operatorname{sin} a function and \text{12} a number."""
+    r"""\text{...} as "..."; but \mathrm{e} is a letter, \operatorname{sin} a function, \text{12} a number."""
     command, inner = m[1], m[2].replace('"', " ")
     bare = inner.strip(" ~")
-    if command[:2] in ("ma", "op") and (bare in NAMED or bare.isalpha() and (len(bare) == 1 or bare.isupper())
-                                        and not {bare, bare.lower()} & UNITS):
+    name = bare.isalpha() and (len(bare) == 1 or bare.isupper()) and command[:2] in ("ma", "op")
+    if (name or bare in NAMED) and not {bare, bare.lower()} & UNITS:
         return f" {NAMED.get(bare, bare)} "
-    is_math = "\\" in inner or not re.search("[A-Za-z]{2}", inner) and re.search(r"^[-\s]*[0-9]|=", inner)
+    is_math = "\\" in inner or re.match(r"\s*[0-9]+:", inner) or not re.search(
+        "[A-Za-z]{2}", inner) and re.search(r"^[-\s]*[0-9]|=", inner)
     return f" {inner} " if is_math else f'"{inner}"'
 
 
 def repeating_decimal(m):
     """0.(3) and the like as a fraction."""
     whole, fixed, period = m.groups()
-    value = Fraction(int(period), 10 ** len(period) - 1) / 10 ** len(fixed) + Fraction(f"{whole or 0}.{fixed or 0}")
+    value = Fraction(int(period), 10 ** len(period) - 1) / 10 ** len(fixed)
+    value += Fraction(f"{whole or 0}.{fixed or 0}")
     return f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
 
 
@@ -236,21 +236,22 @@ def mixed_number(m):
 
 
 def clock_time(m):
-    """3:30 p.m. as the word 3:30pm.  A clock time has two digits of minutes below 60; anything else is a ratio."""
+    """3:30 p.m. as the word 3:30pm; without two digits of minutes below 60 it is a ratio."""
     half = (m[4] or "").lower()
     return f'"{m[1]}:{m[2] or "00"}{m[3] or ""}{half}"' if m[2] or half else m[0]
 
 
-# Spellings of one number or one sign, rewritten in the source text in this order.  Every repetition is bounded or
-# begins where the one before cannot go on, so that no input makes these patterns backtrack for long.
+# Spellings of one number or one sign, rewritten in the source text in this order.  Every repetition is bounded
+# or begins where the one before cannot go on, so that no input makes these patterns backtrack for long.
 REWRITES = [(re.compile(pattern), new) for pattern, new in (
-    (r"\\(?:mathrm|text)\s*\{\s*C\s*\}\s*_\s*\{?([0-9a-z]{1,9})\}?\s*\^\s*\{?([0-9a-z]{1,9})\}?", r"\\binom{\1}{\2}"),
-    (r"\\math(?:bb|bf|rm)\s*\{?\s*R\s*\}?(?=\W|$)", r"\\reals "), (r"\\mathbb\s*\{?\s*Z\s*\}?", r"\\integers "),
-    (r"\\mathbb\s*\{?\s*N\s*\}?", r"\\naturals "), (r"\\mathbb\s*\{?\s*Q\s*\}?", r"\\rationals "),
-    (r"\\mathbb\s*\{?\s*C\s*\}?", r"\\complexes "),
+    (r"\\(?:mathrm|text)\s*\{\s*C\s*\}\s*_\s*\{?([0-9a-z]{1,9})\}?\s*\^\s*\{?([0-9a-z]{1,9})\}?",
+     r"\\binom{\1}{\2}"),
+    (r"\\mathbb\s*\{?\s*([RZNQC])\s*\}?|\\math(?:bf|rm)\s*\{\s*([RZNQ])\s*\}",
+     lambda m: {"R": "\\reals ", "Z": "\\integers ", "N": "\\naturals ", "Q": "\\rationals ",
+                "C": "\\complexes "}[m[1] or m[2]]),
     (r"\\(?:vec|overrightarrow|mathbf)\s*\{?\s*([A-Za-z]{1,2})\s*\}?\s*\\times\s*"
      r"\\(?:vec|overrightarrow|mathbf)\s*\{?\s*([A-Za-z]{1,2})\s*\}?", r"\\cross{\1}{\2}"),
-    *[(TEXT, quoted)] * 4,                                                          # a \text in a \text: 4 levels
+    *[(TEXT, quoted)] * 4,                                                     # a \text in a \text: 4 levels
     (r"(?<=[0-9 \"(~])([aApP])\. ?[mM]\b\.?", r" \1m"),                                        # 5 p.m.
     (r"\{:\}|\\!:\\!|\":\"", ":"), (CLOCK, clock_time),
     (r"\^\s*\{?\s*\"?\s*(?:st|nd|rd|th)\s*\"?\s*\}?(?![A-Za-z])", ""),                          # 12^{th}
@@ -282,12 +283,15 @@ TOKEN = re.compile(rf"(?P<num>{SCIENTIFIC}|(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[e
 INNER_FUNCTION = re.compile("(arcsin|arccos|arctan|sqrt|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|pi)")
 # What a phrase means, on tokens joined by blanks, in this order.
 PHRASES = [(re.compile(pattern), new) for pattern, new in (
-    (r'^(?:"the )?(?:"final |"correct )?"(?:answer|solution|value|result)s?(?: "is| "are)?(?: :| =)? (?=.)', ""),
+    (r'^(?:"the )?(?:"final |"correct )?"(?:answer|ans|solution|value|result)s?(?: "is| "are)?(?: :| =)? (?=.)',
+     ""),
     (r'^"(?:option|choice) ', ""), (r'(?: ,)? "only$', ""), (r'^"the "empty "set$', r"\\emptyset"),
-    (r'^(?:"for )?"(?:all|any|every) (?:"the )?"reals?(?: "numbers?| "values?)?(?: "of)?(?: "?[a-z](?= |$))?', r"\\reals"),
-    (r'^(?:[a-z] \\in )?\\reals (?:, )?(?:"except|"excluding|"but "not|"other "than)(?: "for| "when)?(?: [a-z] =)? (.*)$',
-     r"\\reals \\setminus \\{ \1 \\}"),
-    (r'^(?:"there )?(?:"is |"are |"exists? |"has )?"no (?:"real )?(?:"solutions?|"roots?)(?: "exists?)?$', r"\\emptyset"),
+    (r'^(?:"for )?"(?:all|any|every) (?:"the )?"reals?(?: "numbers?| "values?)?(?: "of)?(?: "?[a-z](?= |$))?',
+     r"\\reals"),
+    (r'^(?:[a-z] \\in )?\\reals (?:, )?(?:"except|"excluding|"but "not|"other "than)(?: "for| "when)?'
+     r"(?: [a-z] =)? (.*)$", r"\\reals \\setminus \\{ \1 \\}"),
+    (r'^(?:"there )?(?:"is |"are |"exists? |"has )?"no (?:"real )?(?:"solutions?|"roots?)(?: "exists?)?$',
+     r"\\emptyset"),
     (r' \( (?:"about|"approximately|"roughly|"approx|\\approx) ([0-9.]+)(?: "[a-z]+)? \)$', r" \\approx \1"),
     (r' \( ((?:"[^ ]+ ?)+) \)$', r" \1"),                                                      # 5 (days)
 )]
@@ -319,7 +323,7 @@ def trimmed(tokens):
 def lexed(source):
     """The tokens as they stand there."""
     source = source.translate(UNICODE).strip()
-    if "\\begin" not in source:                          # elsewhere `\\frac` was escaped twice on its way to the data
+    if "\\begin" not in source:                          # elsewhere `\\frac` was escaped twice in the data
         source = re.sub(r"\\\\(?=[A-Za-z])", r"\\", source)
     for pattern, new in REWRITES:
         source = pattern.sub(new, source)
@@ -349,12 +353,12 @@ def spoken(word):
 
 
 def letters(m, before, wordy):
-    """`abc` is a product, `xsinx` has a function, `cm` behind a number is a unit, `parabola` one opaque name."""
+    """`abc` is a product, `xsinx` has a function, `cm` behind a number is a unit, `parabola` a name."""
     run, word, source = m[0], m[0].lower(), m.string
     if name := NAMED.get(run) or NAMED.get(word if len(run) > 1 else run):
         return [name]
     apart = source[m.start() - 1:m.start()] not in (*DIGITS, "}", ")")
-    if len(run) > 1 and (before[-1:] in (*DIGITS, "}", ")", "/") or before[:1] == '"' or before == "\\degree"):
+    if len(run) > 1 and (before[-1:] in (*DIGITS, "}", ")", "/") or before[:1] == '"'):
         if run in SHORT_UNITS or word in FACTORS or len(run) > 3 and word in UNITS:
             return ['"' + word]
     if len(run) > 1 and apart and (wordy and word in VOCABULARY or len(run) > 2 and word in COUNTS):
@@ -367,21 +371,21 @@ def letters(m, before, wordy):
     return [run] if len(run) > 3 and (run.isupper() or whole) else list(run)
 
 
-# ---- tree: tokens to nested tuples.  Leaves ('num', Fraction) ('var', name) ('const', 'pi') ('word', text); else
-#   (operation, tree, ...)              + * / ^ ! binom ln sin abs floor ..., deg for degrees, pm for both signs
-#   (structure, [label,] tree, ...)     list, or, set, cases; tuple: the label is its brackets; matrix: its rows
+# ---- tree: nested tuples.  Leaves ('num', Fraction) ('var', name) ('const', 'pi') ('word', text); else
+#   (operation, tree, ...)            + * / ^ ! binom ln sin abs floor ..., deg for degrees, pm for both signs
+#   (structure, [label,] tree, ...)   list, or, set, cases; tuple: the label is its brackets; matrix: its rows
 #   (rel, operators, tree, ...) (assign, name, value) (mod, value, modulus) (base, digits, base) (ratio, a, b)
-#   (clock, '3:30', 'pm' or '') (builder, element, condition) (steps, first, step, last) (cup | cap | setminus, a, b)
-#   (big, 'sum' | 'prod' | 'int' | 'lim', variable, low, high, body)
+#   (clock, '3:30', 'pm' or '') (builder, element, condition) (steps, first, step, last) (cup | cap | setminus,
+#   a, b) (big, 'sum' | 'prod' | 'int' | 'lim', variable, low, high, body)
 
 OPEN = {"(": ")", "[": "]", "{": "}", "\\{": "\\}", "|": "|", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil"}
 ZERO, ONE, MINUS_ONE, TWO, TEN, HALF_TURN = (("num", Fraction(k)) for k in (0, 1, -1, 2, 10, 180))
-RELATIONS = {"=": "=", "\\equiv": "=", "<": "<", ">": ">", "\\le": "<=", "\\ge": ">=", "\\ne": "!=", "\\in": "in",
-             "\\approx": "~"}
-LIST, UNION, RELATION, RATIO, SUM, PRODUCT, POWER, EXPONENT, ATOM = range(9)       # how tightly an operator binds
-INFIX = dict.fromkeys((",", ";", "\\and", "\\or"), LIST) | dict.fromkeys(("\\cup", "\\cap", "\\setminus"), UNION)
-INFIX |= dict.fromkeys((*RELATIONS, "\\pmod"), RELATION) | {":": RATIO, "*": PRODUCT, "\\times": PRODUCT, "/": PRODUCT}
-INFIX |= dict.fromkeys(("+", "-", "\\pm", "\\mp"), SUM) | dict.fromkeys("!'_", POWER) | {"\\degree": POWER, "^": EXPONENT}
+RELATIONS = {"=": "="} | table(r"\equiv== <=< >=> \le=<= \ge=>= \ne=!= \in=in \approx=~")
+LIST, UNION, RELATION, RATIO, SUM, PRODUCT, POWER, EXPONENT, ATOM = range(9)   # how tightly an operator binds
+INFIX = {operator: level for level, operators in enumerate((
+    (",", ";", "\\and", "\\or"), ("\\cup", "\\cap", "\\setminus"), (*RELATIONS, "\\pmod"), ":",
+    ("+", "-", "\\pm", "\\mp"), ("*", "\\times", "/"), ("!", "'", "_", "\\degree"), "^"))
+    for operator in operators}
 CONSTANTS = {"i": ("const", "i"), "e": ("const", "e"), "\\pi": ("const", "pi"), "\\infty": ("const", "inf"),
              "\\reals": ("reals",), "\\emptyset": ("set",), "\\ldots": ("var", "...")}
 CONSTANTS |= {name: ("word", name) for name in ("\\integers", "\\naturals", "\\rationals", "\\complexes")}
@@ -400,7 +404,13 @@ def number(token):
 def times(a, b):
     if a[0] == b[0] == "num":
         return ("num", a[1] * b[1]) if MINUS_ONE in (a, b) else ("*", a, b)
-    return ("matrix", b[1], *(("*", a, cell) for cell in b[2:])) if b[0] == "matrix" else ("*", a, b)
+    if b[0] == "matrix" or b[0] == "tuple" and is_literal(a):
+        return (*b[:2], *(times(a, cell) for cell in b[2:]))
+    return ("*", a, b)
+
+
+def is_power(tree):
+    return tree[0] == "^" or tree[0] == "*" and is_power(tree[2])
 
 
 def negative(tree):
@@ -437,7 +447,7 @@ class Parser:
 
     def tree(self, level=LIST):
         """The longest expression whose operators all bind at least as tightly as `level`."""
-        self.depth += 1                          # every recursion passes here, so nothing exceeds Python's stack
+        self.depth += 1                          # every recursion passes here: nothing exceeds Python's stack
         if self.depth > MAX_DEPTH:
             raise Unparsed("too deep")
         if sign := self.accept("+", "-") if level < ATOM else "":
@@ -457,7 +467,7 @@ class Parser:
         return ("pm", tree if sign == "\\pm" else negative(tree))
 
     def extended(self, left, level):
-        """`left` with the operator that follows it, or None.  Juxtaposition multiplies, except of two numbers."""
+        """`left` with the operator that follows it, or None.  Juxtaposition multiplies."""
         t = self.peek()
         binding = PRODUCT if t[:1] == '"' else INFIX.get(t, PRODUCT if self.starts_factor() else -1)
         if binding < level or t == ":" and self.in_set:
@@ -469,7 +479,7 @@ class Parser:
         if t[:1] == '"':
             return self.with_word(left)
         if t not in INFIX:
-            if is_number(t) and (is_number(self.peek(-1)) and left[0] != "^" or self.peek(-1)[0] == '"'):
+            if is_number(t) and (is_number(self.peek(-1)) and not is_power(left) or self.peek(-1)[0] == '"'):
                 raise Unparsed("two numbers side by side")
             return times(left, self.tree(POWER))
         self.at += 1
@@ -488,9 +498,9 @@ class Parser:
             return ("/", left, self.tree(POWER)) if t == "/" else times(left, self.tree(POWER))
         if t == "^":
             return ("^", left, self.tree(EXPONENT))
-        if t == "\\degree":                          # a degree sign is dropped, except in a trigonometric function
+        if t == "\\degree":
             return ("*", left, ("/", CONSTANTS["\\pi"], HALF_TURN)) if self.in_trig else ("deg", left)
-        if t in "!'":                                # behind a number, a prime means minutes, dropped as units are
+        if t in "!'":                            # behind a number, a prime is minutes, dropped as units are
             return ("!", left) if t == "!" else left
         if left[0] != "num" or left[1].denominator != 1:
             raise Unparsed("subscript")
@@ -504,7 +514,8 @@ class Parser:
         """`left` and the word behind it: units go, with powers and slashes, number words multiply."""
         word = self.take()[1:]
         if word in FACTORS:
-            return ("num", left[1] * FACTORS[word]) if left[0] == "num" else times(left, ("num", FACTORS[word]))
+            factor = ("num", FACTORS[word])
+            return ("num", left[1] * factor[1]) if left[0] == "num" else times(left, factor)
         if word in ("degree", "degrees", "deg") and left[0] != "deg":
             return ("deg", left)
         if word not in UNITS or word in ("C", "F") and left[0] != "deg":
@@ -588,7 +599,7 @@ class Parser:
         if t == "\\sqrt":
             index = self.group(self.take()) if self.peek() == "[" else TWO
             return ("^", self.tree(ATOM), ("/", ONE, index))
-        if t in MARKS:                           # \overline z, \overrightarrow{AB} are names; a segment is a product
+        if t in MARKS:                           # \overline z is a name of its own; a segment is a product
             tree = self.argument()
             segment = t == "\\overline" and tree[0] == "*" and all(map(str.isupper, variables(tree)))
             return tree if tree[0] == "num" or segment else ("var", f"{t} {tree}")
@@ -617,7 +628,7 @@ class Parser:
         return "".join(t.strip('"{}()') for t in self.tokens[start:self.at])
 
     def function(self, name):
-        r"""sin, log_2, ln^2 and the like with their argument: a bracket, else factors, as in \sin 2x \cos y."""
+        r"""sin, log_2, ln^2 and the like with their argument: a bracket, else factors: \sin 2x \cos y."""
         base = power = None
         for _ in range(2):                       # in either order
             if self.accept("_"):
@@ -635,7 +646,8 @@ class Parser:
         if power == MINUS_ONE:
             name, power = "arc" + name, None     # \sin^{-1} is the inverse
         name, base = ("ln", base or TEN) if name == "lg" else ("ln" if name == "log" else name, base)
-        tree = ("^", CONSTANTS["e"], tree) if name == "exp" else (name, *(tree[2:] if tree[0] == "tuple" else [tree]))
+        arguments = tree[2:] if tree[0] == "tuple" else [tree]
+        tree = ("^", CONSTANTS["e"], tree) if name == "exp" else (name, *arguments)
         tree = ("/", tree, ("ln", base)) if base else tree
         return tree if power is None else ("^", tree, power)
 
@@ -647,7 +659,10 @@ class Parser:
                 low = self.tree(EXPONENT)
             else:
                 self.take("{")
-                name, _, low, _ = self.primary(), self.take("\\to" if kind == "lim" else "="), self.tree(SUM), self.take("}")
+                name = self.primary()
+                self.take("\\to" if kind == "lim" else "=")
+                low = self.tree(SUM)
+                self.take("}")
         high = self.tree(EXPONENT) if self.accept("^") else high
         if kind == "int":
             end = max((i for i in range(self.at, len(self.tokens) - 1) if self.tokens[i] == "d"), default=0)
@@ -658,8 +673,18 @@ class Parser:
         bound = ("var", f"#{str(body).count('#')}")                  # renamed: \sum_i and \sum_k are one tree
         return ("big", kind, bound, low, high, substituted(body, name, bound))
 
+    def condition(self):
+        """A relation, or words up to the end of the line: n is even."""
+        start, text = self.at, []
+        while self.peek() not in ("\\\\", "\\end"):
+            text.append(self.take().strip('"'))
+        if any(t[0] == '"' for t in self.tokens[start:self.at]):
+            return ("word", " ".join(text).strip(" ."))
+        self.at = start
+        return self.tree(RELATION)
+
     def environment(self):
-        r"""\begin{xmatrix} or \begin{cases}; the bracket style does not matter, a determinant is not a matrix."""
+        r"""\begin{xmatrix} or \begin{cases}; the bracket style does not matter, but \vmatrix is no matrix."""
         name, rows = self.subscript(), [[]]
         if name not in ("pmatrix", "bmatrix", "matrix", "Bmatrix", "smallmatrix", "array", "cases"):
             raise Unparsed("environment " + name)
@@ -669,11 +694,14 @@ class Parser:
             if self.accept("\\\\"):
                 rows.append([])
             elif not self.accept("&", *([",", '"if', '"for', '"when', ";", "."] if name == "cases" else [])):
-                rows[-1].append(self.tree(RELATION if name == "cases" else SUM))
+                rows[-1].append(self.condition() if name == "cases" and rows[-1] else self.tree(
+                    RELATION if name == "cases" else SUM))
         self.subscript()
         rows = [row for row in rows if row]
         if len({len(row) for row in rows}) != 1:
             raise Unparsed("ragged")
+        if name == "cases" and len(rows[0]) == 1:                    # x = 1, y = 2 one above the other
+            return ("list", *itertools.chain(*rows))
         if name == "cases":
             return ("cases", *(("pair", *row) for row in rows))
         return ("matrix", str(len(rows)), *itertools.chain(*rows))
@@ -694,11 +722,12 @@ def progression(kind, items):
 
 
 def is_name(tree):
-    r"""May this be the left side of `name = value`?  x, f(x), AB, (p,q), \frac{NO}{BO}, words; never x+y or 2x."""
+    r"""May this be the left side of `name = value`?  x, f(x), AB, (p,q), \frac{NO}{BO}, words; never 2x."""
     kind, *parts = tree
     if kind in "*/":
         return all(is_name(p) and (p[0] != "var" or p[1].isupper()) for p in parts)
-    return kind in ("var", "word") or kind in ("tuple", "abs") and all(is_name(p) for p in parts if isinstance(p, tuple))
+    return kind in ("var", "word") or kind == "tuple" and all(map(is_name, parts[1:])) or \
+        kind == "abs" and is_name(parts[0])
 
 
 def relation(ops, sides):
@@ -713,8 +742,8 @@ def relation(ops, sides):
     if len(sides) == 2 and is_name(sides[1]) and not is_name(sides[0]):
         sides = sides[::-1]
     values = sides[sum(1 for _ in itertools.takewhile(is_name, sides[:-1])):]
-    if len(values) == 2 == len(sides) and any(map(variables, values)) or len(sides) == 2 and all(map(is_name, sides)):
-        return ("rel", "=", *sides)                      # SRAC = LRAC is a statement: its right side says nothing
+    if len(sides) == 2 and (len(values) == 2 and any(map(variables, values)) or all(map(is_name, sides))):
+        return ("rel", "=", *sides)              # SRAC = LRAC is a statement, not the value of a name
     if len(values) > 1 and (values[0] == values[-1] or not all(agree(v, values[-1]) for v in values)):
         raise Unparsed("a false or an empty equation")
     return ("assign", sides[0], values[-1]) if len(values) < len(sides) else values[-1]
@@ -722,8 +751,8 @@ def relation(ops, sides):
 
 def check_rounding(exact_side, decimal):
     r"""`18\pi \approx 56.5` says 18\pi, if the decimal is a rounding of it."""
-    if decimal[0] != "num" or abs(inexact(value(exact_side, {})) - inexact(decimal[1])) > mp().mpf(
-            1) / (decimal[1].denominator if decimal[1].denominator > 1 else 1):
+    digits = next((k for k in range(20) if decimal[0] == "num" and (decimal[1] * 10 ** k).denominator == 1), None)
+    if digits is None or abs(inexact(value(exact_side, {})) - inexact(decimal[1])) > mp().mpf(10) ** -digits:
         raise Unparsed("not a rounding")
 
 
@@ -732,6 +761,8 @@ def builder(left, condition):
     left = left[1] if left[0] == "assign" and left[2] == ("reals",) else left
     if left[0] == "var" and variables(condition) == {left[1]} and condition[0] in ("rel", "or", "assign"):
         return condition if condition[0] != "assign" else ("set", condition[2])
+    if condition[0] == "assign" and condition[1][0] == "var":                       # 2k and 2n, whole numbers
+        left, condition = (substituted(t, condition[1], ("var", "#")) for t in (left, condition))
     return ("builder", left, condition)
 
 
@@ -764,7 +795,7 @@ def signs_chosen(tree, tied):
         raise Unparsed("too many signs")
 
     def chosen(t, signs):
-        t = ("*", next(signs), chosen(t[1], signs)) if t[0] == "pm" else mapped(lambda p: chosen(p, signs), t)
+        t = times(next(signs), chosen(t[1], signs)) if t[0] == "pm" else mapped(lambda p: chosen(p, signs), t)
         rational = {part[0] for part in nodes(t)} <= {"num", "+", "*", "/"}
         return ("num", value(t, {})) if rational else t              # 3 \pm 1 is finished
 
@@ -775,7 +806,7 @@ def signs_chosen(tree, tied):
 
 # ---- value of a tree: a Fraction while everything is rational, else an mpmath number
 
-# One lock for everything that evaluates: mpmath's precision and its cache of constants are not safe between threads.
+# One lock for everything that evaluates: mpmath's precision and its constants are not safe between threads.
 _lock = threading.RLock()
 _deadline = math.inf                             # of the comparison that holds the lock
 
@@ -832,7 +863,7 @@ def binomial(n, k):
 
 
 def add(*terms):
-    """A sum.  A term too small to be seen beside the others, or digits lost where they cancel, decide nothing."""
+    """A sum.  A term too small to be seen, or digits lost in a difference, decide nothing."""
     if exact(*terms):
         return sum(terms)
     terms = [inexact(t) for t in terms if t]
@@ -851,7 +882,7 @@ def power(x, n):
     if x == 0:
         return 0 if mp().re(inexact(n)) > 0 else 1 / Fraction(0)
     if exact(n) and n.denominator % 2 and not mp().im(inexact(x)) and x < 0:
-        return power(-x, n) * (-1) ** n.numerator        # odd roots of negative numbers are real, as in school
+        return power(-x, n) * (-1) ** n.numerator        # odd roots of negatives are real, as at school
     exponent = inexact(n) * mp().ln(inexact(x))
     if exponent and not -200 < mp().mag(exponent) < 20:
         raise Undecided("exponent")
@@ -869,7 +900,7 @@ def floor(x):
 
 
 def elementary(name, x):
-    """A function of mpmath, inside the range in which 300 digits show what it does: sin x is x for a tiny x."""
+    """A function of mpmath, where 300 digits show what it does: sin x is x for a tiny x."""
     x = inexact(x)
     limit = 7 if name in HYPERBOLIC else 200 if name.startswith("arc") else 40
     if name != "ln" and x and not -200 < mp().mag(x) < limit:
@@ -881,13 +912,14 @@ def elementary(name, x):
 
 
 HYPERBOLIC = words("sinh cosh tanh coth sech csch")
-COUNTING = {"!": lambda n: math.factorial(natural(n, 4_000)), "binom": binomial}       # of small whole numbers only
+COUNTING = {"!": lambda n: math.factorial(natural(n, 4_000)), "binom": binomial}       # of whole numbers only
 DIVISORS = {"gcd": lambda *xs: math.gcd(*(natural(abs(x), 10 ** 100) for x in xs)),
             "lcm": lambda *xs: math.lcm(*(natural(abs(x), 10 ** 100) for x in xs))}
-STEPS = {"floor": floor, "ceil": lambda x: -floor(-x)}                     # agree at some points, differ at others
+STEPS = {"floor": floor, "ceil": lambda x: -floor(-x)}             # agree at some points, differ at others
 SIGNED = {"abs": abs, "max": lambda *xs: max(xs, key=real), "min": lambda *xs: min(xs, key=real)}
 OPERATIONS = COUNTING | DIVISORS | STEPS | SIGNED | {
     "+": add, "*": lambda x, y: x * y, "/": lambda x, y: x / y, "^": power, "deg": lambda x: x}
+UNARY = COUNTING.keys() - {"binom"} | STEPS.keys() | {"abs", "deg"}
 JUMPS = frozenset((*COUNTING, *DIVISORS, *STEPS, *SIGNED, "alternating"))
 
 
@@ -907,10 +939,9 @@ def value(tree, point):
     tick()
     if kind == "big":
         raise Undecided("sum, product, integral or limit")
-    if "\\" + kind not in FUNCTIONS and (kind not in OPERATIONS or len(parts) > 1 and kind in ("abs", "floor", "ceil")):
+    known = kind in OPERATIONS or "\\" + kind in FUNCTIONS
+    if not known or len(parts) > 1 and (kind in UNARY or kind not in OPERATIONS):
         raise Unparsed("no value: " + kind)
-    if len(parts) > 1 and kind not in OPERATIONS:        # \sin(1,2)
-        raise Unparsed("arguments")
     values = [value(part, point) for part in parts]
     values = [inexact(v) for v in values] if kind in "*/" and not exact(*values) else values
     result = OPERATIONS[kind](*values) if kind in OPERATIONS else elementary(kind, *values)
@@ -934,29 +965,31 @@ def same(x, y):
 def sample(names, kinds, constants):
     """Points at which two expressions are compared: positive unless signs matter, of several magnitudes.
 
-    Functions that jump are asked at whole numbers, too: small ones, those around the constants in the expressions,
-    and large ones with many divisors.
+    Functions that jump are asked at whole numbers, too: small ones, the neighbours of the constants in the
+    expressions, and large ones with many divisors.
     """
     rng = random.Random(0)
-    rows = [[Fraction(rng.randrange(1, top), 1013) for _ in names] for top in (2000, 9000, 30000, 400, 5000, 90000)]
+    tops = (2000, 9000, 30000, 400, 5000, 90000)
+    rows = [[Fraction(rng.randrange(1, top), 1013) for _ in names] for top in tops]
     whole = [[rng.randrange(1, top) for _ in names] for top in (6, 9, 14, 24, 40, 80, 200, 999) * 2]
     if kinds - COUNTING.keys() - {"alternating"}:
         smooth = math.prod((64, 81, 125, 49, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47))
-        bases = [(smooth, smooth), (smooth * 53 * 59 * 61 * 67 * 71, 1), (10 ** 4, 7), (10 ** 6 - 1, 1), (123456, 123456)]
-        bases += [(max(c + d, 1), c) for c in constants for d in (-1, 0, 1)]
+        bases = [(smooth, smooth), (smooth * 53 * 59 * 61 * 67 * 71, 1), (10 ** 4, 7), (10 ** 6 - 1, 1)]
+        bases += [(max(c + d, 1), c) for c in (123456, *constants) for d in (-1, 0, 1)]
         whole += [[first + i * step for i, _ in enumerate(names)] for first, step in bases]
         whole += [[smooth // (i + 2) for i, _ in enumerate(names)]]
-    if kinds & (COUNTING.keys() | DIVISORS.keys() | {"alternating"}) or kinds and set(names) <= set("klmnKMN"):
+    if kinds & {*COUNTING, *DIVISORS, "alternating"} or kinds and set(names) <= set("klmnKMN"):
         rows = whole
     elif kinds & STEPS.keys():
         rows += whole
     if kinds & SIGNED.keys():
-        rows += [[x if rng.random() < 0.4 else -x for x in row] for row in rows] + [[-x for x in row] for row in rows]
+        rows += [[x if rng.random() < 0.4 else -x for x in row] for row in rows]
+        rows += [[-x for x in row] for row in rows]
     return [dict(zip(names, map(Fraction, row))) for row in rows]
 
 
 def sampled(b, a):
-    """[(value of b, point)], points where b is real first: off the real domain the branches of roots differ."""
+    """[(value of b, point)], where b is real first: off the real domain the branches of roots differ."""
     parts = [*nodes(a), *nodes(b)]
     names = tuple(sorted({t[1] for t in parts if t[0] == "var"}))
     if not names or len(names) > 40:
@@ -964,8 +997,7 @@ def sampled(b, a):
     kinds = {t[0] for t in parts}
     if any(t[0] == "^" and t[1][0] == "num" and t[1][1] < 0 and variables(t[2]) for t in parts):
         kinds.add("alternating")                         # (-1)^n has a meaning for whole numbers only
-    large = sorted({int(t[1]) for t in parts if t[0] == "num" and t[1].denominator == 1 and 4 < t[1] < 10 ** 9})
-    found = []
+    large, found = sorted({int(t[1]) for t in parts if t[0] == "num" and 4 < t[1] < 10 ** 9}), []
     for point in sample(names, JUMPS & kinds, tuple(large[:6]) if JUMPS & kinds else ()):
         try:
             found.append((value(b, point), point))
@@ -992,9 +1024,9 @@ def spelled(tokens):
 
 
 def equal(a, b):
-    """Do two trees say the same?  What is of another kind is different, except where a convention joins kinds.
+    """Do two trees say the same?  Another kind is different, except where a convention joins kinds.
 
-    >>> equal(("list", ONE, TWO), ("set", TWO, ONE)), equal(("tuple", "()", ONE, TWO), ("tuple", "()", TWO, ONE))
+    >>> equal(("list", ONE, TWO), ("set", TWO, ONE)), equal(("ratio", ONE, TWO), ("ratio", TWO, ONE))
     (True, False)
     """
     tick()
@@ -1012,10 +1044,10 @@ def equal(a, b):
         return True
     if a[0] == b[0] == "cases":
         return equal_unordered(a[1:], b[1:])
-    if "pair" not in kinds and (kinds & SETS or any(t[0] in SETS for t in (*a[1:], *b[1:]) if isinstance(t, tuple))):
+    if "pair" not in kinds and {a[0], b[0], *(t[0] for t in (*a[1:], *b[1:]) if isinstance(t, tuple))} & SETS:
         return equal_sets(a, b)
     if kinds <= {"matrix", "tuple"} and a[:2] != b[:2]:
-        xs, ys = as_vector(a), as_vector(b)
+        xs, ys = as_vector(a, ("()", "[]") if b[0] == "matrix" else ("()",)), as_vector(b, ("()",))
         return bool(xs) and bool(ys) and len(xs) == len(ys) and all(map(equal, xs, ys))
     if kinds & STRUCTURES:
         return a[0] == b[0] != "base" and not kinds & LISTS and len(a) == len(b) and all(
@@ -1023,11 +1055,11 @@ def equal(a, b):
     return equal_values(a, b)
 
 
-def as_vector(tree):
-    """The entries of a column, a row or a tuple in round brackets, else None."""
+def as_vector(tree, brackets):
+    """The entries of a column, a row or a tuple in such brackets, else None."""
     if tree[0] == "matrix":
         return tree[2:] if tree[1] in ("1", str(len(tree) - 2)) else None
-    return tree[2:] if tree[1] == "()" else None
+    return tree[2:] if tree[1] in brackets else None
 
 
 def equal_labelled(a, b):
@@ -1086,16 +1118,16 @@ def is_literal(tree):
 
 
 def unfinished(a, b):
-    r"""Is the gold b plain (number, fraction, root, multiple of \pi) and the answer a calculation still to be done?
+    r"""Is the gold b plain (number, fraction, root, multiple of \pi) and the answer still to be calculated?
 
-    >>> unfinished(("+", TWO, TWO), ("num", Fraction(4))), unfinished(("^", TWO, TEN), ("num", Fraction(1024)))
+    >>> unfinished(("+", ONE, ONE), TWO), unfinished(("^", TWO, TEN), ("num", Fraction(1024)))
     (True, False)
     """
     return not variables(b) and is_finished(b, False) and not is_finished(a, is_literal(b))
 
 
 def is_finished(tree, rational, depth=0):
-    r"""No sums or functions, no operation in another: 2^{10}, \binom{25}2, 3 \cdot 10^5, \frac{\sqrt3}2, 2^6 3^5.
+    r"""No sums, functions or nested operations: 2^{10}, \binom{25}2, 3 \cdot 10^5, \frac{\sqrt3}2, 2^6 3^5.
 
     For a `rational` gold the product of two plain numbers is unfinished, too; for a root it is not.
     """
@@ -1115,7 +1147,7 @@ def is_finished(tree, rational, depth=0):
 
 
 def items(tree):
-    """The elements of a list or set, and of the lists in it; x = 1, 2 or x in {1, 2} as 1, 2; (x,y)=(1,2) as x=1, y=2."""
+    """The elements of a list or set, and of the lists in it; x = 1, 2 or x in {1, 2} as 1, 2."""
     if tree[0] == "assign" and tree[2][0] in LISTS:
         tree = tree[2]
     elif tree[0] in LISTS and all(t[0] == "assign" and t[2][0] in LISTS for t in tree[1:]):
@@ -1135,7 +1167,7 @@ def equal_lists(a, b):
     xs, ys = named(a), named(b)
     names = {y[1] for y in ys if y[0] == "assign" and y[1][0] == "var"}
     xs = a[2:] if len(names) > 1 and a[0] == "tuple" and a[1] == "()" else xs
-    if len(names) == len(ys) > 1 and not any(x[0] == "assign" for x in xs):      # 2, 3 for x=2, y=3, but not 3, 2
+    if len(names) == len(ys) > 1 and not any(x[0] == "assign" for x in xs):    # 2, 3 for x=2, y=3; not 3, 2
         return len(xs) == len(ys) and all(equal(x, y[2]) for x, y in zip(xs, ys))
     return equal_unordered(xs, ys)
 
@@ -1170,9 +1202,11 @@ def ratio(a, b):
 
 def equal_assign(a, b):
     """x=5 against x=5, against 5, or against another equation where the gold says more than a number."""
-    a, b = (("assign", t[1], t[2][1]) if t[0] == "assign" and t[2][0] == "set" and len(t[2]) == 2 else t for t in (a, b))
+    a, b = (("assign", t[1], t[2][1]) if t[0] == "assign" and t[2][0] == "set" and len(t[2]) == 2 else t
+            for t in (a, b))
     if a[0] == b[0]:
-        functions = all(t[1][0] == "var" and re.fullmatch(r"y|[A-Za-z]\([a-z]\)", t[1][1]) for t in (a, b))
+        names = [t[1][1] if t[1][0] == "var" else "" for t in (a, b)]
+        functions = "y" in names and all(re.fullmatch(r"y|[A-Za-z]\([a-z]\)", name) for name in names)
         if (functions and variables(b[2]) or equal(a[1], b[1])) and equal(a[2], b[2]):
             return True                          # y = x+1 and f(x) = x+1 define one function
     elif "rel" in (a[0], b[0]) and {a[-1][0], b[-1][0]} & (SETS | {"tuple"}):
@@ -1191,7 +1225,7 @@ def equal_relation(a, b):
         if o == gold_ops and all(map(equal, sides, b[2:])):
             return True
     if len(ops) != 1 or len(gold_ops) != 1 or ops[0] not in FLIP or solved(b):
-        return False                             # x < 2 is asked for: 3x - 6 < 0 is the problem, not the answer
+        return False                             # x < 2 is asked for: 3x - 6 < 0 is the problem, no answer
     factor = ratio(*(zero_form(("rel", "=", *t[2:])) for t in (a, b)))
     if factor is None or ops[0] in ("=", "!="):
         return factor is not None and ops == gold_ops
@@ -1252,7 +1286,7 @@ def contains(tree, x):
         return True
     if kind == "assign":
         return contains(parts[1], x)
-    if kind == "list" and all(part[0] == "rel" for part in parts):   # x > 2, x < 5 together, unless nothing is left
+    if kind == "list" and all(part[0] == "rel" for part in parts):   # x > 2, x < 5, unless nothing is left
         together = any(all(contains(part, y) for part in parts) for y in places(tree))
         return (all if together else any)(contains(part, x) for part in parts)
     if kind == "cup" or kind in LISTS:
@@ -1260,7 +1294,7 @@ def contains(tree, x):
     if kind in ("cap", "setminus"):
         return contains(parts[0], x) and contains(parts[1], x) == (kind == "cap")
     if kind == "rel":
-        return all(holds(left, op, right, x) for left, op, right in zip(parts[1:], parts[0].split(), parts[2:]))
+        return all(holds(*side, x) for side in zip(parts[1:], parts[0].split(), parts[2:]))
     if kind != "tuple":
         return holds(tree, "=", ("var", ""), x)
     if len(parts) != 3 or STRUCTURES & {parts[1][0], parts[2][0]}:
@@ -1274,9 +1308,9 @@ def contains(tree, x):
 class Worker:
     """`python reward.py --worker KIND`, one JSON line in, one out.
 
-    A fresh interpreter, not a fork: forking a process with torch, CUDA or threads is unsafe, and multiprocessing's
-    spawn would import the caller's __main__ again.  SIGALRM would only work in the main thread and not inside a
-    long C call, so time is kept here and the process is killed.  It also ends by itself when its parent is gone.
+    A fresh interpreter, not a fork: forking a process with torch, CUDA or threads is unsafe, and spawn would
+    import the caller's __main__ again.  SIGALRM would only work in the main thread and not inside a long C
+    call: so time is kept here and the process killed.  It ends by itself when its parent does.
     """
 
     def __init__(self, kind):
@@ -1287,9 +1321,9 @@ class Worker:
         with self.lock:
             try:
                 if self.process is None:
-                    self.process = subprocess.Popen(
-                        [sys.executable, os.path.abspath(__file__), "--worker", self.kind], start_new_session=True,
-                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+                    command = [sys.executable, os.path.abspath(__file__), "--worker", self.kind]
+                    self.process = subprocess.Popen(command, start_new_session=True, stdin=subprocess.PIPE,
+                                                    stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
                     self.read(30)
                 self.process.stdin.write(json.dumps(job, default=str).encode() + b"\n")
                 self.process.stdin.flush()
@@ -1318,7 +1352,7 @@ atexit.register(lambda: _sympy.stop())
 
 
 def _after_fork():
-    """A fork may happen while another thread holds the lock, and the child must not share the worker's pipes."""
+    """A fork may happen while another thread holds the lock; the child must not share the worker's pipes."""
     global _lock, _sympy
     _lock, _sympy = threading.RLock(), Worker("sympy")
 
@@ -1335,8 +1369,8 @@ def ask_sympy(a, b):
     return verdict
 
 
-SYMPY_NAMES = table("!=factorial ceil=ceiling binom=binomial abs=Abs ln=log max=Max min=Min +=Add *=Mul ^=Pow sum=Sum "
-                    "prod=Product int=Integral")
+SYMPY_NAMES = table("""!=factorial ceil=ceiling binom=binomial abs=Abs ln=log max=Max min=Min +=Add *=Mul
+    ^=Pow sum=Sum prod=Product int=Integral""")
 
 
 def sympy_tree(node, sp):
@@ -1376,7 +1410,7 @@ def worker_main(kind):
     limit_memory()
     print("ready", flush=True)
     for line in sys.stdin:
-        faulthandler.dump_traceback_later(ROW_SECONDS, exit=True)    # should nobody be left to kill this process
+        faulthandler.dump_traceback_later(ROW_SECONDS, exit=True)    # should nobody be left to kill it
         try:
             result = serve(json.loads(line))
         except Exception:              # whatever sympy raises, the pair is not shown to be equal
@@ -1386,7 +1420,7 @@ def worker_main(kind):
 
 
 def end_with(parent):
-    """A forked sibling may keep the pipe open, so the end of the input alone does not tell that the parent is gone."""
+    """A forked sibling may keep the pipe open: the end of the input does not tell that the parent is gone."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
@@ -1403,39 +1437,43 @@ def limit_memory():
 
 # ---- reading and comparing two texts
 
-# tree: None outside the grammar; tied: the tree with every \pm of a tuple the same sign; domain: what the qualifier
-# behind the answer says of its parameters (Z, R, +, ...).
-Reading = collections.namedtuple("Reading", "tokens tree tied domain parameters", defaults=(None,) * 2 + (frozenset(),) * 2)
+# What a text says.  tree: None outside the grammar; tied: the tree with every \pm of a tuple the same sign;
+# domain: what the qualifier behind the answer says of its parameters (Z, R, +, ...).
+Reading = collections.namedtuple("Reading", "tokens tree tied domain parameters")
+NOTHING = Reading(None, None, None, frozenset(), frozenset())
 _readings, _cached_characters = {}, 0
 
 
+DECLARING = words(r"\in is an any integer constant arbitrary")
+
+
 def unqualified(tokens):
-    r"""(tokens, domain, parameters) without `for all real x`, `where c is any constant`, `, k \in \mathbb{Z}`."""
+    r"""(tokens, domain, parameters) without `for all real x`, `where c is a constant`, `, k \in \mathbb{Z}`."""
     start = len(tokens)
-    while start > 1 and (tokens[start - 1].strip('"') in QUALIFIERS or tokens[start - 1] in ("\\in", ",", "(", ")", "\\forall")
-                         or len(tokens[start - 1]) == 1 and tokens[start - 1].isalpha()):
+    while start > 1 and ((t := tokens[start - 1].strip('"')) in QUALIFIERS or len(t) == 1 and t.isalpha()):
         start -= 1
     for i in range(max(start, 1), len(tokens) - 1):
         ahead = tokens[i + 2].strip('"') if tokens[i] in (",", "(") and tokens[i + 2:] else ""
-        if tokens[i] in ('"where', '"with', '"for', "\\forall") or ahead in ("\\in", *"is an any integer constant arbitrary".split()):
+        if tokens[i] in ('"where', '"with', '"for', "\\forall") or ahead in DECLARING:
             tail = [t.strip('"') for t in tokens[i:]]
             return trimmed(tokens[:i]), frozenset(DOMAINS[t] for t in tail if t in DOMAINS), frozenset(tail)
     return tokens, frozenset(), frozenset()
 
 
 def read(text):
-    """The Reading of a text.  Remembered, for a gold is read often: at most 400 bytes for each of 100,000 characters."""
+    """The Reading of a text.  Remembered, for a gold is read often: at most 400 bytes a character."""
     global _cached_characters
     if text in _readings:
         return _readings[text]
-    found = Reading(None)
+    found = NOTHING
     try:
-        found = Reading(tokenize(text))
+        found = NOTHING._replace(tokens=tokenize(text))
         body, domain, parameters = unqualified(found.tokens)
         tree, tied = Parser(body).whole(), None
         if "\\pm" in body or "\\mp" in body:
-            tied, kind, tree = signs_chosen(tree, True), tree[0], tree if "\\mp" in body else signs_chosen(tree, False)
-            tree, tied = tied if "\\mp" in body else tree, tied if kind == "tuple" else None
+            tied = signs_chosen(tree, True)
+            independent = signs_chosen(tree, "\\mp" in body)
+            tree, tied = independent, tied if tree[0] == "tuple" else None
         found = Reading(found.tokens, tree, tied, domain, parameters)
     except REFUSALS:
         pass
@@ -1457,8 +1495,12 @@ def compare(answer, gold, problem=None):
     a, b = read(answer), read(gold)
     if a.tokens and a.tokens == b.tokens:
         return "equal"
-    name, prose = spelled(b.tokens), [t for r in (a, b) for t in r.tokens or () if t[0] == '"' or len(t) > 3 and t.isalpha()]
-    if name and (prose or b.tokens in map(list, "ABCDEFGH") or a.tokens in map(list, "ABCDEFGH")):
+    option = re.fullmatch(r'\( "?([A-H]) \) [^A-H"]+', " ".join(a.tokens or ()))
+    if option and spelled(b.tokens) in [*"abcdefgh"]:
+        return "equal" if spelled(b.tokens) == option[1].lower() else "different"             # (B) 12
+    name, tokens = spelled(b.tokens), [*(a.tokens or ()), *b.tokens]
+    choice = any(r.tokens in map(list, "ABCDEFGH") for r in (a, b))
+    if name and (choice or any(t[0] == '"' or len(t) > 3 and t.isalpha() for t in tokens)):
         return "equal" if name == spelled(a.tokens) else "different"
     if a.tree is None or b.tree is None:
         return "unparsed_gold" if b.tree is None else "unparsed_answer"
@@ -1485,7 +1527,7 @@ def matches(a, b, answer, problem):
         return equal(("list", *map(number, answer.split(","))), y)
     x, y = bound_renamed(x), bound_renamed(y)
     ours, theirs = variables(x) - variables(y), variables(y) - variables(x)
-    if len(ours) == len(theirs) == 1:                # k\pi, k \in \mathbb{Z} for n\pi: a parameter of another name
+    if len(ours) == len(theirs) == 1:                # k\pi, k \in \mathbb{Z} for n\pi: another name
         (p,), (q,) = ours, theirs
         turns = {p, q} <= set("jklmn") and re.search(rf"\\pi {q}\b|\b{q} \\pi", " ".join(b.tokens)) and not (
             problem and re.search(rf"(?<![A-Za-z\\]){q}(?![A-Za-z])", problem))
@@ -1498,7 +1540,8 @@ def bound_renamed(tree):
     """f(z) = z as f(x) = x."""
     if tree[0] in LISTS:
         return mapped(bound_renamed, tree)
-    m = re.fullmatch(r"(.+)\(([a-z])\)", tree[-2][1]) if tree[0] in ("assign", "rel") and tree[-2][0] == "var" else None
+    is_definition = tree[0] in ("assign", "rel") and tree[-2][0] == "var"
+    m = re.fullmatch(r"(.+)\(([a-z])\)", tree[-2][1]) if is_definition else None
     if not m or "x" in variables(tree[-1]):
         return tree
     return (*tree[:-2], ("var", m[1] + "(x)"), substituted(tree[-1], ("var", m[2]), ("var", "x")))
@@ -1526,7 +1569,8 @@ def formulas(problem):
 def is_operation(tree):
     """Something to be calculated: more than a number, a name, or a number times a name."""
     if tree[0] == "*":
-        return not is_literal(tree) and not is_name(tree) and not (is_literal(tree[1]) and tree[2][0] in ("var", "const", "num"))
+        scaled = is_literal(tree[1]) and tree[2][0] in ("var", "const", "num")
+        return not (scaled or is_literal(tree) or is_name(tree))
     return tree[0] not in STRUCTURES | {"var", "const", "num", "deg"} and not is_literal(tree)
 
 
@@ -1554,7 +1598,8 @@ def gold_texts(gold):
     if isinstance(gold, (list, tuple)):
         return [text for g in gold if not isinstance(g, (list, tuple)) for text in gold_texts(g)]
     try:
-        return [str(gold)] * (isinstance(gold, numbers.Real) and not isinstance(gold, bool) and math.isfinite(gold))
+        real_number = isinstance(gold, numbers.Real) and not isinstance(gold, bool) and math.isfinite(gold)
+        return [str(gold)] if real_number else []
     except (ValueError, OverflowError):          # more digits than Python converts
         return []
 
@@ -1562,8 +1607,8 @@ def gold_texts(gold):
 def judge(found, gold, problem=None):
     """The Verdict on the last boxes of a response: equal if any text of the gold is, else what the first says.
 
-    The last box is the answer; but boxes one after another, one for each part, together answer a gold that is a
-    list.  Bad input is refused further in; what is caught here is a fault of this file, and it is said aloud.
+    The last box is the answer; but boxes in a row, one for each part, together answer a gold that is a list.
+    Bad input is refused further in; what is caught here is a fault of this file, and it is said aloud.
     """
     global _deadline
     verdicts = [Verdict(0.0, "unparsed_gold", found[-1], gold)]
@@ -1592,18 +1637,18 @@ def grade(answer, gold, problem=None):
     `gold` is a text, a number, or a list of which any element counts.  The conventions, by example:
 
     >>> def check(right, *pairs):
-    ...     assert all(grade(*pair) is right for pair in pairs), [pair for pair in pairs if grade(*pair) is not right]
-    >>> check(True, (r"\dfrac12", "0.5"), ("3*sqrt(13)", r"3\sqrt{13}"), (r"0.\overline{3}", "1/3"), (r"1\frac45", "9/5"))
+    ...     assert all(grade(*pair) is right for pair in pairs)
+    >>> check(True, (r"\dfrac12", "0.5"), ("3*sqrt(13)", r"3\sqrt{13}"), (r"0.\overline{3}", "1/3"))
     >>> check(False, ("3.14", r"\pi"), ("0.33", r"\frac13"), ("10001", "10000"))             # no tolerance
-    >>> check(True, (r"1,\!000", "1000"), ("025", "25"), ("142", 142.0), ("8e7", r"8\cdot10^7"), (r"2^{10}", "1024"))
-    >>> check(True, (r"50\%", "50"), (r"90^\circ", r"\pi/2"), (r"\$36", r"36 \text{ dollars}"), (r"5 \text{ cm}^2", "5"))
-    >>> check(False, ("0.5", r"50\%"), (r"5 \text{ million}", "5"), (r"\text{odd}", r"\text{even}"), (r"2\text{x}", "2"))
+    >>> check(True, (r"1,\!000", "1000"), ("025", "25"), ("8e7", r"8\cdot10^7"), (r"1\frac45", "9/5"))
+    >>> check(True, (r"50\%", "50"), (r"90^\circ", r"\pi/2"), (r"\$36", r"36 \text{ dollars}"), ("2^{10}", "1024"))
+    >>> check(False, ("0.5", r"50\%"), (r"5 \text{ million}", "5"), (r"\text{odd}", r"\text{even}"))
     >>> check(True, ("x=5", "5"), ("f(z)=2z", "f(x)=2x"), ("(p,q)=(3,2)", "(3,2)"), ("y-3=2x", "y=2x+3"))
-    >>> check(False, ("(2,1)", "(1,2)"), ("[1,2]", "(1,2)"), (r"\{1,2\}", "(1,2)"), ("2x=10", "x=5"), ("|x|", "x"))
-    >>> check(True, ("2, 1", r"\{1,2\}"), ("1 and 2", r"2 \text{ or } 1"), (r"3 \pm 1", "2, 4"), ("x=1, x=2", "1,2"))
-    >>> check(False, ("5 or 6", "5"), ("4,5,6", "5"), ("1", "1,2"), ("1,2,3", "1,2"), (r"\pm 2", "2"))     # no hedging
-    >>> check(True, ("x > 2", r"(2,\infty)"), (r"x \in [-2,7)", r"-2 \le x < 7"), (r"\text{all reals}", r"\mathbb{R}"))
-    >>> check(True, (r"\textbf{(C)}", "C"), ("yes", r"\text{Yes}"), ("52_{8}", "52_8"), ("1 : 4", "1:4"), ("5/8", "5:8"))
+    >>> check(False, ("(2,1)", "(1,2)"), ("[1,2]", "(1,2)"), (r"\{1,2\}", "(1,2)"), ("2x=10", "x=5"))
+    >>> check(True, ("2, 1", r"\{1,2\}"), ("1 and 2", r"2 \text{ or } 1"), (r"3 \pm 1", "2, 4"), ("x=1, 2", "1,2"))
+    >>> check(False, ("5 or 6", "5"), ("4,5,6", "5"), ("1", "1,2"), ("1,2,3", "1,2"), (r"\pm 2", "2"))
+    >>> check(True, ("x > 2", r"(2,\infty)"), (r"x \in [-2,7)", r"-2 \le x < 7"), ("all reals", r"\mathbb R"))
+    >>> check(True, (r"\textbf{(C)}", "C"), ("yes", r"\text{Yes}"), ("52_{8}", "52_8"), ("5/8", "5:8"))
     >>> check(False, ("52_9", "52_8"), ("4:1", "1:4"), ("2:8", "1:4"), ("B", r"\text{(C)}"), ("3/30", "3:30"))
     >>> check(False, ("3+4", "7"), (r"\log_2 8", "3"), ("45x+30", "15(3x+2)", "Factor $45x+30$."))
     >>> grade("6", ["5", "6"]), grade("6", None), grade("6", float("nan"))
@@ -1629,7 +1674,7 @@ def explain(response, gold, problem=None, require_think=True):
     >>> explain(r"</think> \boxed{1}, \boxed{2} and \boxed{3}", "3, 2, 1").answer
     '1, 2, 3'
     """
-    found = answer_boxes(response, require_think)
+    found = last_boxes(response, require_think)
     if not found:
         closed = isinstance(response, str) and ("</think>" in response or not require_think)
         return Verdict(0.0, "no_box" if closed else "no_close", None, gold)
@@ -1660,8 +1705,8 @@ def compute_rewards(responses, golds, problems=None, workers=0, require_think=Tr
 def explain_all(rows, workers=0):
     r"""The Verdicts on rows of `explain`'s arguments, in order.
 
-    One process grades thousands a second and bounds the time of each answer by itself, so `workers`, processes
-    that are killed when an answer takes ROW_SECONDS, pay only for large files.
+    One process grades thousands a second and bounds the time of each answer by itself, so `workers`,
+    processes that are killed when an answer takes ROW_SECONDS, pay only for large files.
 
     >>> [v.reason for v in explain_all([(r"</think>\boxed{1}", "1"), (r"</think>\boxed{2}", "1")])]
     ['equal', 'different']
@@ -1679,7 +1724,7 @@ def explain_remotely(rows):
     for row in rows:
         try:
             verdict = worker.ask(json.loads(json.dumps(row)), ROW_SECONDS)
-            verdicts.append(Verdict(*verdict[:3], row[1]) if verdict else Verdict(0.0, "timeout", None, row[1]))
+            verdicts.append(Verdict(*(verdict or (0.0, "timeout", None))[:3], row[1]))
         except (TypeError, ValueError, RecursionError):
             verdicts.append(explain(*row))
     worker.stop()

@@ -35,7 +35,7 @@ import torch
 import common
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-TOY = os.path.join(HERE, "assets/toy")
+TOY = os.path.join(HERE, "toy")
 MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 LATER = ":save_every=10:eval_every=10:eval_n=16"
 PRESETS = {name: shlex.split(words) for name, words in {  # words that stand before those of the command line
@@ -47,7 +47,7 @@ PRESETS = {name: shlex.split(words) for name, words in {  # words that stand bef
         --evaluate '-n 16 --max_tokens 192 --temperature 1 --top_p 1' --eval_data '{TOY}/heldout.jsonl'
         --eval_every 10 --eval_n 2 --eval_max_len 192 --eval_temperature 1 --save_every 5 --recipe improved
         --prompts 128 --updates 1 --lr 2e-4 --engine torch --max_seqs 256 --token_budget 8192
-        --max_prompt_len 128 --show_every 0"""}.items()}
+        --max_prompt_len 128"""}.items()}
 COSTS = [  # what others paid for the same model, by their own accounts
     ("DeepScaleR", "8K, 16K, 24K, about 1,750 steps, A100-80", "3,800", "4,500", "43.1"),
     ("NeMo-RL", "8K, 240 steps at about 252 s on 8 H100", "134 (computed)", "", "28.3"),
@@ -125,7 +125,7 @@ PER_STAGE = {"--max_len": "--stages", "--steps": "--stages", "--group": "--stage
              "--resume": "--run (it is always on)", "--optimizer_from": "--optimizer carry"}
 GONE = {f"--{name}": successor for names, successor in [
     ("ablation token_limit", "python bench/staging.py compares staged with direct training at equal tokens"),
-    ("reference", "--ref_model MODEL goes to grpo.py; without it the reference is a stage's own start"),
+    ("reference", "the reference of the KL term is a stage's own start"),
     ("nproc_per_node ranks", "--gpus"),
     ("nnodes node_rank rdzv_backend rdzv_endpoint master_addr master_port max_restarts",
      'options of torchrun stand in one quoted --torchrun "--nnodes 2 ..."'),
@@ -226,6 +226,7 @@ def stage_words(args, rest, stages, k):
     by_hand = not any(args.stages in words for words in PRESETS.values())
     return ["--model", os.path.join(handed, "hf") if handed else args.model,
             *(["--keep", str(stage.get("keep", 0))] if watched(args, stages, k) else []),
+            *["--recompute", "1"] * args.dry_run,  # as on a GPU, wherever this runs
             *(rest + stage["extra"] if by_hand else stage["extra"] + rest),
             "--max_len", str(stage["max_len"]), "--steps", str(stage["steps"]), "--resume",
             "--group", str(stage["group"]), "--seed", str(args.seed + k),
@@ -488,7 +489,8 @@ class Schedule:
         told, stop = False, os.path.join(folder, "stop")
         while os.path.exists(os.path.join(folder, "lock")) and not self.signals:
             try:
-                return common.lock(os.path.join(folder, "lock")).release()
+                with common.lock(os.path.join(folder, "lock")):
+                    return
             except common.RankError as e:
                 if not told:
                     print(f"{e}\nIt is asked to save and leave ({stop}), and waited for", flush=True)
@@ -659,7 +661,7 @@ def predict(m, a, gpu, world):
     """GiB of one GPU, in parts, for a stage with grpo.py's options `a`, and "why" it cannot run, or None."""
     longest, width = a["max_len"] + a["max_prompt_len"], 4 if a["dtype"] == "float32" else 2
     tokens, torch_engine = a["token_budget"] or max(32768, longest), a["engine"] == "torch"
-    chunk = min(tokens, a["logit_chunk"] or max(1, TILE // m["vocab"]))
+    chunk = min(tokens, TILE // m["vocab"])
     full = 2 * m["layers"] * m["kv"] * width * longest  # keys and values of one sequence
     mine = -(-a["prompts"] * a["group"] // world)
     # vLLM is given a tied head untied; rollout.TorchEngine has a row of full length for each sample
@@ -668,11 +670,11 @@ def predict(m, a, gpu, world):
         (a["gpu_memory"] * gpu["memory"] - VLLM_EXTRA) * GIB - weights)
     parts = {"weights, gradients, Adam": 16 * m["parameters"] / world,
              "reference": m["parameters"] * width / world if a["kl_coef"] else 0,
-             "update": update_bytes(m, tokens, width, abs(a["recompute"]), chunk),  # -1: on a GPU, yes
+             "update": update_bytes(m, tokens, width, a["recompute"], chunk),
              "engine: weights": weights, "engine: KV cache": pool, "engine: rest": VLLM_EXTRA * GIB}
     parts = {name: max(size, 0) / GIB for name, size in parts.items()}
     states, reference, update, *engine = parts.values()
-    awake = sum(engine) if torch_engine or not a["sleep"] else 0.0
+    awake = sum(engine) if torch_engine else 0.0  # vLLM sleeps
     peaks = {"generating": 0.75 * states + reference + sum(engine) + RESERVE,  # a step frees its gradients
              "training": states + reference + update + awake + RESERVE}
     why = [f"{phase} needs {peak:.1f} GiB on each GPU, which has {gpu['memory']:.1f}"
@@ -691,10 +693,10 @@ def remedies(m, a, gpu, world):
     """Options that make a stage fit, each with the nearest value that does it alone; else a model's size."""
     longest, down = a["max_len"] + a["max_prompt_len"], [i / 16 for i in range(15, 0, -1)]
     budget = max(a["token_budget"] or 32768, longest)
-    choices = {"token_budget": [int(budget * x) for x in down] + [longest], "recompute": [1], "sleep": [1],
+    choices = {"token_budget": [int(budget * x) for x in down] + [longest], "recompute": [1],
                "gpu_memory": sorted((x / 20 for x in range(2, 19)), key=lambda x: abs(x - a["gpu_memory"])),
                "max_len": [int(a["max_len"] * x) or 1 for x in down]}
-    for base in ({}, {"token_budget": longest, "recompute": 1, "sleep": 1}):
+    for base in ({}, {"token_budget": longest, "recompute": 1}):
         found = []
         for name, values in choices.items():
             fits = [v for v in values if not predict(m, a | base | {name: v}, gpu, world)["why"]]
@@ -721,7 +723,7 @@ def step_seconds(m, a, gpu, world):
     forward = flops / (world * gpu["tflops"] * 1e12 * MFU)
     passes = (a["updates"] - 1) / a["updates"] + bool(a["kl_coef"])  # old log-probs but the first, reference
     return {"generate": max(n * a["mean_len"] / rate / world, a["max_len"] / stream),
-            "log-probs": forward * passes, "update": forward * (3 + abs(a["recompute"])), "rest": 3.0}
+            "log-probs": forward * passes, "update": forward * (3 + a["recompute"]), "rest": 3.0}
 
 
 def dry_run(args, stages, options):
