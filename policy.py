@@ -9,40 +9,47 @@ Three ideas, each a piece you can copy:
 
   token_logprobs   log-prob and entropy of the taken tokens without ever holding the [T, V] logits: at 32K tokens
                    and a 152K vocabulary these are 20 GB in fp32, one 1,024-token tile is 0.6 GB.
-  packing          sequences lie end to end in one row, positions restart, nothing is padded, and the prompt of
-                   samples that lie together is there once. `varlen` attention keeps documents apart: PyTorch's own
-                   flash kernel on CUDA, SDPA on documents of similar length elsewhere.
+  packing          sequences lie end to end in one row, positions restart, nothing is padded, and neighbours share
+                   one copy of their prompt. Attention alone sees whole documents: PyTorch's own flash kernel on
+                   CUDA, SDPA on documents of similar length elsewhere.
   Policy           any causal LM that transformers can load with a custom attention function, under FSDP2 with
                    fp32 master weights (at lr 1e-6 a bf16 weight of 0.02 would never move) and bf16 compute.
 
-Shapes: T packed tokens, R response tokens among them, S sequences, V vocabulary, H hidden.
+Shapes: T packed tokens, R response tokens among them, S sequences, D tokens of the whole documents, V vocabulary.
 Left out on purpose: tensor, pipeline and context parallelism (a 1.5B model at 24K needs none), LoRA, quantisation,
 torch.compile (10-15 % of an update on a GPU at best, against minutes of warm-up and graph breaks at varlen).
 """
+import difflib
 import inspect
 import json
 import os
 import shutil
+import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
                                                      set_state_dict)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from common import RankError, any_rank, read_json, say, together
 
 try:
     from torch.nn.attention.varlen import varlen_attn
     # torch 2.11 takes fewer key heads without being told; later versions want to be told
     GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-except ImportError:  # an older torch: attention falls back to padded batches
+except ImportError:  # an older torch: SDPA as on a CPU
     varlen_attn = None
 
 
@@ -51,22 +58,22 @@ except ImportError:  # an older torch: attention falls back to padded batches
 # ---------------------------------------------------------------------------------------------------------------
 
 def token_logprobs_plain(hidden, head_weight, targets, temperature=1.0):
-    """The readable twin of `token_logprobs`: holds all [T, V] logits, uses autograd. For tests and for reading."""
-    logits = (hidden.float() @ head_weight.float().T) / temperature
-    logprobs = torch.log_softmax(logits, dim=-1)
+    """The readable twin of `token_logprobs`: holds all [T, V] logits, uses autograd. For tests and for reading; given
+    float64 it computes in float64."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    logprobs = torch.log_softmax(hidden.to(dtype) @ head_weight.to(dtype).T / temperature, dim=-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     return logprobs.gather(-1, targets[:, None])[:, 0], entropy
 
 
 def token_logprobs(hidden, head_weight, targets, temperature=1.0, chunk=0, entropy_grad=True):
-    """Log-probability and entropy of each taken token, in tiles of `chunk` tokens (0: as many as 0.6 GB of logits are).
+    """Log-probability and entropy of each taken token, in tiles of `chunk` tokens (0: 0.6 GB of logits each).
 
     hidden [T, H] final hidden states, head_weight [V, H], targets [T] int64, temperature > 0 divides the logits
-    (sampling at T = 0.6 means training at T = 0.6) -> logp [T], entropy [T] in nats, both fp32.
-    Gradients reach `hidden` and `head_weight`; with `entropy_grad=False` the entropy is a metric only, which
-    saves nothing but keeps an accidental bonus out of the loss. Memory: one or two fp32 tiles [chunk, V] whatever T is,
-    plus the fp32 gradient of the head in backward; price: the head's matmul once more in backward, except for the last
-    tile, which stays.
+    (sampling at T = 0.6 means training at T = 0.6) -> logp [T], entropy [T] in nats, both fp32. With
+    `entropy_grad=False` the entropy is a metric only, which keeps an accidental bonus out of the loss.
+    Memory: one or two fp32 tiles [chunk, V] whatever T is, and the fp32 gradient of the head. Price: the head's
+    matmul once more in backward, except for the last tile, which stays.
     Reference for the idea: verl's FusedLinearForPPO, prime-rl's FusedOutputLinear.
 
     >>> h, w, y = torch.randn(5, 8), torch.randn(11, 8), torch.arange(5)
@@ -76,16 +83,13 @@ def token_logprobs(hidden, head_weight, targets, temperature=1.0, chunk=0, entro
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
-    chunk = chunk or max(1, TILE // len(head_weight))
-    logp, entropy = _TokenLogprobs.apply(hidden, head_weight, targets, float(temperature), chunk)
+    chunk = chunk or max(1, 150_000_000 // len(head_weight))
+    logp, entropy = TokenLogprobs.apply(hidden, head_weight, targets, float(temperature), chunk)
     return logp, entropy if entropy_grad else entropy.detach()
 
 
-TILE = 150_000_000  # logits of a tile, 0.6 GB in fp32: 987 tokens at a vocabulary of 151,936
-
-
-class _TokenLogprobs(torch.autograd.Function):
-    """Forward keeps [T] numbers and its last tile; backward recomputes the others and spends each at once.
+class TokenLogprobs(torch.autograd.Function):
+    """Forward keeps [T] numbers and its last tile; backward computes the logits of the other tiles once more.
 
     With q = softmax(z), z = h W^T / temperature, H = entropy:
       d logp_y / dz = onehot(y) - q          d H / dz = -q (log q + H)
@@ -93,94 +97,79 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, head_weight, targets, temperature, chunk):
-        logp = hidden.new_empty(len(hidden), dtype=torch.float32)
-        entropy, lse, z = torch.empty_like(logp), torch.empty_like(logp), None
-        for s, z in _tiles(hidden, head_weight, temperature, chunk):
-            for b in _blocks(s, z):
-                rows = z[b.start - s.start:b.stop - s.start]
-                top = rows.amax(-1, keepdim=True)
-                e = rows.sub_(top).exp()  # shifted: the entropy below is then a sum of small terms
-                log_total = e.sum(-1).log()
-                lse[b] = top[:, 0] + log_total
-                logp[b] = rows.gather(-1, targets[b, None])[:, 0] - log_total
-                entropy[b] = log_total - e.mul_(rows).sum(-1) / log_total.exp()
-                if s.stop == len(hidden):
-                    rows.sub_(log_total[:, None])
+        logp, entropy, lse = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
+        h, head = widen(hidden, head_weight)
+        ctx.tiles, ctx.last = [slice(i, i + chunk) for i in range(0, len(hidden), chunk)], None
+        # one buffer for all tiles: fresh pages cost a CPU three times the arithmetic
+        ctx.buffer = torch.empty(min(chunk, len(h)), len(head), dtype=torch.float32, device=h.device)
+        for t in ctx.tiles:
+            ctx.last = logits(h[t], head, temperature, ctx.buffer)
+            rows = rows_in_cache(ctx.last)
+            parts = [log_softmax_(z, y) for z, y in zip(ctx.last.split(rows), targets[t].split(rows))]
+            logp[t], entropy[t], lse[t] = (torch.cat(x) for x in zip(*parts))
         ctx.save_for_backward(hidden, head_weight, targets, lse, entropy)
-        ctx.last = z  # its log-probs of the whole vocabulary; backward begins with it: no memory more at the peak
-        ctx.temperature, ctx.chunk = temperature, chunk
+        ctx.temperature = temperature
         ctx.set_materialize_grads(False)  # an entropy that is only a metric comes back as None
         return logp, entropy
 
     @staticmethod
     def backward(ctx, grad_logp, grad_entropy):
         hidden, head_weight, targets, lse, entropy = ctx.saved_tensors
+        h, head = widen(hidden, head_weight)
+        grad_hidden = torch.empty_like(hidden)
+        grad_head = torch.zeros_like(head_weight, dtype=torch.float32)  # a bf16 sum would lose small contributions
         grad_logp = torch.zeros_like(lse) if grad_logp is None else grad_logp
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        # fp32: a bf16 running sum over tiles would lose the small contributions
-        grad_head = torch.zeros_like(head_weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        narrow = hidden.dtype if hidden.is_cuda else torch.float32
-        head = head_weight.to(narrow)
-        # d logp / dz is a multiple of the token's gradient: that factor is cheaper on the [T, H] side of both products
-        ones = torch.ones_like(lse)
-        inside, outside = (ones, grad_logp) if grad_entropy is None else (grad_logp, ones)
-        outside = (outside / -ctx.temperature)[:, None]
-
-        def spend(s, z):
-            """The gradients of tokens s from their log-probs [t, V], which are overwritten."""
-            for b in _blocks(s, z):
-                log_q = z[b.start - s.start:b.stop - s.start]
-                if grad_entropy is None:
-                    log_q.exp_()
-                else:
-                    factor = (log_q + entropy[b, None]).mul_(grad_entropy[b, None]).add_(inside[b, None])
-                    log_q.exp_().mul_(factor)
-            dz = z.scatter_add_(-1, targets[s, None], -inside[s, None]).to(narrow)
-            if grad_hidden is not None:
-                grad_hidden[s] = (dz @ head) * outside[s]
-            if grad_head is not None:
-                scaled = (hidden[s] * outside[s]).to(narrow)
-                if narrow == torch.float32:
-                    grad_head.addmm_(dz.T, scaled)
-                else:
-                    grad_head.add_(dz.T @ scaled)
-
-        end = len(hidden)
-        if ctx.last is not None:  # gone if this backward ran before (retain_graph)
-            end -= len(ctx.last)
-            spend(slice(end, len(hidden)), ctx.last)
-            ctx.last = None
-        for s, z in _tiles(hidden[:end], head_weight, ctx.temperature, ctx.chunk):
-            for b in _blocks(s, z):
-                z[b.start - s.start:b.stop - s.start].sub_(lse[b, None])
-            spend(s, z)
-        return grad_hidden, None if grad_head is None else grad_head.to(head_weight.dtype), None, None, None
+        for t in reversed(ctx.tiles):
+            log_q, ctx.last = ctx.last, None
+            if log_q is None:
+                log_q = logits(h[t], head, ctx.temperature, ctx.buffer).sub_(lse[t, None])
+            rows, up = rows_in_cache(log_q), grad_logp[t, None] / ctx.temperature
+            for i in range(0, len(log_q), rows):
+                b, factor = slice(i, i + rows), -up[i:i + rows]
+                if grad_entropy is not None:
+                    factor = factor - (log_q[b] + entropy[t][b, None]).mul_(grad_entropy[t][b, None] / ctx.temperature)
+                log_q[b].exp_().mul_(factor)
+            dz = log_q.scatter_add_(-1, targets[t, None], up).to(h.dtype)
+            grad_hidden[t] = sum_over_vocabulary(dz, head)
+            grad_head += dz.T @ h[t]
+        return grad_hidden, grad_head.to(head_weight.dtype), None, None, None
 
 
-def _tiles(hidden, head_weight, temperature, chunk):
-    """Yield (slice of tokens, their logits / temperature [t, V] in fp32); on a CPU in one buffer used again and again,
-    since fresh pages cost three times the arithmetic.
-
-    A bf16 result would round a logit of 20 by up to 0.06, and the log-prob with it; CUDA keeps the fp32 accumulator,
-    elsewhere the inputs are widened first.
-    """
-    if hidden.is_cuda and hidden.dtype != torch.float32:
-        for i in range(0, len(hidden), chunk):
-            h = hidden[i:i + chunk]
-            yield slice(i, i + len(h)), torch.mm(h, head_weight.T, out_dtype=torch.float32).div_(temperature)
-        return
-    hidden, head_weight = hidden.float(), head_weight.float()
-    tile = torch.empty(min(chunk, len(hidden)), len(head_weight), dtype=torch.float32, device=hidden.device)
-    for i in range(0, len(hidden), chunk):
-        h = hidden[i:i + chunk]
-        z = tile[:len(h)]
-        yield slice(i, i + len(h)), torch.addmm(z, h, head_weight.T, beta=0, alpha=1 / temperature, out=z)
+def widen(hidden, head_weight):
+    """What the matmuls multiply: fp32, and on CUDA what is there, whose products its kernels add up in fp32."""
+    return (hidden, head_weight) if hidden.is_cuda else (hidden.float(), head_weight.float())
 
 
-def _blocks(s, z):
-    """Cut a tile into slices of rows: on a CPU as many as fit its cache, so that the passes over them are cheap."""
-    step = len(z) if z.is_cuda else max(1, 2**18 // z.shape[1])
-    return [slice(i, min(i + step, s.stop)) for i in range(s.start, s.stop, step)]
+def logits(hidden, head, temperature, out):
+    """[t, H], [V, H] -> out[:t] [t, V] in fp32: a bf16 result would round a logit of 20 by up to 0.06."""
+    kind = {} if hidden.dtype == torch.float32 else {"out_dtype": torch.float32}
+    return torch.mm(hidden, head.T, out=out[:len(hidden)], **kind).div_(temperature)
+
+
+def log_softmax_(z, targets):
+    """Make log-probs [t, V] of logits, in place -> logp [t], entropy [t], log of the sum of exp(z) [t]."""
+    top = z.amax(-1)
+    e = z.sub_(top[:, None]).exp()  # shifted: the entropy is then a sum of small terms
+    total = e.sum(-1)
+    entropy = total.log() - e.mul_(z).sum(-1) / total
+    z.sub_(total.log()[:, None])
+    return z.gather(-1, targets[:, None])[:, 0], entropy, top + total.log()
+
+
+def rows_in_cache(z):
+    """How many rows of a tile to work on at once: on a CPU as many as its cache holds, so that passes are cheap."""
+    return len(z) if z.is_cuda else max(1, 2**18 // z.shape[1])
+
+
+def sum_over_vocabulary(dz, head):
+    """dz [t, V] @ head [V, H]. In fp32 by pieces: some CPU kernels add 152 K products one after the other, which
+    costs a digit."""
+    if dz.dtype != torch.float32:
+        return dz @ head
+    out = dz.new_zeros(len(dz), head.shape[1])
+    for a, b in zip(dz.split(4096, 1), head.split(4096)):
+        out += a @ b  # not addmm_, which may go on with the running sum product by product
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -188,115 +177,49 @@ def _blocks(s, z):
 # ---------------------------------------------------------------------------------------------------------------
 
 def document_attention(q, k, v, cu_seqlens, scale, window=None):
-    """Causal attention inside each document, one SDPA call a document: the readable twin of the two fast paths.
+    """Causal attention inside each document, one SDPA call for neighbours of equal length. Anywhere, any dtype.
 
-    q [T, Hq, D], k and v [T, Hkv, D], cu_seqlens [S+1] -> [T, Hq, D]. `window` counts the visible tokens,
-    the current one included (transformers' and Gemma's meaning).
+    q [D, Hq, E], k and v [D, Hkv, E], cu_seqlens [S+1] -> [D, Hq, E]. `window` counts the visible tokens, the current
+    one included (transformers' and Gemma's meaning).
     """
-    # split, not slices: the gradient of a slice is a tensor of zeros as large as the whole row, one for each document
-    parts = zip(*(x.split(cu_seqlens.diff().tolist()) for x in (q, k, v)))
-    return torch.cat([_causal(*(x[None] for x in document), scale, window)[0] for document in parts])
+    runs = [(n, len(list(same))) for n, same in groupby(cu_seqlens.diff().tolist())]
+    groups, out = q.shape[1] // k.shape[1], []
+    # split, not slices: the gradient of a slice is a tensor of zeros as large as the whole row
+    for (n, count), *qkv in zip(runs, *(x.split([n * count for n, count in runs]) for x in (q, k, v))):
+        q1, k1, v1 = (x.view(count, n, *x.shape[1:]).transpose(1, 2) for x in qkv)
+        if groups > 1:  # by hand: SDPA's own enable_gqa leaves the flash path on CPU
+            k1, v1 = (x.repeat_interleave(groups, dim=1) for x in (k1, v1))
+        mask = None
+        if window is not None and n > window:
+            i = torch.arange(n, device=q.device)
+            mask = (i[None] <= i[:, None]) & (i[None] > i[:, None] - window)
+        y = F.scaled_dot_product_attention(q1, k1, v1, attn_mask=mask, is_causal=mask is None, scale=scale)
+        out.append(y.transpose(1, 2).flatten(0, 1))
+    return torch.cat(out)
 
 
-def _causal(q, k, v, scale, window):
-    """q [B, L, Hq, D], k and v [B, L, Hkv, D] -> [B, L, Hq, D]."""
-    groups, mask, n = q.shape[2] // k.shape[2], None, q.shape[1]
-    if groups > 1:  # by hand: SDPA's own enable_gqa leaves the flash path on CPU
-        k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
-    if window is not None and n > window:
-        i = torch.arange(n, device=q.device)
-        mask = (i[None] <= i[:, None]) & (i[None] > i[:, None] - window)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale).transpose(1, 2)
-
-
-def padded_attention(q, k, v, cu_seqlens, scale, window=None, layout=None):
-    """As `document_attention` (of the unfolded row, where there is a layout), documents of similar length together:
-    many small SDPA calls leave most cores idle. Runs anywhere, any dtype; on CUDA `varlen_attn` needs no padding."""
-    index, shapes, back = padded_batches(tuple(cu_seqlens.diff().tolist()), layout)
-    if len(back) != len(q):
-        raise ValueError("the model does not hand `layout` through to its attention: it cannot train on shared prompts")
-    # F.embedding: rows by number, whose gradient is summed by several threads
-    padded = (F.embedding(index.to(q.device), x.flatten(1)).split([b * n for b, n in shapes]) for x in (q, k, v))
-    out = [_causal(*(x.view(b, n, -1, q.shape[-1]) for x in documents), scale, window).flatten(0, 1).flatten(1)
-           for (b, n), documents in zip(shapes, zip(*padded))]
-    return F.embedding(back.to(q.device), torch.cat(out)).view_as(q)
-
-
-@lru_cache(maxsize=64)  # every layer asks the same
-def padded_batches(lengths, layout=None):
-    """Cut documents into padded batches -> (the row's tokens in them, end to end; shape of each batch; where in them
-    each of the row's T tokens lies). Padding stands at the end of a document, where nothing that counts can see it.
-
-    A document joins a batch if padding the others to its length costs less than a call: about 2**13 pairs of tokens.
-
-    >>> index, shapes, back = padded_batches((2, 3))
-    >>> index.tolist(), shapes, back.tolist()
-    ([0, 1, 0, 2, 3, 4], [(2, 3)], [0, 1, 3, 4, 5])
-    """
-    row = torch.arange(sum(layout[0] if layout else lengths))
-    documents = (unfold(row, layout) if layout else row).split(lengths)
-    groups = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        group = groups[-1] if groups else []
-        if group and len(group) * (lengths[i] ** 2 - lengths[group[-1]] ** 2) <= 2 ** 13:
-            group.append(i)
-        else:
-            groups.append([i])
-    back, start, index, shapes = torch.empty_like(row), 0, [], []
-    for group in groups:
-        shapes.append((len(group), lengths[group[-1]]))
-        for i in group:
-            index.append(F.pad(documents[i], (0, shapes[-1][1] - lengths[i])))
-            back[documents[i]] = start + torch.arange(lengths[i])  # of a prompt's copies, which are equal, the last
-            start += len(index[-1])
-    return torch.cat(index), shapes, back
-
-
-def unfold(x, layout):
-    """x [T, ...], a row in which some documents share their prompt -> [D, ...], every document with its own copy.
-
-    layout: (lengths of the row's pieces, which of them each document is made of, end to end).
-
-    >>> unfold(torch.tensor([7, 8, 1, 2, 3]), ([2, 1, 2], [0, 1, 0, 2])).tolist()
-    [7, 8, 1, 7, 8, 2, 3]
-    """
-    pieces, order = layout
-    parts = x.split(pieces)
-    return torch.cat([parts[i] for i in order])
-
-
-def fold(x, layout):
-    """The way back: of a prompt's copies, which are equal, the first.
-
-    >>> fold(torch.tensor([7, 8, 1, 7, 8, 2, 3]), ([2, 1, 2], [0, 1, 0, 2])).tolist()
-    [7, 8, 1, 2, 3]
-    """
-    pieces, order = layout
-    parts = dict(reversed(list(zip(order, x.split([pieces[i] for i in order])))))
-    return torch.cat([parts[i] for i in range(len(pieces))])
-
-
-def varlen_attention(module, query, key, value, attention_mask=None, scaling=None, cu_seq_lens_q=None,
-                     max_length_q=None, sliding_window=None, softcap=None, s_aux=None, layout=None, **_):
+def varlen_attention(module, query, key, value, attention_mask=None, scaling=None, sliding_window=None, softcap=None,
+                     s_aux=None, packing=None, **_):
     """The attention function registered with transformers under the name "varlen".
 
-    query [1, Hq, T, D], key and value [1, Hkv, T, D], cu_seq_lens_q [S+1] int32 -> ([1, T, Hq, D], None).
-    layout: see `unfold`; attention is the only place where a shared prompt must be seen by each of its documents.
+    query [1, Hq, T, E], key and value [1, Hkv, T, E], packing: the MicroBatch -> ([1, T, Hq, E], None).
     It must honour what a model passes: Gemma 3's `sliding_window`, silently dropped, costs 2 nats a token past it.
     """
     if softcap is not None or s_aux is not None:
         raise NotImplementedError("attention with soft-capping or sinks is not covered by the varlen kernel")
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    scale = module.head_dim ** -0.5 if scaling is None else scaling
-    if not (q.is_cuda and varlen_attn is not None and q.dtype in (torch.bfloat16, torch.float16)):
-        return padded_attention(q, k, v, cu_seq_lens_q, scale, sliding_window, layout)[None], None
-    if layout:
-        q, k, v = (unfold(x, layout) for x in (q, k, v))
-    left = -1 if sliding_window is None else sliding_window - 1
-    out = varlen_attn(q, k, v, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q, scale=scale,
-                      window_size=(left, 0), **GQA)
-    return (fold(out, layout) if layout else out)[None], None
+    if packing is None:
+        raise ValueError("the model does not hand `packing` through to its attention: it cannot train on packed rows")
+    # F.embedding is x[index] with a gradient that is summed in fp32 and by several threads
+    q, k, v = (F.embedding(packing.document_index, x[0].transpose(0, 1).flatten(1)).unflatten(1, (x.shape[1], -1))
+               for x in (query, key, value))
+    scale, bounds = module.head_dim ** -0.5 if scaling is None else scaling, packing.cu_seqlens
+    if q.is_cuda and varlen_attn is not None and q.dtype in (torch.bfloat16, torch.float16):
+        left = -1 if sliding_window is None else sliding_window - 1
+        out = varlen_attn(q, k, v, bounds, bounds, packing.max_seqlen, packing.max_seqlen, scale=scale,
+                          window_size=(left, 0), **GQA)
+    else:
+        out = document_attention(q, k, v, bounds, scale, sliding_window)
+    return F.embedding(packing.row_index, out.flatten(1)).view(1, -1, *out.shape[1:]), None
 
 
 AttentionInterface.register("varlen", varlen_attention)
@@ -312,16 +235,18 @@ class MicroBatch:
     the position before it, and the last token of one document never predicts the first of the next.
 
     Neighbours with the same prompt share it: it lies once before their responses, whose first tokens are all scored
-    at its last position. Only attention then works on whole documents, of which cu_seqlens and layout tell."""
-    rows: list                  # which of the packed sequences, in this order
-    ids: torch.Tensor           # [T]
-    positions: torch.Tensor     # [T], restarting at 0
-    cu_seqlens: torch.Tensor    # [S+1] int32, bounds of the whole documents
+    at its last position. Only attention works on whole documents: `document_index` takes them out of the row,
+    `row_index` is the way back."""
+    rows: list                    # which of the packed sequences, in this order
+    ids: torch.Tensor             # [T]
+    positions: torch.Tensor       # [T], restarting at 0
+    predictors: torch.Tensor      # [R] index into T of the state that predicts each response token
+    targets: torch.Tensor         # [R] the response tokens
+    lengths: torch.Tensor         # [S] response tokens of each sequence
+    document_index: torch.Tensor  # [D] index into T of each token of the whole documents, end to end
+    row_index: torch.Tensor       # [T] index into D
+    cu_seqlens: torch.Tensor      # [S+1] int32, bounds of the documents in D
     max_seqlen: int
-    where: torch.Tensor         # [R] index into T of the state that predicts each response token
-    targets: torch.Tensor       # [R] the response tokens
-    lengths: torch.Tensor       # [S] response tokens of each sequence
-    layout: tuple | None        # how documents are made of the row's pieces, see `unfold`; None: they are the row
 
 
 def split_by_budget(lengths, budget, world=1):
@@ -339,11 +264,10 @@ def split_by_budget(lengths, budget, world=1):
     if max(lengths) > budget:
         raise ValueError(f"a sequence of {max(lengths)} tokens does not fit the budget of {budget}: "
                          f"raise --token_budget")
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    n_bins = world * max(1, -(-sum(lengths) // (budget * world)))
+    n_bins = world * -(-sum(lengths) // (budget * world))
     while True:
         bins, load = [[] for _ in range(n_bins)], [0] * n_bins
-        for i in order:
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
             j = load.index(min(load))
             bins[j].append(i)
             load[j] += lengths[i]
@@ -351,111 +275,176 @@ def split_by_budget(lengths, budget, world=1):
             break
         n_bins += world
     # attention grows with the square: 36,000 is where it costs as much as the matmuls of a 1.5B model
-    cost = [sum(36000 * lengths[i] + lengths[i] ** 2 for i in b) for b in bins]
-    bins = [bins[j] for j in sorted(range(n_bins), key=lambda j: -cost[j])]
+    bins.sort(key=lambda b: -sum(36000 * lengths[i] + lengths[i] ** 2 for i in b))
     return [bins[r::world] for r in range(world)]
 
 
-def bundles(sequences, limit):
-    """Runs of neighbours with one prompt, cut evenly into bundles that count for at most `limit` tokens (or hold one
-    sequence) -> [[indices]].
+def share_prompts(sequences, limit):
+    """Bundle neighbours that have one prompt, up to `limit` tokens a bundle -> (bundles of indices, their tokens).
 
-    >>> bundles([([7, 8], [1]), ([7, 8], [2, 3]), ([7, 8], [4]), ([9], [5])], limit=6)
-    [[0, 1], [2], [3]]
+    A prompt lies in the row once. Its other copies exist in attention alone, which holds about a quarter of a layer's
+    activations, and count for that much.
+
+    >>> share_prompts([([7, 8], [1]), ([7, 8], [2, 3]), ([7, 8], [4]), ([9], [5])], limit=6)
+    ([[0, 1], [2], [3]], [6, 3, 2])
     """
-    out, start = [], 0
-    for end in range(1, len(sequences) + 1):
-        if end < len(sequences) and sequences[end][0] == sequences[start][0]:
-            continue
-        for n in range(1, end - start + 1):  # the fewest bundles that all fit
-            cuts = [start - (start - end) * i // n for i in range(n + 1)]
-            parts = [list(range(a, b)) for a, b in zip(cuts, cuts[1:])]
-            if all(bundle_tokens(sequences, part) <= limit for part in parts):
-                break
-        out += parts
-        start = end
-    return out
+    bundles, tokens, last = [], [], None
+    for i, (prompt, response) in enumerate(sequences):
+        more = len(response) + -(-len(prompt) // 4)
+        if prompt == last and tokens[-1] + more <= limit:
+            bundles[-1].append(i)
+            tokens[-1] += more
+        else:
+            bundles.append([i])
+            tokens.append(len(prompt) + len(response))
+            last = prompt
+    return bundles, tokens
 
 
-def bundle_tokens(sequences, rows):
-    """What sequences with one prompt count for in a budget. The prompt lies in the row once; its other copies exist in
-    attention alone, which holds about a quarter of a layer's activations.
-
-    >>> bundle_tokens([([7] * 8, [1]), ([7] * 8, [2, 3])], [0, 1])
-    13
-    """
-    prompt = len(sequences[rows[0]][0])
-    return prompt + sum(len(sequences[i][1]) for i in rows) + -(-prompt * (len(rows) - 1) // 4)
-
-
-def pack_row(sequences, rows=None, device="cpu", share=True):
+def pack_row(sequences, rows=None, device="cpu"):
     """[(prompt_ids, response_ids)] -> one MicroBatch; nothing is padded, an empty list makes a one-token row.
 
-    Neighbours with the same prompt share it; `share=False` is the plain twin with every document whole.
-
-    >>> pack_row([([7, 8], [9]), ([1], [2, 3])]).positions.tolist()
-    [0, 1, 2, 0, 1, 2]
     >>> row = pack_row([([7, 8], [9]), ([7, 8], [5, 6])])
-    >>> row.ids.tolist(), row.positions.tolist(), row.where.tolist(), row.layout
-    ([7, 8, 9, 5, 6], [0, 1, 2, 2, 3], [1, 1, 3], ((2, 1, 2), (0, 1, 0, 2)))
+    >>> row.ids.tolist(), row.positions.tolist(), row.predictors.tolist()
+    ([7, 8, 9, 5, 6], [0, 1, 2, 2, 3], [1, 1, 3])
+    >>> pack_row([([1], [2, 3])]).document_index.tolist()
+    [0, 1, 2]
     """
-    ids, positions, where, targets, bounds, lengths = [], [], [], [], [0], []
-    pieces, order, before = [], [], None
+    ids, positions, predictors, targets, documents, last = [], [], [], [], [], None
     for prompt, response in sequences or [([0], [])]:
-        prompt, response = list(prompt), list(response)
         if not prompt:
             raise ValueError("an empty prompt cannot predict the first response token")
-        if not share or prompt != before:
-            first, before = len(pieces), prompt
+        if prompt != last:
+            last, start = prompt, len(ids)
             ids += prompt
             positions += range(len(prompt))
-            pieces.append(len(prompt))
-            predicts = len(ids) - 1
-        order += [first, len(pieces)]
-        where += ([predicts] + list(range(len(ids), len(ids) + len(response) - 1)))[:len(response)]
+        first, end = len(ids), start + len(prompt)
         ids += response
         positions += range(len(prompt), len(prompt) + len(response))
+        predictors += [end - 1, *range(first, len(ids) - 1)][:len(response)]
         targets += response
-        pieces.append(len(response))
-        lengths.append(len(response))
-        bounds.append(bounds[-1] + len(prompt) + len(response))
-    shared = len(order) > len(pieces)
-    tensor = lambda x, dtype=torch.int64: torch.tensor(x, dtype=dtype).to(device, non_blocking=True)
+        documents.append([*range(start, end), *range(first, len(ids))])
+    if torch.device(device).type != "cuda":
+        documents = pad_similar(documents)
+    index, row_index, bounds = [i for d in documents for i in d], [0] * len(ids), [0]
+    for i in range(len(index) - 1, -1, -1):  # backwards: of equal tokens the first, which is never padding
+        row_index[index[i]] = i
+    for d in documents:
+        bounds.append(bounds[-1] + len(d))
+
+    def tensor(values, dtype=torch.int64):
+        return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
     return MicroBatch(list(range(len(sequences))) if rows is None else rows, tensor(ids), tensor(positions),
-                      tensor(bounds, torch.int32), max(b - a for a, b in zip(bounds, bounds[1:])), tensor(where),
-                      tensor(targets), tensor(lengths),
-                      (tuple(pieces), tuple(order)) if shared else None)
+                      tensor(predictors), tensor(targets), tensor([len(r) for _, r in sequences] or [0]),
+                      tensor(index), tensor(row_index), tensor(bounds, torch.int32), max(map(len, documents)))
 
 
-def pack(sequences, budget, rank=0, world=1, device="cpu", share=True):
+def pad_similar(documents):
+    """Sort documents by length and lengthen each to that of a similar one, so that one SDPA call serves both: many
+    small calls leave most cores idle. The last token is repeated at the end, where no other can see it.
+
+    A call costs about as much as 2**13 pairs of tokens.
+
+    >>> pad_similar([[0, 1, 2], [0, 3]])
+    [[0, 3, 3], [0, 1, 2]]
+    """
+    batches = []
+    for document in sorted(documents, key=len):
+        batch = batches[-1] if batches else []
+        if batch and len(batch) * (len(document) ** 2 - len(batch[-1]) ** 2) <= 2**13:
+            batch.append(document)
+        else:
+            batches.append([document])
+    return [d + d[-1:] * (len(batch[-1]) - len(d)) for batch in batches for d in batch]
+
+
+def pack(sequences, budget, rank=0, world=1, device="cpu"):
     """[(prompt_ids, response_ids)] -> this rank's micro-batches of at most `budget` tokens each.
 
     Every rank is given the same `sequences` and takes its share; `MicroBatch.rows` says which. Neighbours with the
-    same prompt stay together where they fit a quarter of a micro-batch, so that micro-batches still fill evenly (one
-    row that holds everything has nothing to fill evenly).
+    same prompt stay together up to a quarter of a micro-batch, so that micro-batches still fill evenly.
     """
     total = sum(len(p) + len(r) for p, r in sequences)
-    limit = budget if world == 1 and total <= budget else min(budget, total // world) // 4
-    items = bundles(sequences, limit if share else 0)
-    dealt = split_by_budget([bundle_tokens(sequences, rows) for rows in items], budget, world)[rank]
-    micro = [[i for item in bin for i in items[item]] for bin in dealt]
-    return [pack_row([sequences[i] for i in rows], rows, device, share) for rows in micro]
+    bundles, tokens = share_prompts(sequences, min(budget, total // world) // 4)
+    dealt = split_by_budget(tokens, budget, world)[rank]
+    micro = [[i for bundle in bin for i in bundles[bundle]] for bin in dealt]
+    return [pack_row([sequences[i] for i in rows], rows, device) for rows in micro]
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The model
 # ---------------------------------------------------------------------------------------------------------------
 
+@dataclass(frozen=True)
+class Model:
+    """What can be known of a model before a weight is loaded."""
+    folder: str            # where its files lie
+    positions: int | None  # longest prompt and response together
+    parameters: int
+    vocabulary: int        # rows of the embedding: every token id is below
+    shapes: dict           # name of each weight -> its shape
+
+
+def open_model(name):
+    """A folder written by save_pretrained, or a hub name, which one rank of each node downloads -> Model.
+
+    Every rank calls it. Raises RankError on all of them when any rank cannot read the model."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    folder = together("model", lambda: find_folder(name) if first else None)
+    folder = together("model", lambda: folder or find_folder(name))  # the others find what was downloaded
+    return together("model", lambda: read_shapes(folder))
+
+
+def read_shapes(folder):
+    if not os.path.exists(os.path.join(folder, "config.json")):
+        raise ValueError(f"{folder} holds no model: it has no config.json")
+    try:
+        config = AutoConfig.from_pretrained(folder).get_text_config()
+        with torch.device("meta"):
+            shell = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, OSError, ImportError) as e:
+        raise ValueError(f"{folder} holds no causal language model that this program can read: {e}") from e
+    return Model(folder, getattr(config, "max_position_embeddings", None), sum(p.numel() for p in shell.parameters()),
+                 shell.get_input_embeddings().weight.shape[0],
+                 {k: tuple(v.shape) for k, v in shell.state_dict().items()})
+
+
+def find_folder(name):
+    """The folder of a model's files: `name` itself, or where the hub's files lie once they are downloaded."""
+    name = os.path.expanduser(name)
+    if os.path.isdir(name):
+        return name
+    if os.path.isfile(name):
+        raise ValueError(f"{name} is a file; a model is the folder that save_pretrained wrote")
+    parent, base = os.path.split(name.rstrip("/"))
+    there = [os.path.join(parent, n) for n in (os.listdir(parent or ".") if os.path.isdir(parent or ".") else [])
+             if os.path.isdir(os.path.join(parent, n))]
+    close = difflib.get_close_matches(os.path.join(parent, base), there, 1)
+    missing = f"there is no folder {name}" + (f" (did you mean {close[0]}?)" if close else "")
+    if name.startswith(("/", ".")) or name.endswith("/") or name.count("/") > 1:
+        raise ValueError(missing)
+    try:  # the files of the top folder that transformers and vLLM read; no second copies of the weights
+        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
+                                 ignore_patterns=["*/*", "consolidated*"], etag_timeout=5)
+    except GatedRepoError as e:
+        raise ValueError(f"{name} is gated: accept its licence on the hub, then `hf auth login`") from e
+    except (RepositoryNotFoundError, HFValidationError) as e:
+        raise ValueError(f"{missing}, and no such model on the hub") from e
+    except Exception as e:  # whatever the network does
+        why = "" if close else f": {str(e).splitlines()[0]}. A folder written by save_pretrained needs no network"
+        raise ValueError(f"{missing}, and the hub cannot be reached{why}") from e
+
+
 class Policy(nn.Module):
     """A causal LM whose forward returns log-probabilities, so that FSDP's hooks cover the head as well."""
 
     def __init__(self, model, recompute=False, chunk=0):
-        """model: a path, a hub name, or a transformers causal LM in fp32. recompute: activation checkpointing."""
+        """model: a folder, or a transformers causal LM in fp32. recompute: activation checkpointing. chunk: tokens of
+        a tile of logits, see `token_logprobs`. Raises ValueError for a model that cannot be trained or saved here."""
         super().__init__()
         if isinstance(model, (str, os.PathLike)):
-            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="varlen")
-        else:
-            model.set_attn_implementation("varlen")
+            model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # old, new and engine log-probs must be those of one function
@@ -464,35 +453,32 @@ class Policy(nn.Module):
         model.train()  # transformers checkpoints activations only in train mode
         if recompute:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self._check_head()
+        self._check()
+        make_savable(model)
 
     def forward(self, batch, temperature=1.0, entropy_grad=False):
         """MicroBatch -> logp [R], entropy [R] of its response tokens, at `temperature`."""
         # use_cache=False: with a cache transformers no longer sees the packing, and documents attend to each other
-        hidden = self.model.base_model(
-            input_ids=batch.ids[None], position_ids=batch.positions[None], attention_mask=None, use_cache=False,
-            cu_seq_lens_q=batch.cu_seqlens, cu_seq_lens_k=batch.cu_seqlens, max_length_q=batch.max_seqlen,
-            max_length_k=batch.max_seqlen, layout=batch.layout).last_hidden_state[0]
+        hidden = self.model.base_model(input_ids=batch.ids[None], position_ids=batch.positions[None],
+                                       attention_mask=None, use_cache=False, packing=batch).last_hidden_state[0]
         weight = self.model.get_output_embeddings().weight
-        return token_logprobs(hidden[batch.where], weight, batch.targets, temperature, self.chunk, entropy_grad)
+        return token_logprobs(hidden[batch.predictors], weight, batch.targets, temperature, self.chunk, entropy_grad)
 
     @torch.no_grad()
-    def _check_head(self):
-        """Refuse models whose logits are more than hidden @ head.T (soft-capping, scaling, a bias)."""
-        vocab = self.model.get_output_embeddings().weight.shape[0]
-        ids = torch.arange(2, 10) % vocab
-        prompt, response = ids[:2].tolist(), ids[2:].tolist()
-        alone = pack_row([(prompt, response)])
-        logits = self.model(input_ids=ids[None], position_ids=alone.positions[None], use_cache=False,
-                            cu_seq_lens_q=alone.cu_seqlens, cu_seq_lens_k=alone.cu_seqlens, max_length_q=8,
-                            max_length_k=8).logits[0, 1:-1]
-        theirs = torch.log_softmax(logits.float(), -1).gather(-1, ids[2:, None])[:, 0].repeat(2)
-        ours = self(pack_row([(prompt, response)] * 2))[0]  # two, or a model that drops `layout` would go unnoticed
+    def _check(self):
+        """Compare with the model's own logits and attention on one short document, packed twice with a shared prompt.
+        Leaves the model with `varlen` attention."""
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        ids = [i % vocabulary for i in range(2, 10)]
+        theirs = self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, 1:-1].float().log_softmax(-1)
         if not torch.isfinite(theirs).all():
             raise ValueError("the model computes non-finite logits: its weights are damaged")
+        self.model.set_attn_implementation("varlen")
+        ours = self(pack_row([(ids[:2], ids[2:])] * 2))[0]
+        theirs = theirs.gather(-1, torch.tensor(ids[2:])[:, None])[:, 0].repeat(2)
         if not torch.allclose(theirs, ours, atol=1e-3, rtol=1e-3):
-            raise ValueError(f"{type(self.model).__name__} does more to its logits than hidden @ head.T "
-                             "(soft-capping, scaling or a bias), which token_logprobs does not compute")
+            raise ValueError(f"{type(self.model).__name__} computes other log-probs than policy.py: it does more to its "
+                             f"logits than hidden @ head.T (soft-capping, scaling or a bias), or to its attention")
 
     def shard(self, dtype=torch.bfloat16, device="cpu"):
         """FSDP2 over all ranks: each decoder layer is gathered, used and freed in turn; embedding and head with
@@ -507,15 +493,42 @@ class Policy(nn.Module):
         fully_shard(self, mesh=mesh, mp_policy=mixed)
         return self.to(self.device)  # buffers; parameters are there already
 
+    def reshard(self):
+        """Give back the gathered embedding and head, which FSDP2 keeps after a forward without backward: call it after
+        scoring. `shard` puts FSDP's own method in this one's place; without it there is nothing to give back."""
+
     @torch.no_grad()
-    def full_weights(self, dtype=None):
+    def is_finite(self):
+        """Whether every weight is finite, on all ranks."""
+        finite = [torch.isfinite(p.to_local() if isinstance(p, DTensor) else p).all() for p in self.parameters()]
+        return not any_rank(not torch.stack(finite).all().item())
+
+    @torch.no_grad()
+    def full_weights(self):
         """Yield (name, full tensor) under the checkpoint's names, a tied head included, one gathered at a time.
 
         A collective: every rank must exhaust the generator.
         """
         for name, p in self.model.state_dict().items():
-            full = p.full_tensor() if isinstance(p, DTensor) else p
-            yield name, full if dtype is None or not full.is_floating_point() else full.to(dtype)
+            yield name, p.full_tensor() if isinstance(p, DTensor) else p
+
+
+def make_savable(model):
+    """Save the model without its weights, as every checkpoint will. A generation_config that save_pretrained refuses
+    (do_sample false beside a temperature) is reduced to its token ids; anything else raises ValueError."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            model.save_pretrained(folder, state_dict={})
+            return
+        except Exception as e:
+            first = e
+        kept = {k: v for k, v in model.generation_config.to_dict().items() if k.endswith("token_id") and v is not None}
+        model.generation_config = GenerationConfig(**kept)
+        try:
+            model.save_pretrained(folder, state_dict={})
+        except Exception as e:
+            raise ValueError(f"transformers cannot save this model, so there would be no checkpoints: {e}") from e
+    say(f"its generation_config cannot be saved ({str(first).splitlines()[0]}): checkpoints keep its token ids only")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -523,114 +536,148 @@ class Policy(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------
 
 def save_checkpoint(folder, step, policy, optimizer, tokenizer, state, keep=2):
-    """Write folder/000STEP with model, optimizer, RNG, `state` (JSON) and an HF copy in fp32, all or nothing.
+    """Write folder/000STEP with sharded model and optimizer, `state` (JSON) and hf/, an fp32 copy for transformers.
 
-    Everything goes to a temporary folder; one rename publishes it, `latest` follows, old ones are removed last,
-    so a kill at any moment leaves the previous checkpoint whole. All ranks call it. Raises OSError on every rank
-    (disk full) after removing what was written.
+    All ranks call it, and it succeeds or fails on all of them. Everything goes to a folder *.tmp which one rename
+    publishes; older ones are removed last, so that a kill at any moment leaves the newest one whole. keep: how many
+    stay; 0: hf/ of all, the rest of the newest two. Raises OSError (disk full) after removing what was written, and
+    FloatingPointError, with nothing written, if a weight is not finite.
     """
+    if not policy.is_finite():
+        raise FloatingPointError(f"a weight is not finite at step {step}: no checkpoint is written")
     final = os.path.join(folder, f"{step:06d}")
-    tmp = final + ".tmp"
-    rank = dist.get_rank()
-    if rank == 0:
-        shutil.rmtree(tmp, ignore_errors=True)
-        os.makedirs(tmp)
-    dist.barrier()
-    error = None
+    what, tmp, first = f"checkpoint {final} not written", final + ".tmp", is_first()
     try:
-        model_state, optim_state = get_state_dict(policy, optimizer)
-        dcp.save({"model": model_state, "optim": optim_state}, checkpoint_id=tmp)
-        full = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        torch.save({"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available()
-                    else []}, os.path.join(tmp, f"rng_{rank}.pt"))
-        if rank == 0:
-            weights = {k.removeprefix("model."): v for k, v in full.items()}
-            policy.model.save_pretrained(os.path.join(tmp, "hf"), state_dict=weights)
-            tokenizer.save_pretrained(os.path.join(tmp, "hf"))
-            with open(os.path.join(tmp, "trainer.json"), "w") as f:
-                json.dump(state, f, indent=1)
-            _fsync_tree(tmp)
-    except (Exception, CheckpointException) as e:  # which is no Exception; a full disk surfaces as either
-        error = f"{type(e).__name__}: {str(e).strip().splitlines()[-1][:300]}"
-    errors = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
-    if any(errors):
-        if rank == 0:
+        together(what, lambda: first and start_folder(folder, tmp))
+        together(what, lambda: save_shards(tmp, policy, optimizer))
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = together(what, lambda: get_model_state_dict(policy, options=options))  # on rank 0 alone
+        together(what, lambda: first and save_rest(tmp, policy, weights, tokenizer, state))
+        together(what, lambda: first and publish(tmp, final))
+    except RankError as e:
+        if first:
             shutil.rmtree(tmp, ignore_errors=True)
-        raise OSError(f"checkpoint {final} not written: {next(e for e in errors if e)}")
-    if rank == 0:
-        shutil.rmtree(final, ignore_errors=True)  # left by a run that died before `latest` moved
-        os.rename(tmp, final)
-        write_atomic(os.path.join(folder, "latest"), os.path.basename(final) + "\n")
-        for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(os.path.join(folder, old), ignore_errors=True)
-    dist.barrier()
-    return final
+        raise OSError(str(e)) from e
+    if first:
+        prune(folder, keep)
 
 
-def checkpoints(folder):
-    """Names of the complete checkpoints, oldest first: a name without suffix is complete by construction."""
-    return sorted(n for n in os.listdir(folder) if n.isdigit()) if os.path.isdir(folder) else []
+def is_first():
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def latest_checkpoint(folder):
-    """Path of the newest complete checkpoint, or None. A `latest` that is missing or stale is not trusted blindly."""
-    names = checkpoints(folder)
+def start_folder(folder, tmp):
+    remove_leftovers(folder)
+    os.makedirs(tmp)
+
+
+def remove_leftovers(folder):
+    """Remove what killed saves left. Called at the start of a run, by rank 0, and before each save."""
+    for name in os.listdir(folder) if os.path.isdir(folder) else []:
+        if name.endswith(".tmp"):
+            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+
+
+def save_shards(tmp, policy, optimizer):
+    model, optim = get_state_dict(policy, optimizer)
     try:
-        with open(os.path.join(folder, "latest")) as f:
-            name = f.read().strip()
-    except FileNotFoundError:
-        name = None
-    if name not in names:
-        name = names[-1] if names else None
-    return None if name is None else os.path.join(folder, name)
+        dcp.save({"model": model, "optim": optim}, checkpoint_id=tmp)
+    except CheckpointException as e:  # no Exception; the same on all ranks
+        raise OSError(str(e).strip().splitlines()[-1]) from None
+
+
+def save_rest(tmp, policy, weights, tokenizer, state):
+    hf = os.path.join(tmp, "hf")
+    policy.model.save_pretrained(hf, state_dict={k.removeprefix("model."): v for k, v in weights.items()})
+    tokenizer.save_pretrained(hf)
+    with open(os.path.join(tmp, "trainer.json"), "w") as f:
+        json.dump(state, f, indent=1)
+
+
+def publish(tmp, final):
+    """Data must be on the disk before the rename that declares it complete, and the rename before older ones go."""
+    for root, _, files in os.walk(tmp):
+        for name in [*files, "."]:
+            sync(os.path.join(root, name))
+    if os.path.exists(final):  # only hf/ was left of it, or it was damaged
+        os.rename(final, final + ".old.tmp")
+    os.rename(tmp, final)
+    sync(os.path.dirname(final))
+
+
+def sync(path):
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def prune(folder, keep):
+    """Remove older checkpoints. What makes one count goes first, so that none is ever half a checkpoint."""
+    with suppress(OSError):  # what cannot be removed now is tried again at the next save
+        for name in checkpoints(folder)[:-(keep or 2)]:
+            os.remove(os.path.join(folder, name, "trainer.json"))
+        whole = checkpoints(folder)
+        for name in checkpoints(folder, "hf"):
+            path = os.path.join(folder, name)
+            if name in whole:
+                continue
+            if keep:
+                os.rename(path, path + ".tmp")
+                shutil.rmtree(path + ".tmp")
+            for file in os.listdir(path) if not keep else []:
+                if file != "hf":
+                    os.remove(os.path.join(path, file))
+
+
+def checkpoints(folder, part="trainer.json"):
+    """Names of the checkpoints in `folder` that one can resume from, oldest first. part="hf": of all whose weights
+    are there, those included of which `keep=0` left nothing else."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return sorted((n for n in names if n.isdigit() and os.path.exists(os.path.join(folder, n, part))), key=int)
+
+
+def check_checkpoint(path, shapes):
+    """Refuse a checkpoint by another model, or a damaged one, before anything is loaded. shapes: `Model.shapes`.
+
+    Raises ValueError or OSError with the cause."""
+    state = os.path.join(path, "trainer.json")
+    if not os.path.exists(state):
+        raise OSError(f"{path} is no checkpoint to go on from: it has no trainer.json"
+                      + (", only weights for transformers in hf/" if os.path.isdir(os.path.join(path, "hf")) else ""))
+    read_json(state)
+    try:
+        metadata = dcp.FileSystemReader(path).read_metadata()
+    except Exception as e:  # whatever a damaged pickle does
+        raise OSError(f"{path}/.metadata is damaged ({type(e).__name__}: {e})") from e
+    prefix = "model.model."
+    saved = {k.removeprefix(prefix): tuple(v.size) for k, v in metadata.state_dict_metadata.items()
+             if k.startswith(prefix)}
+    for name in sorted(saved.keys() | shapes.keys()):
+        if saved.get(name) != shapes.get(name):
+            raise ValueError(f"{path} is a checkpoint of another model: {name} is {saved.get(name, 'missing')} there and "
+                             f"{shapes.get(name, 'missing')} here")
+    for part in metadata.storage_data.values():
+        file = os.path.join(path, part.relative_path)
+        if not os.path.exists(file) or os.path.getsize(file) < part.offset + part.length:
+            raise OSError(f"{file} is damaged: it is missing or too short")
 
 
 def load_checkpoint(path, policy, optimizer):
-    """Restore model, optimizer and RNG in place, on the same or another number of ranks; returns `state`.
+    """Restore model and optimizer in place, on the same or another number of ranks; returns `state`.
 
-    Raises OSError with the way out when the folder cannot be read.
-    """
-    try:
-        with open(os.path.join(path, "trainer.json")) as f:
-            state = json.load(f)
-        model_state, optim_state = get_state_dict(policy, optimizer)
-        dcp.load({"model": model_state, "optim": optim_state}, checkpoint_id=path)
-        set_state_dict(policy, optimizer, model_state_dict=model_state, optim_state_dict=optim_state)
-        rng = os.path.join(path, f"rng_{dist.get_rank()}.pt")
-        if os.path.exists(rng):
-            saved = torch.load(rng, weights_only=True)
-            torch.set_rng_state(saved["cpu"])
-            if saved["cuda"] and len(saved["cuda"]) == torch.cuda.device_count():
-                torch.cuda.set_rng_state_all(saved["cuda"])
-    except (Exception, CheckpointException) as e:
-        raise OSError(f"checkpoint {path} cannot be read ({type(e).__name__}). Delete that folder to resume "
-                      f"from the one before it") from e
-    return state
+    Raises RankError on all ranks, with the cause (see `check_checkpoint`)."""
+    shapes = {k: tuple(v.shape) for k, v in policy.model.state_dict().items()}
+    together("checkpoint", lambda: check_checkpoint(path, shapes))
 
+    def load():
+        model, optim = get_state_dict(policy, optimizer)
+        try:
+            dcp.load({"model": model, "optim": optim}, checkpoint_id=path)
+        except CheckpointException as e:  # no Exception; the same on all ranks
+            raise OSError(f"{path} is damaged: {str(e).strip().splitlines()[-1]}") from None
+        set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim)
+        return read_json(os.path.join(path, "trainer.json"))
 
-def write_atomic(path, text):
-    """Replace a small file so that a reader, or a crash, sees the old text or the new, never half of one."""
-    with open(path + ".tmp", "w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
-
-
-def _fsync_tree(folder):
-    """Data must be on the disk before the rename that declares it complete."""
-    for root, _, files in os.walk(folder):
-        for name in files:
-            fd = os.open(os.path.join(root, name), os.O_RDONLY)
-            os.fsync(fd)
-            os.close(fd)
-
-
-def model_limits(model):
-    """(positions, parameters) read from a model's config without loading a weight."""
-    config = AutoConfig.from_pretrained(model)
-    config = config.get_text_config()
-    with torch.device("meta"):
-        shell = AutoModelForCausalLM.from_config(config)
-    return getattr(config, "max_position_embeddings", None), sum(p.numel() for p in shell.parameters())
+    return together("checkpoint", load)

@@ -87,20 +87,29 @@ def sequences(n=9, seed=0, vocab=100, longest=40):
     return out
 
 
-SMALL = ["--max_len", "24", "--prompts", "6", "--group", "4", "--lr", "1e-3", "--style", "plain", "--show_every", "0",
+SMALL = ["--max_len", "24", "--prompts", "6", "--group", "4", "--lr", "1e-3", "--style", "plain",
          "--engine", "torch"]
 
 
-def command(model, data, out, *options, ranks=1):
+def command(model, data, out, *options, ranks=1, program=ROOT / "grpo.py"):
     """The command line of a small run; later options win over the small defaults."""
     start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
                                                  "--nproc_per_node", str(ranks)]
-    return [*start, str(ROOT / "grpo.py"), "--model", model, "--data", data, "--out", str(out), *SMALL,
+    return [*start, str(program), "--model", model, "--data", data, "--out", str(out), *SMALL,
             *map(str, options)]
 
 
-def run(cmd, check=True, timeout=300, **env):
-    done = subprocess.run(cmd, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL,
+def sabotaged(folder, code):
+    """A program that is grpo.py after `code` has run: it may replace functions, on one rank only with RANK."""
+    path = Path(folder) / "sabotaged.py"
+    path.write_text(f"import os, sys, time, signal\nsys.path.insert(0, {str(ROOT)!r})\n"
+                    f"RANK = int(os.environ.get('RANK', 0))\nimport common, grpo, policy, rollout\n{code}\n"
+                    f"grpo.main()\n")
+    return path
+
+
+def run(cmd, check=True, timeout=300, cwd=None, **env):
+    done = subprocess.run(cmd, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, cwd=cwd,
                           env={**os.environ, "OMP_NUM_THREADS": "1", **env})
     if check and done.returncode:
         raise AssertionError(f"{' '.join(cmd)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")

@@ -1,21 +1,21 @@
 """make_golden.py - asks TRL and verl what loss and gradient *they* compute, and writes it down.
 
     pip install torch trl==1.16.0 tensordict codetiming orjson pyvers omegaconf hydra-core pillow
-    pip install --no-deps verl==0.9.1          # its own list asks for ray, wandb and an older transformers: not needed
-    python tests/make_golden.py                # rewrites tests/data/golden_losses.json
+    pip install --no-deps verl==0.9.1     # its own list asks for ray and an older transformers: not needed
+    python tests/make_golden.py           # rewrites tests/data/golden_losses.json
 
-No line of either project is copied here. Their functions are called as they are, with only the model's forward pass
-and the network of processes replaced by stand-ins:
+No line of either project is copied here. Their functions are called as they are, with only the model's
+forward pass and the network of processes replaced by stand-ins:
 
-  TRL   GRPOTrainer._generate_and_score_completions (advantages, truncated importance weights), then _compute_loss,
-        both unbound, on a namespace that has the attributes of a trainer.
+  TRL   GRPOTrainer._generate_and_score_completions (advantages, truncated importance weights), then
+        _compute_loss, both unbound, on a namespace that has the attributes of a trainer.
   verl  core_algos.compute_grpo_outcome_advantage, rollout_corr_helper.compute_rollout_correction_weights, and
-        workers.utils.losses.ppo_loss, which puts compute_policy_loss_vanilla, agg_loss and
+        workers.utils.losses.ppo_loss, which puts a policy loss ("vanilla" or "cispo"), agg_loss and
         kl_penalty("low_var_kl") together with the signs verl trains with. `ray`, which verl imports but these
         functions never use, is stubbed during the import.
 
-The file holds the inputs as well (multiples of 1/128, so float32, float64 and JSON hold them exactly), and the results
-in float64: test_against_trl_verl.py checks grpo_loss against them in both precisions, with neither project installed.
+The file holds the inputs as well (multiples of 1/128, so float32, float64 and JSON hold them exactly), and
+the results in float64. test_against_trl_verl.py holds grpo_loss against them, with neither project installed.
 """
 import functools
 import importlib
@@ -37,24 +37,36 @@ AGGREGATIONS = {  # ours -> theirs
     "trl": {"token": "dapo", "seq": "grpo", "const": "dr_grpo"},
     "verl": {"token": "token-mean", "seq": "seq-mean-token-mean", "const": "seq-mean-token-sum-norm"},
 }
-# verl clips the loss of a negative advantage a second time, at ratio clip_ratio_c (default 3), which grpo_loss leaves
-# out on purpose, as DeepScaleR's verl had it not. Its log ratio is clamped at 20, so no ratio reaches this:
+# verl clips the loss of a negative advantage a second time, at ratio clip_ratio_c (default 3). grpo_loss
+# leaves that out on purpose, as DeepScaleR's verl had it not. No ratio is this large: verl clamps at exp(20)
 NO_DUAL_CLIP = 1e10
 
 MAX_LEN = 16
-CASES = {  # name -> (batch, keyword arguments of grpo_loss). kl_coef is large so that its sign cannot hide
-    "symmetric": ("usual", dict(clip_low=0.2, clip_high=0.2)),
-    "asymmetric": ("usual", dict(clip_low=0.2, clip_high=0.28)),
-    "kl": ("usual", dict(clip_low=0.2, clip_high=0.28, kl_coef=0.1)),
-    "on_policy": ("usual", dict(on_policy=True, clip_low=0.2, clip_high=0.2, kl_coef=0.1)),
-    "tis": ("usual", dict(clip_low=0.2, clip_high=0.28, tis_cap=1.25)),
-    "kl_tis": ("usual", dict(clip_low=0.1, clip_high=0.3, kl_coef=0.1, tis_cap=1.25)),
-    "entropy": ("usual", dict(clip_low=0.2, clip_high=0.28, kl_coef=0.1, entropy_coef=0.05, tis_cap=1.25)),
-    # differences far beyond 20, so that verl's clamps act: of the log ratio, of k3, of the engine weight's exponent
-    # (its cap is set above exp(20) here, or the cap would act first). TRL has no such clamps
-    "wild_ratio": ("wild_ratio", dict(clip_low=0.2, clip_high=0.28)),
-    "wild_ref": ("wild_ref", dict(clip_low=0.2, clip_high=0.28, kl_coef=0.1)),
-    "wild_engine": ("wild_engine", dict(clip_low=0.2, clip_high=0.28, tis_cap=1e9)),
+CLIP = {"clip_low": 0.2, "clip_high": 0.28}
+# without a lower bound, which TRL's cispo does not have. The cap is low, so that many ratios reach it
+CISPO = {"loss": "cispo", "clip_low": 1.0, "clip_high": 0.28}
+EVERY_TERM = {"kl_coef": 0.1, "entropy_coef": 0.05, "tis_cap": 1.25}
+CASES = {  # name -> (batch, arguments of grpo_loss). kl_coef is large so that its sign cannot hide
+    "symmetric": ("usual", {"clip_low": 0.2, "clip_high": 0.2}),
+    "asymmetric": ("usual", CLIP),
+    "kl": ("usual", {**CLIP, "kl_coef": 0.1}),
+    "on_policy": ("usual", {"on_policy": True, "clip_low": 0.2, "clip_high": 0.2, "kl_coef": 0.1}),
+    "tis": ("usual", {**CLIP, "tis_cap": 1.25}),
+    "kl_tis": ("usual", {"clip_low": 0.1, "clip_high": 0.3, "kl_coef": 0.1, "tis_cap": 1.25}),
+    "entropy": ("usual", {**CLIP, **EVERY_TERM}),
+    "cispo": ("usual", CISPO),
+    "cispo_two_sided": ("usual", {**CISPO, "clip_low": 0.2}),
+    "cispo_on_policy": ("usual", {"on_policy": True, **CISPO, "kl_coef": 0.1}),
+    "cispo_kl": ("usual", {**CISPO, "kl_coef": 0.1}),
+    "cispo_tis": ("usual", {**CISPO, "tis_cap": 1.25}),
+    "cispo_entropy": ("usual", {**CISPO, **EVERY_TERM}),
+    # differences far beyond 20, so that verl's clamps act: of the log ratio, of k3, of the engine weight's
+    # exponent (a cap must be above exp(20) here, or it would act first). TRL has no such clamps
+    "wild_ratio": ("wild_ratio", CLIP),
+    "wild_ref": ("wild_ref", {**CLIP, "kl_coef": 0.1}),
+    "wild_engine": ("wild_engine", {**CLIP, "tis_cap": 1e9}),
+    "wild_cispo": ("wild_ratio", {**CISPO, "clip_high": 4.0}),  # the cap acts before any clamp: TRL as well
+    "wild_cispo_uncapped": ("wild_ratio", {**CISPO, "clip_high": 1e9}),
 }
 
 
@@ -62,31 +74,40 @@ def comparisons(peer):
     """(case, agg) that this peer has an answer for."""
     for name, (_, options) in CASES.items():
         for agg in AGGREGATIONS[peer]:
-            # TRL's entropy bonus is a mean over tokens under every loss type, verl's follows the loss (as ours does)
-            entropy_differs = peer == "trl" and options.get("entropy_coef") and agg != "token"
-            if not entropy_differs and not (peer == "trl" and name.startswith("wild")):
+            if peer == "verl" or trl_has(name, options, agg):
                 yield name, agg
+
+
+def trl_has(name, options, agg):
+    if options.get("loss") == "cispo":  # an upper bound only, a mean over tokens only
+        return agg == "token" and options["clip_low"] >= 1 and name != "wild_cispo_uncapped"
+    # its entropy bonus is a mean over tokens under every loss type; verl's follows the loss, as ours does
+    return not name.startswith("wild") and (agg == "token" or not options.get("entropy_coef"))
 
 
 # ----- inputs
 
+def grid(x):
+    return (x * 128).round() / 128
+
+
 def make_batch(seed, rewards, lengths, spread):
-    """One batch of packed log-probs as plain lists. spread: how far each of old, ref and engine is from the policy."""
+    """Packed log-probs as plain lists. spread: how far each of old, ref and engine is from the policy."""
     g, n = torch.Generator().manual_seed(seed), sum(lengths)
-    grid = lambda x: (x * 128).round() / 128
     batch = {"rewards": rewards, "lengths": lengths,
-             "logp": grid(-torch.rand(n, generator=g) * 4 - 1 / 64), "entropy": grid(torch.rand(n, generator=g) * 3)}
+             "logp": grid(-torch.rand(n, generator=g) * 4 - 1 / 64),
+             "entropy": grid(torch.rand(n, generator=g) * 3)}
     for name in ("old", "ref", "engine"):
         difference = grid(torch.randn(n, generator=g) * spread[name])
-        base = batch["old_logp" if name == "engine" else "logp"]  # the engine is compared with the old policy
+        base = batch["old_logp" if name == "engine" else "logp"]  # the engine runs the old policy
         batch[f"{name}_logp"] = base - difference
     return {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
 def make_batches():
-    usual = dict(old=0.35, ref=0.6, engine=0.4)  # e^0.35 = 1.42: about half of the tokens leave the clip range
+    usual = {"old": 0.35, "ref": 0.6, "engine": 0.4}  # e^0.35 = 1.42: half of the tokens leave the clip range
     groups = [[1, 0, 0, 1], [1, 1, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0], [1, 0, 1, 1]]
-    lengths = [7, 1, MAX_LEN, 3, 5, 2, 9, 12, 4, 11, 1, 6, 8, 2, 10, 3, MAX_LEN, 5, 1, 7]  # MAX_LEN: cut by the limit
+    lengths = [7, 1, MAX_LEN, 3, 5, 2, 9, 12, 4, 11, 1, 6, 8, 2, 10, 3, MAX_LEN, 5, 1, 7]  # MAX_LEN: cut off
     short = [3, MAX_LEN, 1, 6, 2, 9, 4, 5]
     batches = {"usual": make_batch(0, groups, lengths, usual)}
     for i, name in enumerate(("ratio", "ref", "engine")):
@@ -122,7 +143,7 @@ def result(loss, b, advantages, clipped, kl):
 # ----- TRL
 
 def trl_rollout(trainer, b):
-    """TRL's own step from samples to the inputs of its loss. The engine and both models are answered for by b."""
+    """TRL's own step from samples to the inputs of its loss. b answers for the engine and both models."""
     from trl import GRPOTrainer
 
     lengths, count = b.lengths.tolist(), len(b.lengths)
@@ -137,16 +158,18 @@ def trl_rollout(trainer, b):
     return inputs
 
 
-def trl_trainer(b, loss_type="dapo", scale_rewards="group", on_policy=False, clip_low=0.2, clip_high=0.2, kl_coef=0.0,
-                entropy_coef=0.0, tis_cap=0.0):
+def trl_trainer(b, loss_type="dapo", scale_rewards="group", on_policy=False, clip_low=0.2, clip_high=0.2,
+                kl_coef=0.0, entropy_coef=0.0, tis_cap=0.0):
     """A namespace with the attributes that the two methods read, one process, no gradient accumulation."""
-    alone = SimpleNamespace(device=torch.device("cpu"), num_processes=1, process_index=0, is_main_process=True,
-                            sync_gradients=True, gather=lambda x: x, gather_for_metrics=lambda x: x,
-                            reduce=lambda x, reduction: x)
-    args = SimpleNamespace(steps_per_generation=1, gradient_accumulation_steps=1, per_device_train_batch_size=None,
-                           gradient_checkpointing_kwargs=None, report_to=[], delta=None, use_bias_correction_kl=False)
+    alone = SimpleNamespace(
+        device=torch.device("cpu"), num_processes=1, process_index=0, is_main_process=True,
+        sync_gradients=True, gather=lambda x: x, gather_for_metrics=lambda x: x,
+        reduce=lambda x, reduction: x)
+    args = SimpleNamespace(
+        steps_per_generation=1, gradient_accumulation_steps=1, per_device_train_batch_size=None,
+        gradient_checkpointing_kwargs=None, report_to=[], delta=None, use_bias_correction_kl=False)
     model = SimpleNamespace(training=True, is_gradient_checkpointing=False)
-    # num_iterations below: 2 makes TRL keep the old log-probs, 1 makes it take the policy's own (the first update)
+    # num_iterations: 2 makes TRL keep the old log-probs, 1 makes it take the policy's own (the first update)
     return SimpleNamespace(
         accelerator=alone, args=args, model=model, ref_model=object(), state=SimpleNamespace(global_step=0),
         _tokenizer=SimpleNamespace(pad_token_id=0), eos_token_ids=[2], pad_to_multiple_of=None, tools=None,
@@ -156,11 +179,13 @@ def trl_trainer(b, loss_type="dapo", scale_rewards="group", on_policy=False, cli
         reward_weights=torch.ones(1), reward_func_names=["r"], reward_funcs=[None],
         _metrics=defaultdict(lambda: defaultdict(list)), _pending_extra_logs={}, _pending_metrics={},
         _logs=defaultdict(list, rewards=defaultdict(list), extra=defaultdict(list)), log_multimodal=False,
-        use_vllm=tis_cap > 0, vllm_importance_sampling_correction=True, vllm_importance_sampling_mode="token_truncate",
-        vllm_importance_sampling_clip_min=None, vllm_importance_sampling_clip_max=tis_cap,
-        loss_type=loss_type, beta=kl_coef, epsilon_low=clip_low, epsilon_high=clip_high, aux_loss_enabled=False,
-        importance_sampling_level="token", max_completion_length=MAX_LEN, current_gradient_accumulation_steps=1,
-        top_entropy_quantile=1.0, off_policy_mask_threshold=None, entropy_coef=entropy_coef,
+        use_vllm=tis_cap > 0, vllm_importance_sampling_correction=True,
+        vllm_importance_sampling_mode="token_truncate", vllm_importance_sampling_clip_min=None,
+        vllm_importance_sampling_clip_max=tis_cap, loss_type=loss_type, beta=kl_coef, epsilon_low=clip_low,
+        # for cispo this is the largest weight itself, not its distance from 1
+        epsilon_high=1 + clip_high if loss_type == "cispo" else clip_high, aux_loss_enabled=False,
+        importance_sampling_level="token", max_completion_length=MAX_LEN, top_entropy_quantile=1.0,
+        current_gradient_accumulation_steps=1, off_policy_mask_threshold=None, entropy_coef=entropy_coef,
         _entropy_bonus_enabled=entropy_coef != 0, use_adaptive_entropy=False)
 
 
@@ -168,21 +193,25 @@ def trl_loss(batch, options, agg, dtype):
     from trl import GRPOTrainer
 
     b = tensors(batch, dtype)
-    trainer = trl_trainer(b, AGGREGATIONS["trl"][agg], **options)
+    options = dict(options)
+    cispo = options.pop("loss", "clip") == "cispo"
+    trainer = trl_trainer(b, "cispo" if cispo else AGGREGATIONS["trl"][agg], **options)
     inputs = trl_rollout(trainer, b)
     trainer._get_per_token_logps_and_entropies = lambda *_, **__: (
         padded(b.logp, b.lengths), padded(b.entropy, b.lengths), None)
     loss = GRPOTrainer._compute_loss(trainer, trainer.model, inputs)
     seen = trainer._metrics["train"]
     kl = seen["kl"][0] if seen["kl"] else None
-    return result(loss, b, inputs["advantages"], seen["clip_ratio/region_mean"][0], kl)
+    # its cispo_clip_ratio does not count the clipped tokens of negative advantages, as verl and we do
+    clipped = None if cispo else seen["clip_ratio/region_mean"][0]
+    return result(loss, b, inputs["advantages"], clipped, kl)
 
 
 def trl_advantages(rewards, normalize):
     """[P, G] -> [P, G], on samples of one token, whose log-probs do not matter here."""
-    one = torch.zeros(rewards.numel())
-    b = SimpleNamespace(rewards=rewards, lengths=torch.ones(rewards.numel(), dtype=torch.int64), old_logp=one,
-                        ref_logp=one, engine_logp=one)
+    zero = torch.zeros(rewards.numel())
+    b = SimpleNamespace(rewards=rewards, lengths=torch.ones_like(zero, dtype=torch.int64), old_logp=zero,
+                        ref_logp=zero, engine_logp=zero)
     trainer = trl_trainer(b, scale_rewards={"std": "group", "mean": "none"}[normalize])
     return trl_rollout(trainer, b)["advantages"].reshape(rewards.shape)
 
@@ -191,7 +220,7 @@ def trl_advantages(rewards, normalize):
 
 @functools.cache
 def verl():
-    """The three modules. `ray` is taken out of sys.modules again: other code looks there to see if it is installed."""
+    """verl's modules. `ray` leaves sys.modules again: other code looks there whether it is installed."""
     stub = "ray" not in sys.modules and importlib.util.find_spec("ray") is None
     if stub:
         sys.modules["ray"] = MagicMock()
@@ -210,42 +239,55 @@ def verl_advantages(rewards, normalize, mask=None):
     scores = torch.zeros(rewards.numel(), 1) if mask is None else torch.zeros(mask.shape)
     scores[:, 0] = rewards.flatten()  # a reward may stand at any one token of its sample
     advantages, _ = verl().core.compute_grpo_outcome_advantage(
-        scores, torch.ones_like(scores) if mask is None else mask, groups, norm_adv_by_std_in_grpo=normalize == "std")
+        scores, torch.ones_like(scores) if mask is None else mask, groups,
+        norm_adv_by_std_in_grpo=normalize == "std")
     return advantages.reshape(rewards.shape) if mask is None else advantages
 
 
-def verl_loss(batch, options, agg, dtype, clip_ratio_c=NO_DUAL_CLIP):
+def verl_data(b, options, advantages, mask):
+    """What verl's trainer hands to its loss."""
     from tensordict import TensorDict
 
-    b = tensors(batch, dtype)
     count = len(b.lengths)
-    mask = (torch.arange(MAX_LEN) < b.lengths[:, None]).to(dtype)
-    advantages = verl_advantages(b.rewards, "std", mask.float())
     old = b.logp.detach() if options.get("on_policy") else b.old_logp
-    fields = {"prompts": torch.ones(count, 1, dtype=torch.int64), "responses": mask.long(), "response_mask": mask,
-              "attention_mask": torch.cat([torch.ones(count, 1, dtype=torch.int64), mask.long()], 1),
-              "old_log_probs": padded(old, b.lengths), "advantages": advantages.to(dtype)}
+    prompts = torch.ones(count, 1, dtype=torch.int64)
+    fields = {"prompts": prompts, "responses": mask.long(), "response_mask": mask,
+              "attention_mask": torch.cat([prompts, mask.long()], 1),
+              "old_log_probs": padded(old, b.lengths), "advantages": advantages.to(mask.dtype)}
     if options.get("kl_coef"):
         fields["ref_log_prob"] = padded(b.ref_logp, b.lengths)
     if options.get("tis_cap"):
         fields["rollout_is_weights"], _ = verl().correction.compute_rollout_correction_weights(
             padded(old - b.engine_logp, b.lengths), mask, "token", options["tis_cap"])
     data = TensorDict(fields, batch_size=count)
-    for name, value in dict(dp_size=1, batch_num_tokens=None, global_batch_size=None).items():
-        data.set_non_tensor(name, value)  # None: verl counts this batch, which is the whole one
+    data.set_non_tensor("dp_size", 1)
+    data.set_non_tensor("batch_num_tokens", None)  # verl counts this batch, which is the whole one
+    data.set_non_tensor("global_batch_size", None)
+    return data
 
-    # verl's model answers for every token, the last prompt token predicting the first of the response
-    answers = lambda x: torch.cat([torch.cat([row, row.new_zeros(1)]) for row in x.split(b.lengths.tolist())])
-    output = {"log_probs": answers(b.logp), "entropy": answers(b.entropy)}
-    config = verl().config.ActorConfig(
+
+def verl_config(options, agg, clip_ratio_c):
+    policy_loss = verl().config.PolicyLossConfig(loss_mode=options.get("loss", "vanilla"))
+    return verl().config.ActorConfig(
         strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, loss_agg_mode=AGGREGATIONS["verl"][agg],
-        clip_ratio_low=options["clip_low"], clip_ratio_high=options["clip_high"], clip_ratio_c=clip_ratio_c,
-        use_kl_loss=bool(options.get("kl_coef")), kl_loss_coef=options.get("kl_coef", 0.0), kl_loss_type="low_var_kl",
-        entropy_coeff=options.get("entropy_coef", 0.0), loss_scale_factor=MAX_LEN if agg == "const" else None)
-    loss, metrics = verl().losses.ppo_loss(config, output, data)
-    number = lambda metric: float(metric.aggregate())
-    kl = number(metrics["kl_loss"]) if "kl_loss" in metrics and agg == "token" else None  # in the others a weighted one
-    return result(loss, b, advantages[:, 0], number(metrics["actor/pg_clipfrac"]), kl)
+        policy_loss=policy_loss, clip_ratio_low=options["clip_low"], clip_ratio_high=options["clip_high"],
+        clip_ratio_c=clip_ratio_c, use_kl_loss="kl_coef" in options, kl_loss_coef=options.get("kl_coef", 0.0),
+        kl_loss_type="low_var_kl", entropy_coeff=options.get("entropy_coef", 0.0),
+        loss_scale_factor=MAX_LEN if agg == "const" else None)
+
+
+def verl_loss(batch, options, agg, dtype, clip_ratio_c=NO_DUAL_CLIP):
+    b = tensors(batch, dtype)
+    mask = (torch.arange(MAX_LEN) < b.lengths[:, None]).to(dtype)
+    advantages = verl_advantages(b.rewards, "std", mask.float())
+    # verl's model answers for every token, the last prompt token predicting the first of the response
+    output = {name: torch.cat([torch.nn.functional.pad(row, (0, 1)) for row in x.split(b.lengths.tolist())])
+              for name, x in (("log_probs", b.logp), ("entropy", b.entropy))}
+    loss, metrics = verl().losses.ppo_loss(verl_config(options, agg, clip_ratio_c), output,
+                                           verl_data(b, options, advantages, mask))
+    metrics = {name: float(x.aggregate()) for name, x in metrics.items() if hasattr(x, "aggregate")}
+    kl = metrics.get("kl_loss") if agg == "token" else None  # under the others a weighted mean
+    return result(loss, b, advantages[:, 0], metrics["actor/pg_clipfrac"], kl)
 
 
 # ----- the file
@@ -254,11 +296,14 @@ LOSS = {"trl": trl_loss, "verl": verl_loss}
 ADVANTAGES = {"trl": trl_advantages, "verl": verl_advantages}
 
 
+def short(numbers):
+    return [float(f"{x:.12g}") for x in numbers]
+
+
 def main():
-    short = lambda x: [float(f"{v:.12g}") for v in x]
     batches = make_batches()
-    golden = {"versions": {name: version(name) for name in ("trl", "verl", "torch", "transformers", "tensordict")},
-              "max_len": MAX_LEN, "batches": batches, "advantages": {}, "losses": {}}
+    versions = {name: version(name) for name in ("trl", "verl", "torch", "transformers", "tensordict")}
+    golden = {"versions": versions, "max_len": MAX_LEN, "batches": batches, "advantages": {}, "losses": {}}
     for peer, expected in VERSIONS.items():
         assert version(peer) == expected, f"{peer} is {version(peer)}; tests and readers expect {expected}"
         golden["advantages"][peer] = {
@@ -269,10 +314,11 @@ def main():
             batch, options = CASES[name]
             r = LOSS[peer](batches[batch], options, agg, torch.float64)
             r["grad"] = short(r["grad"])
-            r["entropy_grad"] = short(r["entropy_grad"]) if any(r["entropy_grad"]) else None  # None: all zero
+            r["entropy_grad"] = short(r["entropy_grad"]) if any(r["entropy_grad"]) else None
             golden["losses"][peer][f"{name}/{agg}"] = r
     GOLDEN.parent.mkdir(exist_ok=True)
-    GOLDEN.write_text(json.dumps(golden).replace('"batches"', '\n"batches"').replace('{"loss"', '\n{"loss"') + "\n")
+    text = json.dumps(golden).replace('"batches"', '\n"batches"').replace('{"loss"', '\n{"loss"')
+    GOLDEN.write_text(text + "\n")
     print(f"{GOLDEN.name}: {GOLDEN.stat().st_size / 1024:.0f} KB, "
           + ", ".join(f"{len(v)} losses of {k} {VERSIONS[k]}" for k, v in golden["losses"].items()))
 

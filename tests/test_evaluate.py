@@ -1,93 +1,78 @@
-"""evaluate.py: estimators against closed forms, brute force and simulation; runs that are killed, continued, regraded,
-compared; files that are broken."""
+"""evaluate.py: estimators against closed forms, brute force and simulation; runs that are killed, continued,
+regraded, compared; rewards of one's own; files, disks and weights that are broken."""
+import fcntl
 import gzip
 import itertools
 import json
 import math
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
-from transformers import AutoTokenizer
+import torch
+from conftest import ROOT, command, make_model, make_tokenizer, metrics, run, save_model
+from transformers import AutoModelForCausalLM
 
-from conftest import ROOT, command, make_tokenizer, metrics, run
-
+import common
 import data
 import evaluate
-from rollout import Sample
+import rollout
 
-
-# ----- estimators
-
-def brute_pass(right, n, k):
-    subsets = list(itertools.combinations([1] * right + [0] * (n - right), k))
-    return sum(any(s) for s in subsets) / len(subsets)
-
-
-def brute_maj(right, wrong, n, k):
-    votes = ["right"] * right + [c for c, size in enumerate(wrong) for _ in range(size)]
-    votes += [None] * (n - len(votes))
-    won, subsets = 0.0, list(itertools.combinations(votes, k))
-    for s in subsets:
-        counts = {v: s.count(v) for v in s if v is not None}
-        top = [v for v in counts if counts[v] == max(counts.values())]
-        won += "right" in top and 1 / len(top)
-    return won / len(subsets)
-
+# ----- Estimators ------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
 def test_pass_at_k_is_the_share_of_subsets(n):
-    for right in range(n + 1):
-        assert evaluate.pass_at_k(right, n) == pytest.approx([brute_pass(right, n, k) for k in range(1, n + 1)])
+    for right, k in itertools.product(range(n + 1), range(1, n + 1)):
+        subsets = list(itertools.combinations([1] * right + [0] * (n - right), k))
+        assert evaluate.pass_at_k(right, n)[k - 1] == pytest.approx(sum(map(any, subsets)) / len(subsets))
 
 
-@given(st.integers(0, 5), st.lists(st.integers(1, 3), max_size=4), st.integers(0, 3))
-@settings(max_examples=60, deadline=None)
-def test_maj_at_k_is_the_share_of_votes_won(right, wrong, silent):
-    n = right + sum(wrong) + silent
-    if 0 < n <= 11:
-        assert evaluate.maj_at_k(right, wrong, n) == pytest.approx([brute_maj(right, wrong, n, k) for k in range(1, n + 1)])
-
-
-def test_maj_at_k_ties_and_silence():
-    assert evaluate.maj_at_k(2, [2], 4)[-1] == pytest.approx(0.5)              # two against two: a coin
-    assert evaluate.maj_at_k(2, [2, 2], 6)[-1] == pytest.approx(1 / 3)
-    assert evaluate.maj_at_k(1, [1, 1, 1], 4)[-1] == pytest.approx(0.25)
-    assert evaluate.maj_at_k(1, [], 8)[-1] == 1.0                              # those without an answer do not vote
-    assert evaluate.maj_at_k(0, [], 3) == [0.0] * 3                            # nobody voted
-    assert evaluate.maj_at_k(5, [3, 2], 16)[0] == pytest.approx(5 / 16)        # maj@1 is pass@1
-    wide = evaluate.maj_at_k(20, [1] * 30 + [14], 64)                          # 64 samples, as on AIME
-    assert wide[-1] == 1.0 and all(0 <= x <= 1 + 1e-12 for x in wide) and wide[0] == pytest.approx(20 / 64)
+def rows_of(rewards):
+    """rewards [P, n] -> rows as evaluate.py keeps them."""
+    common = {"benchmark": "sums", "reason": "", "response_tokens": 10, "finish_reason": "stop"}
+    return [{"id": f"p{i}", "sample": j, "reward": float(r), **common}
+            for i, row in enumerate(rewards) for j, r in enumerate(row)]
 
 
 def test_standard_errors_by_simulation():
     """Draw problems and samples many times over: the spread of the score is what the formulas say."""
     rng = np.random.default_rng(0)
     p_hard, n, P = rng.beta(0.5, 0.9, size=5000), 8, 60
-    fixed = p_hard[:P]
-    new_problems, reruns, se, se_samples = [], [], [], []
-    for _ in range(1500):
-        right = rng.binomial(n, rng.choice(p_hard, P))
-        mean, error = evaluate.mean_and_se(right / n)
-        new_problems.append(mean)
-        se.append(error)
-        right = rng.binomial(n, fixed)
-        reruns.append(right.mean() / n)
-        se_samples.append(evaluate.sampling_se(right, n))
-    assert np.mean(se) == pytest.approx(np.std(new_problems), rel=0.06)
-    assert np.mean(se_samples) == pytest.approx(np.std(reruns), rel=0.06)
-    naive = math.sqrt(np.mean(new_problems) * (1 - np.mean(new_problems)) / (P * n))
-    assert np.std(new_problems) > 1.5 * naive  # what treating the samples as independent would have claimed
+    fixed, scores, reruns, se, se_samples = p_hard[:P], [], [], [], []
+    for _ in range(400):
+        b = evaluate.summarize(rows_of(rng.random((P, n)) < rng.choice(p_hard, (P, 1))), n)
+        scores.append(b["pass@1"])
+        se.append(b["se"])
+        b = evaluate.summarize(rows_of(rng.random((P, n)) < fixed[:, None]), n)
+        reruns.append(b["pass@1"])
+        se_samples.append(b["se_samples"])
+    assert np.mean(se) == pytest.approx(np.std(scores), rel=0.12)
+    assert np.mean(se_samples) == pytest.approx(np.std(reruns), rel=0.12)
+    naive = math.sqrt(np.mean(scores) * (1 - np.mean(scores)) / (P * n))
+    assert np.std(scores) > 1.5 * naive  # what treating the samples as independent would have claimed
 
 
-def test_standard_error_of_one_problem_or_one_sample_is_unknown():
-    assert evaluate.mean_and_se([0.5]) == (0.5, None) and evaluate.sampling_se([1], 1) is None
+def test_scores_of_0_and_100_percent_get_a_bound_over_problems():
+    """Rule of three: 30 problems without a success, at most 10 %, however many samples each has."""
+    none, every = (evaluate.summarize(rows_of(np.full((30, 16), r)), 16) for r in (0, 1))
+    assert evaluate.percent(none["pass@1"], none["se"]) == "0.0 (at most 10.0)"
+    assert evaluate.percent(every["pass@k"][-1], every["pass@k_se"][-1]) == "100.0 (at least 90.0)"
+    for p in (2, 30, 200):  # the exact bound, 1 - 0.05 ** (1 / p), is never above it
+        assert min(1, 2 * evaluate.mean_and_se([0.0] * p)[1]) >= 1 - 0.05 ** (1 / p)
+    both = evaluate.average([none, none])
+    assert evaluate.percent(both["pass@1"], both["se"]) == "0.0 (at most 7.1)"
+    mixed = evaluate.average([none, every])
+    assert mixed["pass@1"] == 0.5 and mixed["se"] == pytest.approx(0.05 / 2 ** 0.5)
+    assert evaluate.mean_and_se([0.5]) == (0.5, None) and evaluate.mean_and_se([0.0]) == (0.0, 0.5)
+    two = evaluate.average([{"pass@1": 0.2, "se": 0.03}, {"pass@1": 0.6, "se": 0.04}])
+    assert two == {"pass@1": pytest.approx(0.4), "se": pytest.approx(0.025)}
 
 
 def test_bootstrap_agrees_with_theory_and_is_calibrated():
@@ -96,105 +81,175 @@ def test_bootstrap_agrees_with_theory_and_is_calibrated():
     r = evaluate.paired_bootstrap([a], [b])
     assert r["difference"] == pytest.approx((b - a).mean())
     assert r["se"] == pytest.approx((b - a).std(ddof=1) / 200 ** 0.5, rel=0.05)
-    assert r == evaluate.paired_bootstrap([a], [b])                            # same seed, same numbers
-    ps = [evaluate.paired_bootstrap([x := rng.random(40)], [x + rng.normal(size=40)], draws=400)["p"] for _ in range(300)]
-    assert 0.01 < np.mean(np.array(ps) < 0.05) < 0.12                          # no difference: p < 0.05 in about 5 %
+    assert r == evaluate.paired_bootstrap([a], [b])  # same seed, same numbers
+    ps = [evaluate.paired_bootstrap([x := rng.random(40)], [x + rng.normal(size=40)], draws=400)["p"]
+          for _ in range(300)]
+    assert 0.01 < np.mean(np.array(ps) < 0.05) < 0.12  # no difference: p < 0.05 in about 5 %
     sure = evaluate.paired_bootstrap([a], [a + 0.1])
     assert sure["p"] == 1e-4 and sure["low"] == pytest.approx(0.1)
     assert evaluate.paired_bootstrap([a], [a])["p"] == 1.0
     two = evaluate.paired_bootstrap([[0.0] * 30, [0.5] * 500], [[1.0] * 30, [0.5] * 500])
-    assert two["difference"] == pytest.approx(0.5)                             # benchmarks weigh the same, not problems
+    assert two["difference"] == pytest.approx(0.5)  # benchmarks weigh the same, not problems
 
 
-def test_average_of_benchmarks():
-    two = evaluate.average({"x": {"pass@1": 0.2, "se": 0.03}, "y": {"pass@1": 0.6, "se": 0.04}})
-    assert two["pass@1"] == pytest.approx(0.4) and two["se"] == pytest.approx(0.025)
-
-
-# ----- saved transcripts with scores found by hand
-
-def test_hand_checked_transcripts(tmp_path):
+def test_hand_checked_transcripts(tmp_path, capsys):
     """Two problems x four responses, read by a person: see the comments in the file's `why`."""
-    source = ROOT / "tests/data/transcripts.jsonl"
-    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    rows = [json.loads(line) for line in (ROOT / "tests/data/transcripts.jsonl").read_text().splitlines()]
     blank = [{**r, "reward": 0.0, "extracted": None, "reason": ""} for r in rows]
-    with gzip.open(tmp_path / "saved.responses.jsonl.gz", "wt") as f:
-        f.writelines(json.dumps(r) + "\n" for r in blank)
-    protocol = dict(template=None, think=True, stop=[], n=4, style="r1", chat=True, examples="", limit=0, temperature=0.6,
-                    top_p=0.95, max_tokens=100, seed=0, engine="torch", dtype="float32", versions={})
-    (tmp_path / "saved.json").write_text(json.dumps({"name": "saved", "protocol": protocol}))
-    done = subprocess.run([sys.executable, str(ROOT / "evaluate.py"), "--regrade", str(tmp_path / "saved.json")],
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "saved.json").read_text())
-    b = result["benchmarks"]["hand"]
+    (tmp_path / "saved.responses.jsonl.gz").write_bytes(gzip.compress(common.json_lines(blank).encode()))
+    protocol = {"template": None, "think": True, "stop": [], "n": 4, "style": "r1", "seed": 0, "versions": {}}
+    path = tmp_path / "saved.json"
+    path.write_text(json.dumps({"name": "saved", "protocol": protocol}))
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(["--regrade", str(path)])
+    said = capsys.readouterr().out
+    assert end.value.code == 0 and "3 verdicts changed" in said and "37.5 ± 12.5" in said
+    b = json.loads(path.read_text())["benchmarks"]["hand"]
     assert b["per_problem"] == {"p1": 2, "p2": 1}
-    assert b["pass@1"] == pytest.approx(3 / 8)                                 # (2/4 + 1/4) / 2
-    assert b["se"] == pytest.approx(0.125)                                     # |2/4 - 1/4| / 2
+    assert b["pass@1"] == pytest.approx(3 / 8)   # (2/4 + 1/4) / 2
+    assert b["se"] == pytest.approx(0.125)       # |2/4 - 1/4| / 2
     assert b["pass@k"] == pytest.approx([3 / 8, (5 / 6 + 3 / 6) / 2, (1 + 3 / 4) / 2, 1.0])
-    # p1: 2 right, one wrong vote, one silent -> right wins; p2: one right, 1/2 and 0.5 the same wrong answer twice
-    assert b["maj@k"][-1] == pytest.approx((1 + 0) / 2)
-    assert b["truncated"] == 2 / 8 and b["answerless"] == 2 / 8
+    assert b["truncated"] == 2 / 8 and b["verdicts"]["no_close"] + b["verdicts"].get("no_box", 0) == 2
     assert b["tokens"] == pytest.approx(np.mean([10, 30, 20, 100, 12, 14, 16, 100]))
-    assert b["tokens_right"] == pytest.approx((10 + 30 + 12) / 3) and b["tokens_wrong"] == pytest.approx(250 / 5)
-    assert "3 verdicts changed" in done.stdout and "37.5 ± 12.5" in done.stdout
-    assert [r["reward"] for r in evaluate.read_lines(str(tmp_path / "saved.responses.jsonl.gz"))] == [r["right"] for r in rows]
+    assert b["tokens_right"] == pytest.approx((10 + 30 + 12) / 3) and b["tokens_wrong"] == pytest.approx(50)
+    again = common.read_lines(str(tmp_path / "saved.responses.jsonl.gz"))
+    assert [r["reward"] for r in again] == [r["right"] for r in rows]
 
 
-# ----- styles
+# ----- Styles and rewards ----------------------------------------------------------------------------------
 
-class Text:
-    """A stand-in for a tokenizer: one character, one token."""
-    def decode(self, ids):
-        return "".join(map(chr, ids))
+SEVEN = data.Problem("p", "?", "7")
 
 
-def row(text, answer="7", style="r1", finish="stop"):
-    problem = data.Problem("p", "?", answer)
-    return evaluate.sample_row(Text(), Sample([1], [ord(c) for c in text], [0.0] * len(text), finish), problem, 0,
-                               evaluate.STYLES[style])
+def grade(text, style="r1", reward=None, problem=SEVEN):
+    return evaluate.load_reward(reward, evaluate.STYLES[style])(problem, SimpleNamespace(text=text))
 
 
 def test_where_each_style_looks_for_the_answer():
-    assert row("so \\boxed{7}</think> \\boxed{8}")["extracted"] == "8"
-    assert row("\\boxed{7}")["extracted"] is None and row("\\boxed{7}")["reward"] == 0
-    assert row("\\boxed{7}", style="plain")["reward"] == 1 and row("\\boxed{7}", style="qwen-math")["reward"] == 1
-    r = row("code \\boxed{7}<end_of_answer> and then \\boxed{9} for ever", style="rstar", finish="length")
-    assert r["reward"] == 1 and r["finish_reason"] == "stop" and r["response"] == "code \\boxed{7}"
-    assert r["response_tokens"] == len("code \\boxed{7}")
-    assert row("no end \\boxed{7", style="rstar", finish="length")["finish_reason"] == "length"
+    assert grade("so \\boxed{8}</think> \\boxed{7}")[0] == 1
+    assert grade("so \\boxed{7}</think> \\boxed{8}")[0] == 0
+    assert grade("\\boxed{7}") == (0.0, "no_close") and grade("</think> 7") == (0.0, "no_box")
+    assert grade("\\boxed{7}", "plain")[0] == grade("\\boxed{7}", "qwen-math")[0] == 1
+    assert grade("code \\boxed{7}<end_of_answer> and \\boxed{9} for ever", "rstar")[0] == 1
+    tokenizer, text = make_tokenizer(), "code \\boxed{7}<end_of_answer> and \\boxed{9}"
+    item = evaluate.Item("sums", "p", 3, SEVEN, [1, 2])
+    style = evaluate.STYLES["rstar"]
+    sample = rollout.Sample([1, 2], np.array(tokenizer(text)["input_ids"]), np.zeros(9), "length", text=text)
+    row = evaluate.sample_row(item, sample, style, evaluate.load_reward(None, style), tokenizer)
+    assert (row["response"], row["finish_reason"], row["reward"]) == ("code \\boxed{7}", "stop", 1)
+    assert row["response_tokens"] == len(tokenizer("code \\boxed{7}")["input_ids"]) and row["sample"] == 3
 
 
 def test_prompts_of_the_styles(tmp_path):
     tokenizer, problem = make_tokenizer(), [data.Problem("p", "1+1?", "2")]
-    text = lambda style, **k: tokenizer.decode(evaluate.encode(evaluate.load_style(style), problem, tokenizer, 500, **k)[1][0])
+
+    def text(name, **options):
+        style = evaluate.load_style(name)
+        return tokenizer.decode(evaluate.encode(style, problem, tokenizer, 500, **options)[1][0])
     assert text("r1") == "<user>1+1? " + data.INSTRUCTION + "<bot>" == text("plain")
-    assert text("qwen-math").startswith("<|im_start|>system\nPlease reason") and "user\n1+1?<|im_end|>" in text("qwen-math")
-    assert text("rstar") == "<|user|>:\n1+1?\n<|assistant|>: Let's think step by step and solve the problem with code."
+    assert text("plain", instruction="Box it.") == "<user>1+1? Box it.<bot>"
+    assert text("qwen-math").startswith("<|im_start|>system\nPlease reason")
+    assert text("rstar").startswith("<|user|>:\n1+1?\n<|assistant|>: Let's think step by step")
     mine = tmp_path / "mine.txt"
     mine.write_text("Q: {problem} Use {braces} freely.\nA: <think>")
     assert text(str(mine)) == "Q: 1+1? Use {braces} freely.\nA: <think>"
     assert evaluate.load_style(str(mine)).think and not evaluate.load_style("plain").think
+    with pytest.raises(ValueError, match="--instruction"):
+        text(str(mine), instruction="Box it.")
+    with pytest.raises(ValueError, match="longer than 3 tokens"):
+        evaluate.encode(evaluate.load_style(str(mine)), problem, tokenizer, 3)
     mine.write_text("no place for it")
     with pytest.raises(ValueError, match="exactly once"):
         evaluate.load_style(str(mine))
-    with pytest.raises(ValueError, match="r1, qwen-math, rstar, plain"):
+    with pytest.raises(ValueError, match="r1, plain, qwen-math, rstar"):
         evaluate.load_style("nonsense")
 
 
-# ----- whole runs
+@pytest.mark.parametrize("template", ["<bos>Q: {problem}", "\n<bos>Q: {problem}", "Q: {problem}"])
+def test_a_style_file_with_the_begin_of_text_token_gets_no_second_one(template, tmp_path):
+    from tokenizers.processors import TemplateProcessing
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", tokenizer.bos_token_id)])
+    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    (tmp_path / "style.txt").write_text(template)
+    style = evaluate.load_style(str(tmp_path / "style.txt"))
+    ids = evaluate.encode(style, [data.Problem("p", "1+1?", "2")], tokenizer, 100)[1][0]
+    assert ids.count(tokenizer.bos_token_id) == 1
 
-def cmd(model, bench, out, *options, ranks=1):
-    start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                                 "--nproc_per_node", str(ranks)]
-    return [*start, str(ROOT / "evaluate.py"), "--model", model, "--benchmarks", str(bench), "--out", str(out), "--name", "x",
-            "--style", "plain", "-n", "5", "--max_tokens", "24", "--engine", "torch", *map(str, options)]
+
+OWN = """
+import math
+def short(response, problem):
+    return 0.37 if problem.id == "s0" else 1.0 / (1 + len(response) % 3)
+def none(response, problem):
+    return None if problem.id == "s2" else 0.5
+def nan(response, problem):
+    return math.nan
+def wrong(response, problem):
+    return problem.nothing
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "ownreward.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    yield "ownreward:"
+    sys.modules.pop("ownreward", None)
+
+
+def test_a_reward_of_ones_own(own):
+    problem = data.Problem("s0", "?", "", "here")
+    assert grade("x", reward=own + "short", problem=problem) == (0.37, "scored")
+    for name, says in (("nan", "nan on s2"), ("none", "on s2.*TypeError"), ("wrong", "s2.*AttributeError")):
+        with pytest.raises(ValueError, match=f"--reward ownreward:{name}.*{says}"):
+            grade("x", reward=own + name, problem=data.Problem("s2", "?", ""))
+    for name in ("missing", "math"):
+        with pytest.raises(ValueError, match=f"--reward ownreward:{name}: no module:function"):
+            grade("x", reward=own + name)
+    with pytest.raises(ValueError, match="No module named 'nowhere'"):
+        grade("x", reward="nowhere:f")
+    b = evaluate.summarize(rows_of([[0.37, 0.7], [0.2, 0.1]]), 2)
+    assert b["pass@1"] == pytest.approx(0.3425) and b["per_problem"] == {"p0": 1, "p1": 0}
+    assert b["rewards"]["p0"] == pytest.approx(0.535) and b["pass@k"] == [0.25, 0.5]
+
+
+# ----- Whole runs ------------------------------------------------------------------------------------------
+
+def options(model, bench, out, *more):
+    return ["--model", str(model), "--benchmarks", str(bench), "--out", str(out), "--name", "x", "--style",
+            "plain", "-n", "5", "--max_tokens", "24", "--engine", "torch", *map(str, more)]
+
+
+def cmd(*given, ranks=1):
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    return [*(start if ranks > 1 else start[:1]), str(ROOT / "evaluate.py"), *options(*given)]
+
+
+@pytest.fixture
+def here(capfd, monkeypatch):
+    """Run evaluate.py in this process -> (exit code, what it said)."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+
+    def run_here(*argv):
+        with pytest.raises(SystemExit) as end:
+            evaluate.main(list(argv))
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        return end.value.code, "".join(capfd.readouterr())
+    yield run_here
+    signal.signal(signal.SIGINT, handlers[0])
+    signal.signal(signal.SIGTERM, handlers[1])
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     path = tmp_path_factory.mktemp("bench") / "sums.jsonl"
-    path.write_text("".join(json.dumps(dict(id=f"s{i}", problem=f"{i}+1?", answer=str(i + 1))) + "\n" for i in range(7)))
+    path.write_text("".join(json.dumps({"id": f"s{i}", "problem": f"{i}+1?", "answer": str(i + 1)}) + "\n"
+                            for i in range(7)))
     return path
 
 
@@ -205,178 +260,263 @@ def undisturbed(tiny, bench, tmp_path_factory):
     return out
 
 
-def load(out, name="x"):
-    result = json.loads((out / f"{name}.json").read_text())
-    return result, evaluate.read_lines(str(out / f"{name}.responses.jsonl.gz"))
+def load(out):
+    return (json.loads((out / "x.json").read_text()),
+            list(common.read_lines(str(out / "x.responses.jsonl.gz"))))
 
 
 def test_a_run_leaves_scores_and_every_response(undisturbed):
     result, rows = load(undisturbed)
     b = result["benchmarks"]["sums"]
-    assert len(rows) == 35 and b["problems"] == 7 and b["n"] == 5 and len(b["pass@k"]) == len(b["maj@k"]) == 5
+    assert len(rows) == 35 and b["problems"] == 7 and b["n"] == 5 == len(b["pass@k"])
+    assert b["per_problem"] == {f"s{i}": 0 for i in range(7)}  # what data.py select --rates reads
     assert b["tokens"] == pytest.approx(np.mean([r["response_tokens"] for r in rows]))
     assert result["parameters"] > 0 and result["tokens_generated"] == sum(r["response_tokens"] for r in rows)
-    for word in ("style plain", "T 0.6", "top_p 0.95", "24 tokens", "n 5", "seed 0", "engine torch", "torch 2.", "problems clustered"):
+    for word in ("style plain", "temperature 0.6", "top_p 0.95", "max_tokens 24", "n 5", "seed 0",
+                 "engine torch", "torch 2.", "instruction Let's think", "problems clustered"):
         assert word in result["protocol_line"]
-    assert sorted(p.name for p in undisturbed.iterdir()) == ["x.json", "x.responses.jsonl.gz"]
+    assert sorted(p.name for p in undisturbed.iterdir()) == ["x.json", "x.lock", "x.responses.jsonl.gz"]
 
 
-def test_n_not_divisible_by_ranks(tiny, bench, undisturbed, tmp_path):
-    run(cmd(tiny, bench, tmp_path, ranks=2))
-    assert [r["response"] for r in load(tmp_path)[1]] == [r["response"] for r in load(undisturbed)[1]]
-    assert load(tmp_path)[0]["benchmarks"] == load(undisturbed)[0]["benchmarks"]
-
-
-@pytest.mark.parametrize("how, again", [(signal.SIGKILL, 2), (signal.SIGTERM, 1)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how, again", [(signal.SIGKILL, 2), (signal.SIGTERM, 1), (signal.SIGINT, 3)])
 def test_interrupted_runs_go_on_sample_by_sample(tiny, bench, undisturbed, tmp_path, how, again):
-    """Stopped after a few samples, continued (also with another number of ranks): the same file as undisturbed, and
+    """Stopped after a few samples, continued on another number of ranks: the same rows as undisturbed, and
     nothing generated twice."""
-    child = subprocess.Popen(cmd(tiny, bench, tmp_path, "--max_seqs", 1), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                             env={**os.environ, "OMP_NUM_THREADS": "1"})
-    part = tmp_path / "x.part.0.jsonl"
-    deadline = time.time() + 120
-    while time.time() < deadline and not (part.exists() and part.read_text().count("\n") > 6):
+    child = subprocess.Popen(cmd(tiny, bench, tmp_path, "--max_seqs", 1), stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline, kept = time.time() + 120, []
+    while time.time() < deadline and len(kept) < 7:
         time.sleep(0.005)
+        kept = [line for p in tmp_path.glob("x.part.*") for line in p.read_text().splitlines()]
     child.send_signal(how)
     said = child.communicate(timeout=60)[0]
     assert not (tmp_path / "x.json").exists(), "it finished before the signal"
-    if how == signal.SIGTERM:
-        assert child.returncode == 1 and "the same command goes on" in said
-    kept = [json.loads(x) for x in part.read_text().splitlines()[1:-1]]
+    if how != signal.SIGKILL:
+        assert child.returncode == 128 + how and "the same command goes on" in said
+    part, = tmp_path.glob("x.part.*")
+    rows = [json.loads(line) for line in part.read_text().splitlines()[1:]]
     with open(part, "a") as f:
         f.write('{"benchmark": "sums", "id": "s6", "sam')  # a line cut by the crash
     done = run(cmd(tiny, bench, tmp_path, ranks=again))
-    assert f"of 35 samples are there already" in done.stdout
+    assert f"{len(rows)} of 35 samples are there already" in done.stdout
     assert load(tmp_path)[0]["benchmarks"] == load(undisturbed)[0]["benchmarks"]
-    rows = {(r["id"], r["sample"]): r for r in load(tmp_path)[1]}
-    assert len(kept) >= 5 and all(rows[k["id"], k["sample"]] == k for k in kept)
+    assert load(tmp_path)[1] == load(undisturbed)[1] and all(row in load(tmp_path)[1] for row in rows)
     assert not list(tmp_path.glob("*.part*"))
 
 
-def test_a_finished_run_is_not_run_again_but_extended(tiny, bench, undisturbed, tmp_path):
+def test_a_finished_run_is_not_run_again_but_extended(tiny, bench, undisturbed, tmp_path, here):
     for p in undisturbed.iterdir():
         (tmp_path / p.name).write_bytes(p.read_bytes())
     before = load(tmp_path)
-    done = run(cmd(tiny, bench, tmp_path))
-    assert "35 of 35 samples are there already" in done.stdout and load(tmp_path)[0]["benchmarks"] == before[0]["benchmarks"]
-    done = run(cmd(tiny, bench, tmp_path, "--n", 6))
-    assert "35 of 42 samples" in done.stdout
+    code, said = here(*options(tiny, bench, tmp_path))
+    assert code == 0 and "35 of 35 samples are there already" in said and load(tmp_path)[1] == before[1]
+    assert "35 of 42 samples" in here(*options(tiny, bench, tmp_path, "--n", 6))[1]
     assert [r for r in load(tmp_path)[1] if r["sample"] < 5] == before[1]
-    fewer = run(cmd(tiny, bench, tmp_path, "--n", 2), check=False)  # would throw computed samples away
-    assert fewer.returncode == 2 and "another --name" in fewer.stderr and len(load(tmp_path)[1]) == 42
-    other = run(cmd(tiny, bench, tmp_path, "--n", 6, "--temperature", 1), check=False)
-    assert other.returncode == 2 and "temperature 0.6 -> 1.0" in other.stderr
+    for more, says in ((["--n", 2], "another --name"), (["--temperature", 1], "temperature 0.6 -> 1.0"),
+                       (["--reward", "math:sqrt"], "reward None -> 'math:sqrt'")):
+        code, said = here(*options(tiny, bench, tmp_path, *more))
+        assert code == 2 and says in said
+    changed = tmp_path / "sums.jsonl"
+    changed.write_text(bench.read_text().replace('"answer": "1"', '"answer": "11"'))
+    code, said = here(*options(tiny, changed, tmp_path, "--n", 6))
+    assert code == 2 and "sums s0 has changed" in said and len(load(tmp_path)[1]) == 42
 
 
-def test_the_curve_and_the_table_agree(tiny, problems, tmp_path):
-    """In-training evaluation of the last step = evaluate.py on its checkpoint, to the last digit."""
-    run(command(tiny, problems, tmp_path / "run", "--steps", 2, "--eval_data", problems, "--eval_every", 2, "--eval_n", 3))
-    line = metrics(tmp_path / "run")[-1]
-    run(cmd(str(tmp_path / "run/checkpoints/000002/hf"), problems, tmp_path, "--n", 3, "--top_p", 1))
+def test_two_evaluations_of_one_name(tiny, bench, tmp_path, here):
+    with open(tmp_path / "x.lock", "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        code, said = here(*options(tiny, bench, tmp_path))
+    assert code == 2 and f"{tmp_path} is in use" in said and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_full_disk_ends_the_generation_at_once(tiny, bench, tmp_path, undisturbed):
+    """A limit on the size of files stands for it. The same command with room gives the undisturbed result."""
+    small = (resource.RLIMIT_FSIZE, (4000, 4000))
+    done = subprocess.run(cmd(tiny, bench, tmp_path, "--max_seqs", 1), check=False, capture_output=True,
+                          text=True, preexec_fn=lambda: resource.setrlimit(*small))
+    assert done.returncode == 2 and "cannot be written" in done.stderr and "goes on" in done.stderr
+    part, = tmp_path.glob("x.part.*")
+    assert 1 < part.read_text().count("\n") < 15 and "Traceback" not in done.stderr
+    run(cmd(tiny, bench, tmp_path))
+    assert load(tmp_path)[1] == load(undisturbed)[1]
+
+
+def test_a_failed_start_leaves_nothing(tiny, bench, tmp_path, here, monkeypatch):
+    out = tmp_path / "a" / "b"
+    assert here(*options(tmp_path / "nowhere", bench, out))[0] == 2
+    code, said = here(*options(tiny, bench, out, "--max_prompt_len", 20))
+    assert code == 2 and "raise --max_prompt_len" in said
+    code, said = here(*options(tiny, bench, out, "--max_tokens", 32768))
+    assert code == 2 and "1024 positions" in said
+
+    def fails(*_, **__):
+        raise common.RankError("vLLM: out of memory")
+    monkeypatch.setattr(rollout, "make_engine", fails)
+    code, said = here(*options(tiny, bench, out))
+    assert code == 2 and "Lower --gpu_memory" in said and not out.exists()
+
+
+def test_damaged_weights_are_told(bench, tmp_path, here):
+    model = make_model()
+    model.lm_head.weight.data[3] = math.nan
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    code, said = here(*options(tmp_path / "model", bench, tmp_path / "out"))
+    assert code == 2 and "NaN" in said and "damaged" in said and not (tmp_path / "out/x.json").exists()
+
+
+def test_another_model_at_the_same_path_is_refused(bench, tmp_path, here):
+    save_model(tmp_path / "model")
+    assert here(*options(tmp_path / "model", bench, tmp_path / "out"))[0] == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    model.lm_head.weight.data *= 1.01
+    model.save_pretrained(tmp_path / "model")
+    code, said = here(*options(tmp_path / "model", bench, tmp_path / "out", "--n", 6))
+    assert code == 2 and "weights '" in said
+
+
+def test_a_run_with_a_reward_of_ones_own(tiny, tmp_path, own, here):
+    bench = tmp_path / "open.jsonl"
+    bench.write_text("".join(json.dumps({"id": f"s{i}", "problem": f"{i}+1?"}) + "\n" for i in range(4)))
+    code, said = here(*options(tiny, bench, tmp_path, "--reward", own + "short"))
+    assert code == 0 and "reward ownreward:short, " in said and "pass@n: from 0.5 on" in said
+    result, rows = load(tmp_path)
+    b = result["benchmarks"]["open"]
+    assert b["rewards"]["s0"] == pytest.approx(0.37) and b["per_problem"]["s0"] == 0
+    assert b["pass@1"] == pytest.approx(np.mean([r["reward"] for r in rows]))
+    assert result["protocol"]["reward"] == "ownreward:short"
+    text = evaluate.compare(result, {**result, "protocol": {**result["protocol"], "reward": None}})
+    assert "CAUTION" in text and "reward 'ownreward:short' / None" in text
+    assert evaluate.regrade(str(tmp_path / "x.json"))[1] == []
+    code, said = here(*options(tiny, bench, tmp_path / "none", "--reward", own + "none"))
+    assert code == 2 and "ownreward:none failed on s2" in said and not (tmp_path / "none/x.json").exists()
+
+
+def test_alarms(tiny, bench, tmp_path, here):
+    """Nothing can be earned, and it is not the model's fault: no </think>, no box, unreadable golds."""
+    code, said = here(*options(tiny, bench, tmp_path, "--style", "r1", "--n", 1, "--max_tokens", 1))
+    assert code == 0 and "7 of 7 responses have no </think>" in said and "--style plain" in said
+    assert "0.0 (at most 42.9)" in said and "± 0.0" not in said
+    code, said = here("--table", str(tmp_path / "x.json"))
+    assert "ALARM" in said
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(json.dumps({"id": "b", "problem": "1+1?", "answer": "1" * 9000}) + "\n")
+    said = here(*options(tiny, bad, tmp_path / "bad"))[1]
+    assert said.index("1 of 1 golds cannot be read") < said.index("| model") and "of problem b" in said
+    protocol = {"think": True, "style": "r1"}
+
+    def about(truncated, **verdicts):
+        b = {"problems": 10, "n": 10, "truncated": truncated, "verdicts": verdicts}
+        return evaluate.alarms({"name": "x", "protocol": protocol, "benchmarks": {"sums": b}})
+    assert not about(0.6, no_close=60, equal=40) and not about(0.0, no_box=30, different=70)
+    assert "no </think>" in about(0.6, no_close=90, equal=10)[0]  # 30 of the 40 that ended
+    assert "gold" in about(0.0, unparsed_gold=60, no_box=40)[0] and "boxed" in about(0.0, no_box=60)[0]
+
+
+@pytest.mark.slow
+def test_the_curve_and_the_table_agree(tiny, problems, tmp_path, here):
+    """Validation at the last step = evaluate.py on its checkpoint, to the last digit; it says when it is
+    not."""
+    run(command(tiny, problems, tmp_path / "run", "--steps", 2, "--eval_data", problems, "--eval_every", 2,
+                "--eval_n", 3))
+    line, hf = metrics(tmp_path / "run")[-1], tmp_path / "run/checkpoints/000002/hf"
+    assert "so the same number" in here(*options(hf, problems, tmp_path, "--n", 3, "--top_p", 1))[1]
     b = load(tmp_path)[0]["benchmarks"]["sums"]
     assert (line["eval_reward"], line["eval_se"], line["eval_length"]) == (b["pass@1"], b["se"], b["tokens"])
+    said = here(*options(hf, problems, tmp_path / "other", "--n", 3))[1]
+    assert "not the number of the validation in training: top_p 1.0 there, 0.95 here" in said
 
 
+@pytest.mark.slow
 def test_vllm_evaluates(tiny, bench, tmp_path):
     run(cmd(tiny, bench, tmp_path, "--engine", "vllm", "--n", 3), timeout=600)
     result, rows = load(tmp_path)
     assert result["protocol"]["engine"] == "vllm" and len(rows) == 21
 
 
-def test_a_problem_with_a_prompt_too_long_is_not_silently_dropped(tiny, bench, tmp_path):
-    done = run(cmd(tiny, bench, tmp_path, "--max_prompt_len", 20), check=False)
-    assert done.returncode == 2 and "raise --max_prompt_len" in done.stderr
-    done = run(cmd(tiny, bench, tmp_path, "--max_tokens", 32768), check=False)
-    assert done.returncode == 2 and "1024 positions" in done.stderr and "does" in done.stderr
+# ----- Files, comparison, options --------------------------------------------------------------------------
+
+def test_empty_and_unknown_benchmarks(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    for names, says in (([str(tmp_path / "empty.jsonl")], "empty.jsonl"), (["aime24", "aime24"], "twice"),
+                        (["aime23"], "aime24, aime25, amc23")):
+        with pytest.raises(ValueError, match=says):
+            evaluate.load_benchmarks(names)
+    sizes = {name: len(found) for name, found in evaluate.load_benchmarks([*evaluate.FIVE, "aime25"]).items()}
+    assert sizes == {"aime24": 30, "math500": 500, "amc23": 83, "minerva": 272, "olympiad": 675, "aime25": 30}
 
 
-# ----- bad files
-
-def test_empty_and_unknown_benchmarks(tiny, tmp_path):
-    empty = tmp_path / "empty.jsonl"
-    empty.write_text("")
-    done = run(cmd(tiny, empty, tmp_path), check=False)
-    assert done.returncode == 2 and "empty.jsonl" in done.stderr
-    with pytest.raises(ValueError, match="aime24, aime25, amc23"):
-        evaluate.load_benchmarks(["aime23"])
-    with pytest.raises(ValueError, match="twice"):
-        evaluate.load_benchmarks(["aime24", "aime24"])
-
-
-@pytest.mark.parametrize("text, says", [("", "is no result"), ("[1]", "lacks"), ('{"name": "x"}', "lacks benchmarks"),
-                                        ('{"name": "x", "benchmarks": {"a": {}}, "protocol": {}, "protocol_line": ""}', "broken")])
-def test_broken_result_files(tmp_path, text, says):
+@pytest.mark.parametrize("text, says", [
+    ("", "is no result"), ("[1]", "lacks"), ('{"name": "x"}', "lacks benchmarks"),
+    ('{"name": "x", "benchmarks": {"a": {}}, "protocol_line": "", "protocol": P}'.replace(
+        "P", '{"template": 0, "think": 0, "stop": [], "n": 1}'), "per_problem of a")])
+def test_broken_result_files(tmp_path, text, says, capsys):
     path = tmp_path / "x.json"
     path.write_text(text)
     for option in ("--table", "--regrade"):
-        with pytest.raises(SystemExit, match="x.json|responses"):
+        with pytest.raises(SystemExit):
             evaluate.main([option, str(path)])
+        assert "x.json" in (said := capsys.readouterr().err) or "x.responses" in said
     with pytest.raises(ValueError, match=says):
         evaluate.read_result(str(path))
 
 
-def test_broken_responses_name_the_line(tmp_path):
-    path = tmp_path / "x.part.0.jsonl"
-    path.write_text('{"protocol": {}}\n{"broken\n{"id": 1}\n')
-    with pytest.raises(ValueError, match=r"x.part.0.jsonl:2"):
-        evaluate.read_lines(str(path))
-    (tmp_path / "y.responses.jsonl.gz").write_bytes(gzip.compress(b'{"id": 1}\n' * 1000)[:-20])
-    with pytest.raises(ValueError, match="cannot be read"):
-        evaluate.read_lines(str(tmp_path / "y.responses.jsonl.gz"))
+def test_broken_responses_name_the_line(tiny, bench, tmp_path, here):
+    (tmp_path / "x.part.0.jsonl").write_text('{"protocol": {}}\n{"broken\n{"id": 1}\n')
+    code, said = here(*options(tiny, bench, tmp_path))
+    assert code == 2 and ("x.part.0.jsonl, line 2" in said or "begun with other settings" in said)
 
-
-# ----- comparing and tables
 
 def result(name, counts, bench="aime24", n=4, **protocol):
-    rows = [{"benchmark": bench, "id": i, "sample": j, "reward": float(j < c), "extracted": str(int(j < c)), "response_tokens": 10,
-             "finish_reason": "stop"} for i, c in counts.items() for j in range(n)]
-    return {"name": name, "protocol": {"temperature": 0.6, **protocol}, "protocol_line": "T 0.6", **evaluate.scores(rows, n)}
+    rows = [{**row, "benchmark": bench, "id": i} for i, c in counts.items()
+            for row in rows_of([[j < c for j in range(n)]])]
+    return {"name": name, "protocol": {"temperature": 0.6, **protocol}, "protocol_line": "T 0.6",
+            "benchmarks": {bench: evaluate.summarize(rows, n)}}
 
 
 def test_compare_is_paired():
     rng = random.Random(0)
     base = {f"p{i}": rng.randint(0, 3) for i in range(40)}
     a, b = result("A", base), result("B", {p: c + 1 for p, c in base.items()})
-    text = evaluate.compare([a, b])
-    assert "+25.0 ± 0.0" in text and "0.0001" in text and "CAUTION" not in text  # unpaired, the error would be 8 points
+    text = evaluate.compare(a, b)
+    assert "+25.0 ± 0.0" in text and "0.0001" in text and "CAUTION" not in text  # unpaired: ± 8
     assert "p0:" in text.split("changed most")[1] and "and 30 more" in text and text.count("(+0.25)") == 10
-    assert evaluate.compare([a, b], show=0).count("(+0.25)") == 40
-    text = evaluate.compare([a, a, result("C", dict(list(base.items())[:30]), temperature=1.0)])
-    assert "+0.0 ± 0.0" in text and "1.0000" in text and "only 30 problems" in text and "temperature 0.6 / 1.0" in text
+    assert evaluate.compare(a, b, show=0).count("(+0.25)") == 40
+    assert "+0.0 ± 0.0" in (text := evaluate.compare(a, a)) and "1.0000" in text and "none" in text
+    text = evaluate.compare(a, result("C", dict(list(base.items())[:30]), temperature=1.0))
+    assert "only 30 problems" in text and "temperature 0.6 / 1.0" in text and "CAUTION" in text
     with pytest.raises(ValueError, match="no benchmark in common"):
-        evaluate.compare([a, result("D", base, bench="math500")])
+        evaluate.compare(a, result("D", base, bench="math500"))
     with pytest.raises(ValueError, match="no problem in common"):
-        evaluate.compare([a, result("D", {"q": 1})])
+        evaluate.compare(a, result("D", {"q": 1}))
 
 
 def test_table_layout():
-    a = result("A", {"p": 1, "q": 2})
-    b = result("B", {"r": 4, "s": 2}, bench="math500")
+    a, b = result("A", {"p": 1, "q": 2}), result("B", {"r": 4, "s": 2}, bench="math500")
     both = {**a, "name": "AB", "benchmarks": {**a["benchmarks"], **b["benchmarks"]}}
-    lines = evaluate.table([a, both], published=True).splitlines()
-    assert [c.strip() for c in lines[0].split("|")[1:-1]] == ["model", "AIME 2024", "MATH-500", "average"]
+    lines = evaluate.report([a, both], published=True).split("\n\n")[0].splitlines()
+    assert [c.strip() for c in lines[0].split("|")[1:-1]] == ["model", "aime24", "math500", "average"]
     cells = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in lines[2:]}
-    assert cells["A"] == ["37.5 ± 12.5", "-", "-"] and cells["AB"] == ["37.5 ± 12.5", "75.0 ± 25.0", "56.2 ± 14.0"]
+    assert cells["A"] == ["37.5 ± 12.5", "-", "-"]
+    assert cells["AB"] == ["37.5 ± 12.5", "75.0 ± 25.0", "56.2 ± 14.0"]
     assert cells["DeepScaleR-1.5B-Preview (published)"] == ["43.1", "87.8", "65.5"]
-    assert len({len(line) for line in lines}) == 1
-    published = [[x for x in v if x is not None] for v in evaluate.PUBLISHED.values()]
-    assert [round(np.mean(v), 1) for v in published if len(v) == 5] == [43.8, 48.9, 50.9, 48.9, 51.6, 56.9]
+    published = common.read_json(evaluate.ASSETS / "published.json").values()
+    means = [round(np.mean(list(v.values())), 1) for v in published if len(v) == 5]
+    assert means == [43.8, 48.9, 50.9, 48.9, 51.6, 56.9]
 
 
-@pytest.mark.parametrize("options, says", [([], "--model is missing"), (["--compare", "a.json"], "two results"),
-                                           (["--model", "m", "--n", "0"], "--n"), (["--model", "m", "--top_p", "0"], "--top_p"),
-                                           (["--model", "m", "--temperature", "0"], "--n 1"), (["--model", "m", "--name", "a/b"], "--name")])
-def test_bad_options(options, says, capsys):
+@pytest.mark.parametrize("argv, says", [
+    ([], "--model is missing"), (["--compare", "a.json"], "two results"), (["--show", "-1"], "--show"),
+    (["--model", "m", "--top_p", "0"], "--top_p"), (["--model", "m", "--temperature", "0"], "--n 1"),
+    (["--model", "m", "--name", "a/b"], "--name"), (["--benchmark", "x"], "did you mean --benchmarks")])
+def test_bad_options(argv, says, capsys):
     with pytest.raises(SystemExit):
-        evaluate.parse_args(options)
+        evaluate.parse_args(argv)
     assert says in capsys.readouterr().err
 
 
 def test_names_of_checkpoints():
     assert evaluate.parse_args(["--model", "runs/8k/checkpoints/000120/hf"]).name == "8k-000120"
-    assert evaluate.parse_args(["--model", "agentica-org/DeepScaleR-1.5B-Preview"]).name == "DeepScaleR-1.5B-Preview"
-
-
-def test_benchmarks_by_name_have_their_sizes():
-    sizes = {n: len(p) for n, p in evaluate.load_benchmarks([*evaluate.FIVE, "aime25"]).items()}
-    assert sizes == {"aime24": 30, "math500": 500, "amc23": 83, "minerva": 272, "olympiad": 675, "aime25": 30}
+    name = evaluate.parse_args(["--model", "agentica-org/DeepScaleR-1.5B-Preview"]).name
+    assert name == "DeepScaleR-1.5B-Preview"

@@ -1,0 +1,63 @@
+"""Options of grpo.py: published defaults, recipes, refusals and the words that help. Nothing is loaded."""
+import pytest
+
+import grpo
+
+BASIC = ("model", "prompts", "group", "updates", "max_len", "max_prompt_len", "steps", "temperature", "lr")
+
+
+def values(args, *names):
+    return tuple(getattr(args, n) for n in names)
+
+
+def test_defaults_are_the_published_first_stage():
+    a = grpo.parse_args([])
+    assert values(a, *BASIC) == ("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", 128, 8, 2, 8192, 1024, 1040, 0.6, 1e-6)
+    assert values(a, "clip_low", "clip_high", "kl_coef", "entropy_coef", "grad_clip", "weight_decay") == \
+        (0.2, 0.2, 0.001, 0.001, 1.0, 0.01)
+    assert values(a, "loss_agg", "drop_zero_variance", "tis_cap", "loss", "warmup_steps") == ("token", 0, 0, "clip", 0)
+    assert a.eval_data.endswith("aime24.jsonl")
+
+
+def test_recipes_and_what_is_given_by_hand():
+    a = grpo.parse_args(["--recipe", "improved", "--clip_high", "0.4"])
+    assert values(a, "temperature", "clip_low", "clip_high", "kl_coef", "entropy_coef", "drop_zero_variance", "tis_cap") \
+        == (1.0, 0.2, 0.4, 0, 0, 1, 2.0)
+    a = grpo.parse_args(["--recipe=justrl"])
+    assert values(a, "prompts", "group", "updates", "max_len", "steps", "temperature", "lr", "warmup_steps",
+                  "weight_decay", "clip_low", "clip_high", "kl_coef", "entropy_coef", "tis_cap", "loss_agg") == \
+        (256, 8, 4, 15360, 4380, 1.0, 1e-6, 10, 0.1, 0.2, 0.28, 0, 0, 2.0, "token")
+    a = grpo.parse_args(["--loss", "cispo", "--clip_high", "7"])
+    assert values(a, "clip_low", "clip_high") == (1.0, 7.0)
+    assert grpo.parse_args(["--recompute", "-1"]).recompute in (0, 1)
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--group", "1"], "--group must be finite and at least 2"),
+    (["--prompts", "5"], "cannot be cut into 2 equal mini-batches"),
+    (["--temperature", "0"], "--temperature"),
+    (["--lr", "nan"], "--lr"),
+    (["--lr", "inf"], "--lr"),
+    (["--eval_top_p", "1.5"], "--eval_top_p"),
+    (["--recompute", "2"], "--recompute"),
+    (["--keep", "-1"], "--keep"),
+    (["--max_length", "9"], "did you mean --max_len?"),
+    (["--difficulty", "rates.jsonl"], "data.py select"),
+    (["--difficulty=rates.jsonl"], "data.py select"),
+    (["--ref_model", "x"], "--model"),
+    (["--recipe", "deepscale"], "invalid choice"),
+])
+def test_refusals(capsys, options, words):
+    with pytest.raises(SystemExit) as stop:
+        grpo.parse_args(options)
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_help_shows_each_default_once_and_those_of_the_recipe(capsys):
+    for recipe, temperature in (("deepscaler", "0.6"), ("improved", "1.0")):
+        with pytest.raises(SystemExit):
+            grpo.parse_args(["--recipe", recipe, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        row = text[text.rindex("--temperature"):text.rindex("--advantage")]
+        assert row.count("default") == 1 and f"(default: {temperature})" in row
+        assert "optimizer:" in text and "validation:" in text and "None" not in text
