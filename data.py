@@ -478,8 +478,8 @@ def check_golds(problems, allow=False):
     if not found:
         return None
     shown = "; ".join(f"{item.answer!r:.80} of problem {item.id} ({why})" for item, why in found[:3])
-    text = (f"{len(found)} of {len(problems)} golds cannot be read by the grader: these problems will never be "
-            f"rewarded, whatever the model answers. Such as {shown}")
+    text = (f"{len(found)} of {len(problems)} golds cannot be read by the grader, so that no answer to these "
+            f"problems will be rewarded. Such as {shown}")
     if not allow and len(found) > UNREADABLE * len(problems):
         raise DataError(f"{text}. Is it the right --answer_field? --allow_unreadable trains on them anyway")
     return text
@@ -833,12 +833,12 @@ def why_not_gradable(problem, answer):
         return f"answer longer than {MAX_GOLD} characters"
     if re.search(r"(?is)^\W*\(?(?:a|i|1)\)\s*\S.*?[\s,;.]\(?(?:b|ii|2)\)\s*\S", text):
         return "several parts"
+    if re.search(r"\.\.\.|…|\\[lc]?dots", text):
+        return "cut off by dots"
     if PROOF.search(problem) and not TASK.search(problem):
         return "proof"
-    given = [box for *_, box in boxes(problem)]
-    given += re.findall(r"\b(?:Answer|Solution)\s*:\s*(.+?)\.?\s*$", problem)
-    solved = re.search(r"\bSolution\b:?\s+(?:1\b|We\b|Let\b)", problem)
-    if solved or any(text and same_answer(text, answer) for text in given):
+    solved = r"\bSolution\b:?\s+(?:1\b|We\b|Let\b)|\bAnswer\s*:[^\n]*\d[^\n]*$"
+    if re.search(solved, problem) or any(box and same_answer(box, answer) for *_, box in boxes(problem)):
         return "the problem gives its answer away"
     return None
 
