@@ -46,7 +46,7 @@ def row(problem, answer, source="s", where="f, line 1, row 0", solutions=()):
             "solutions": list(solutions)}
 
 
-# --- Reading files -------------------------------------------------------------------------------------------
+# --- Reading files ----------------------------------------------------------------------------------------
 
 ROWS = [{"problem": "1+1?", "answer": "2"}, {"problem": "2+2 = ?", "answer": "4"}]
 LINES = "\r\n".join(map(json.dumps, ROWS)).encode() + b"\r\n\r\n"
@@ -148,10 +148,11 @@ def test_hundred_megabyte_row_is_reported_and_passed_over(tmp_path):
 def test_binary_and_invalid_text_are_reported_and_passed_over(tmp_path):
     good = b'{"problem": "a", "answer": "1"}\n'
     noise = random.Random(0).randbytes(50_000).replace(b"\n", b"\xff") + b"\n"
-    (tmp_path / "b.jsonl").write_bytes(noise + good + b'{"problem": "\xff", "answer": "1"}\n' + good.replace(b"a", b"c", 1))
+    broken = b'{"problem": "\xff", "answer": "1"}'
+    (tmp_path / "b.jsonl").write_bytes(noise + good + broken + b"\n" + good.replace(b"a", b"c", 1))
     texts, bad = outcomes(tmp_path / "b.jsonl")
     assert texts[0] == "a" and len(bad) >= 2
-    (tmp_path / "l.json").write_bytes(b'[{"problem": "\xff", "answer": "1"},\n {"problem": "b", "answer": "2"}]')
+    (tmp_path / "l.json").write_bytes(b"[" + broken + b', {"problem": "b", "answer": "2"}]')
     texts, bad = outcomes(tmp_path / "l.json")
     assert texts == ["b"] and "not UTF-8" in bad[0]
     (tmp_path / "z.jsonl.gz").write_bytes(gzip.compress(good * 5000)[:-20])
@@ -210,7 +211,7 @@ def test_hub_names_work_in_training_and_in_a_build(tmp_path, monkeypatch):
         data.load_problems("someone/maths")
 
 
-# --- Rows of other people's data -----------------------------------------------------------------------------
+# --- Rows of other people's data --------------------------------------------------------------------------
 
 CHAT = [{"role": "user", "content": "p"}]
 
@@ -335,7 +336,7 @@ def test_golds_are_read_once_before_training():
 
 
 @pytest.mark.parametrize("text, told", [
-    ("Solve it. The last line of your response should be of the form Answer: $Answer (without quotes) where $Answer is.", 1),
+    ("The last line of your response should be of the form Answer: $Answer where $Answer is it. 1+1?", 1),
     ('Find x. Remember to put your answer on its own line after "Answer:".', 1),
     ("Find x. Put it in <answer></answer> tags", 1),
     ("Find x. End with #### and the number.", 1), ("Find x. Respond in JSON.", 1),
@@ -358,7 +359,7 @@ def test_hostile_texts_stay_cheap():
     assert time.process_time() - start < 8
 
 
-# --- Prompts and batches -------------------------------------------------------------------------------------
+# --- Prompts and batches ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -380,7 +381,7 @@ def test_prompt_is_problem_space_instruction_in_the_chat_format(tokenizer):
     ids = data.encode_prompt(tokenizer, "What is 1 + 2")
     words = tokenizer.convert_ids_to_tokens(ids)
     assert words == ["<s>", "<u>", *("What is 1 + 2 " + data.INSTRUCTION).split(), "<a>"]
-    assert ids.count(tokenizer.bos_token_id) == 1  # the template writes it, the tokenizer must not add another
+    assert ids.count(tokenizer.bos_token_id) == 1  # the template writes it, the tokenizer adds no other
     plain = data.encode_prompt(tokenizer, "What is 1 + 2", chat=False)
     assert tokenizer.convert_ids_to_tokens(plain) == ["<s>", *("What is 1 + 2 " + data.INSTRUCTION).split()]
     shown = data.encode_prompt(tokenizer, "1 + 2", "", examples=[Problem("e", "2 + 2", ["4", "four"])])
@@ -427,7 +428,7 @@ def test_the_order_is_the_one_that_older_runs_have_seen():
     assert len({tuple(data.batch_indices(50, step, 50, seed)) for seed in (0, 1) for step in (0, 1)}) == 4
 
 
-# --- Answers out of solutions --------------------------------------------------------------------------------
+# --- Answers out of solutions -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("solution, expected", [
@@ -456,7 +457,7 @@ def test_solutions_vote_and_given_answers_are_tidied(tmp_path):
     assert [r["answer"] for r in kept] == ["2", "\\frac12"] and "can be read" in dropped[0]["reason"]
 
 
-# --- Duplicates and benchmarks -------------------------------------------------------------------------------
+# --- Duplicates and benchmarks ----------------------------------------------------------------------------
 
 RANK = {"aime": 0, "math": 1, "still": 2, "s": 3}
 
@@ -528,7 +529,7 @@ def test_minilm_finds_a_reworded_problem_and_no_other(tmp_path, monkeypatch):
 
 
 def test_benchmark_problems_are_removed_and_their_match_listed():
-    text = "A train leaves the station at noon and travels at sixty miles per hour toward the coast until sunset"
+    text = "A train leaves the station at noon and travels at sixty miles per hour toward the coast all day"
     tests = [Problem("b1", text + ". How far?", "1", "bench"),
              Problem("b2", "Evaluate $\\sin 60$.", "2", "bench")]
     rows = [row("Yesterday, " + text.upper() + "! Where does it stop?", "7"),
@@ -545,7 +546,7 @@ def test_benchmark_problems_are_removed_and_their_match_listed():
     assert dropped[0]["match"]["problem"] == tests[0].problem
 
 
-# --- What can be graded --------------------------------------------------------------------------------------
+# --- What can be graded -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("problem, answer, reason", [
@@ -581,7 +582,7 @@ def test_the_real_grader_is_asked_and_known_errors_are_corrected():
         "b": "the grader cannot parse it", "e": "the grader cannot parse it", "f": "a count"}
 
 
-# --- The whole build -----------------------------------------------------------------------------------------
+# --- The whole build --------------------------------------------------------------------------------------
 
 
 def small_world(folder):
@@ -591,7 +592,8 @@ def small_world(folder):
     good = [{"problem": f"A {w} of weight {k + 3} costs twice its {w[::-1]}. Find the {w * 2} price.",
              "answer": str(k)}
             for k, w in enumerate(nouns)]
-    test = {"problem": "Nine knights sit at a round table and each of them shakes hands with both neighbours once", "answer": "9"}
+    test = {"problem": "Nine knights sit at a round table and each of them shakes hands with both neighbours",
+            "answer": "9"}
     aime = good[:10] + [{"problem": "Seven sages solve it", "solution": "So \\boxed{12}."}]
     still = good[10:] + [good[0] | {"answer": "999"}, good[12], test,
                          {"problem": "Say why", "answer": "as required"},
@@ -691,7 +693,7 @@ def test_strict_labels_ranges_and_builds_that_cannot_be(tmp_path):
     assert not (tmp_path / "o/u.jsonl").exists()
 
 
-# --- Selection, and what is committed ------------------------------------------------------------------------
+# --- Selection, and what is committed ---------------------------------------------------------------------
 
 
 def test_select_by_solve_rates_of_an_evaluation(tmp_path, capsys):
