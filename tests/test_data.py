@@ -68,14 +68,11 @@ def as_parquet(path):
 
 WRITERS = {
     "a.json": lambda p: p.write_text(json.dumps(ROWS, indent=1)),
-    "oneline.json": lambda p: p.write_text(json.dumps(ROWS)),
-    "lines.json": lambda p: write_jsonl(p, ROWS),
+    "oneline.json": lambda p: p.write_text(json.dumps(ROWS)), "lines.json": lambda p: write_jsonl(p, ROWS),
     "windows.jsonl": lambda p: p.write_bytes(b"\xef\xbb\xbf" + LINES),
     "a.json.gz": lambda p: p.write_bytes(gzip.compress(json.dumps(ROWS).encode())),
-    "a.jsonl.gz": lambda p: p.write_bytes(gzip.compress(LINES)),
-    "a.csv": as_csv,
-    "a.csv.gz": lambda p: p.write_bytes(gzip.compress(as_csv(p))),
-    "a.parquet": as_parquet,
+    "a.jsonl.gz": lambda p: p.write_bytes(gzip.compress(LINES)), "a.csv": as_csv,
+    "a.csv.gz": lambda p: p.write_bytes(gzip.compress(as_csv(p))), "a.parquet": as_parquet,
 }
 
 
@@ -241,8 +238,7 @@ CHAT = [{"role": "user", "content": "p"}]
     ({"messages": [*CHAT, {"role": "assistant", "content": "It is \\boxed{7}."}]}, "p", "7"),
     ({"conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "Answer: 7"}]}, "p", "7"),
     # ShareGPT
-    ({"prompt": [CHAT], "answer": "7"}, "p", "7"),
-    ({"prompt": {"messages": CHAT}, "answer": "7"}, "p", "7"),
+    ({"prompt": [CHAT], "answer": "7"}, "p", "7"), ({"prompt": {"messages": CHAT}, "answer": "7"}, "p", "7"),
     ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "p"}]}], "answer": "7"}, "p", "7"),
     ({"prompt": [*CHAT, {"role": "assistant", "content": "Let me think."}], "answer": "7"}, "p", "7"),
     # a prefix
@@ -440,8 +436,7 @@ def test_the_order_is_the_one_that_older_runs_have_seen():
     ("\\boxed{\\textbf{(051)}}", "051"), ("open \\boxed{3 and the answer is 4.", "4"),
     ("Hence the answer is $17$.", "17"),
     ("The final answer is: \\(x+1\\)", "x+1"), ("#### 72", "72"), ("We are done.", None), ("", None),
-    ("\\boxed{}", None),
-    ("The sum is $8$, choice (C).\n\n\\boxed{C}", "8"),
+    ("\\boxed{}", None), ("The sum is $8$, choice (C).\n\n\\boxed{C}", "8"),
     ("So the value equals 12. Thus \\boxed{\\textbf{(B)}}.", "12"),
     ("\\boxed{B}", None), ("The answer is N/A.", None)])
 def test_read_answer(solution, expected):
@@ -451,8 +446,7 @@ def test_read_answer(solution, expected):
 def test_solutions_vote_and_given_answers_are_tidied(tmp_path):
     assert data.vote(["\\frac12", "3", "0.5", None]) == "\\frac12"
     rows = [{"problem": "p", "solutions": ["\\boxed{1}", "\\boxed{2}", "\\boxed{2}"]},
-            {"problem": "q", "solution": "abc"},
-            {"problem": "r", "answer": "$\\frac12$."}]
+            {"problem": "q", "solution": "abc"}, {"problem": "r", "answer": "$\\frac12$."}]
     kept, dropped = data.collect([write_jsonl(tmp_path / "f.jsonl", rows)])
     assert [r["answer"] for r in kept] == ["2", "\\frac12"] and "can be read" in dropped[0]["reason"]
 
@@ -484,14 +478,12 @@ def test_near_duplicates_and_conflicts():
             # other numbers: another problem, not a conflict
             row("alone", "1")]
     place = {r["problem"]: k // 2 for k, r in enumerate(rows)}
-    kept, dropped = data.merge_duplicates(rows, RANK,
-                                          lambda texts: np.eye(5,
+    kept, dropped = data.merge_duplicates(rows, RANK, lambda texts: np.eye(5,
                                                                dtype=np.float32)[[place[t] for t in texts]])
     assert [r["problem"] for r in kept] == ["seven: 7", "two 2", "9 nuts", "alone"]
     assert sorted((d["problem"], d["reason"]) for d in dropped) == [
         ("2 cats", "conflict, other source kept"), ("5 pears", "conflict unresolved"),
-        ("7 apples", "near duplicate"),
-        ("8 nuts", "near duplicate"), ("five 5", "conflict unresolved")]
+        ("7 apples", "near duplicate"), ("8 nuts", "near duplicate"), ("five 5", "conflict unresolved")]
     assert next(d for d in dropped if d["problem"] == "2 cats")["match"]["cosine"] == 1.0
 
 
@@ -551,8 +543,7 @@ def test_benchmark_problems_are_removed_and_their_match_listed():
 
 @pytest.mark.parametrize("problem, answer, reason", [
     ("Find x.", "", "no answer in it"), ("Find x.", [], "no answer in it"),
-    ("Find x.", "see solution", "no answer in it"),
-    ("Find x.", "\\text{Proof omitted}", "no answer in it"),
+    ("Find x.", "see solution", "no answer in it"), ("Find x.", "\\text{Proof omitted}", "no answer in it"),
     ("Find x.", "Answers may vary", "no answer in it"),
     ("Find x.", "(a) 3; (b) 4", "several parts"), ("Find x.", "1) 3 2) 4", "several parts"),
     ("Find x.", "(i) yes (ii) no", "several parts"), ("Show that 1 < 2.", "1", "proof"),
@@ -561,8 +552,7 @@ def test_benchmark_problems_are_removed_and_their_match_listed():
     ("How many? Answer: 28182.", "28182", "gives its answer away"),
     ("Find the key $\\boxed{x^2}$.", "4", None),
     ("Prove or find x.", "(a, b)", None), ("Find x.", "\\text{no solution}", None),
-    ("Find x.", "(1, 2), (2, 1)", None),
-    ("Find x.", ["1", "2"], None)])
+    ("Find x.", "(1, 2), (2, 1)", None), ("Find x.", ["1", "2"], None)])
 def test_rules_for_answers_nobody_can_grade(problem, answer, reason):
     found = data.why_not_gradable(problem, answer)
     assert found is None if reason is None else reason in found
@@ -570,8 +560,7 @@ def test_rules_for_answers_nobody_can_grade(problem, answer, reason):
 
 def test_the_real_grader_is_asked_and_known_errors_are_corrected():
     rows = [row("a", "\\frac{1}{2}"), row("b", "\\frac{1}{2"), row("c", "(3, \\frac{\\pi}{2})"),
-            row("d", ["1", "one"]),
-            row("e", "3 \\mid a_0"), row("f", "3/2"), row("g", "1.5"), row("h", "")]
+            row("d", ["1", "one"]), row("e", "3 \\mid a_0"), row("f", "3/2"), row("g", "1.5"), row("h", "")]
     mends = {"f": {"answer": None, "why": "a count"}, "g": {"answer": ["3:30 PM", "3:30"], "why": "clock"},
              "h": {"answer": "7", "why": "known"}}
     kept, dropped = data.keep_gradable(rows, {data.text_id(k): mend for k, mend in mends.items()})
@@ -596,8 +585,7 @@ def small_world(folder):
             "answer": "9"}
     aime = good[:10] + [{"problem": "Seven sages solve it", "solution": "So \\boxed{12}."}]
     still = good[10:] + [good[0] | {"answer": "999"}, good[12], test,
-                         {"problem": "Say why", "answer": "as required"},
-                         {"problem": "x"}, 7]
+                         {"problem": "Say why", "answer": "as required"}, {"problem": "x"}, 7]
     write_jsonl(folder / "aime.jsonl", aime)
     (folder / "still.json").write_text(json.dumps(still))
     write_jsonl(folder / "bench.jsonl", [test])
@@ -609,8 +597,7 @@ BUILD = ["aime.jsonl", "still.json", "--out", "out/train.jsonl.gz", "--against",
 
 def build_in(folder, *args, check=True):
     return subprocess.run([sys.executable, str(ROOT / "data.py"), "build", *args], cwd=folder,
-                          capture_output=True,
-                          text=True, check=check)
+                          capture_output=True, text=True, check=check)
 
 
 def contents(folder):
