@@ -210,7 +210,7 @@ def read_chat(turns, notes):
     names = {"human": "user", "developer": "system", "gpt": "assistant", "model": "assistant"}
     for turn in turns:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        role = names.get(role, role)
+        role = names.get(str(role).lower(), str(role).lower())
         if role not in said:
             raise DataError(f"a turn has the role {role!r}; known are system, user and assistant")
         if isinstance(content, list):  # parts; one that is no text, such as an image, is refused
@@ -285,9 +285,10 @@ def stated_answer(text):
     if run:
         return ", ".join(dict.fromkeys(run))
     for mark, end in (("####", "\n"), ("<answer>", "</answer>")):
-        found = text.rpartition(mark)[2].strip()
+        found = re.sub(r"(?i)^\W*(?:the )?(?:final )?answer\s*[:\n]", "", text.rpartition(mark)[2])
+        found = found.strip().split(end)[0]
         if mark in text and found:
-            return tidy(found.split(end)[0])
+            return stated_answer(found) or tidy(found)
     said = [match[1] for match in STATED.finditer(text)]
     if not said:
         return None
@@ -301,7 +302,7 @@ def is_no_answer(answer, problem=""):
     plain = " ".join(plain.split()).strip(" .!:,;")
     if plain.lower() == "none":
         return bool(PROOF.search(problem) and not TASK.search(problem))
-    return answer == "NA" or bool(re.search(r"[\w?.…]|^$", answer) and NO_ANSWER.fullmatch(plain))
+    return plain == "NA" or bool(re.search(r"[\w?.…]|^$", answer) and NO_ANSWER.fullmatch(plain))
 
 
 def read_gold(value, problem=""):

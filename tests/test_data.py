@@ -251,7 +251,8 @@ def test_rows_of_known_shapes(tmp_path, given_row, problem, answer):
 
 
 @pytest.mark.parametrize("text, gold", [
-    ("so\n#### 1,080", "1,080"), ("#### -3.5\n", "-3.5"), ("The answer is 2.", "2"),
+    ("so\n#### 1,080", "1,080"), ("#### The answer is 72", "72"), ("#### Final Answer\n5", "5"),
+    ("#### -3.5\n", "-3.5"), ("The answer is 2.", "2"),
     ("The answer is 3.5. Nice.", "3.5"),
     ("So the final answer is: $\\frac{3}{4}$.", "\\frac{3}{4}"), ("answer: 5", "5"), ("**Answer:** 7", "7"),
     ("\\text{Answer: } 13", "13"), ("Answer: x = 2, y = 3", "x = 2, y = 3"),
