@@ -167,7 +167,7 @@ def read_lines(path, on_bad=None):
             for number, line in enumerate(f, 1):
                 try:
                     yield dict(json.loads(line))
-                except (ValueError, TypeError):
+                except (ValueError, TypeError, RecursionError):
                     if line.strip() and line.endswith("\n"):
                         text = f"{path}, line {number} is no JSON object"
                         if on_bad is None:
