@@ -238,6 +238,8 @@ def mixed_number(m):
 def clock_time(m):
     """3:30 p.m. as the word 3:30pm; without two digits of minutes below 60 it is a ratio."""
     half = (m[4] or "").lower()
+    if m.string[:m.start()].rstrip(" ").endswith(":"):   # the end of 1 : 8 : 27
+        return m[0]
     return f'"{m[1]}:{m[2] or "00"}{m[3] or ""}{half}"' if m[2] or half else m[0]
 
 

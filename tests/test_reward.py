@@ -24,7 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+import grader  # noqa: E402
 import reward  # noqa: E402
 
 DATA = pathlib.Path(__file__).parent / "data"
@@ -378,7 +379,7 @@ def test_import_is_light():
 
 @pytest.mark.slow
 def test_verdicts_do_not_depend_on_the_hash_seed():
-    code = ("import sys; sys.path[:0] = ['tests', '.']; import test_reward as t;"
+    code = ("import sys; sys.path.insert(0, 'tests'); import test_reward as t;"
             "print(t.mistakes([c for c in t.CASES if c['kind'] in ('values', 'symbolic', 'restating', 'renamed')]))")
     for seed in ("1", "2"):
         out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100,
@@ -447,8 +448,6 @@ STRICT = [
 @pytest.mark.parametrize("answer, gold, right", STRICT)
 def test_strict_reproduces_the_original(answer, gold, right):
     """DeepScaleR's own verdicts, a peer in the bench."""
-    sys.path.insert(0, str(ROOT / "bench"))
-    import grader
     start = time.perf_counter()
     assert grader.strict(answer, gold) == bool(right)
     assert time.perf_counter() - start < 4
@@ -456,5 +455,4 @@ def test_strict_reproduces_the_original(answer, gold, right):
 
 def test_strict_extraction():
     """The part between the first and the second closing tag, as in the original."""
-    import grader
     assert grader.strict_answer("</think>\\boxed{1}</think>\\boxed{2}") == "1"
