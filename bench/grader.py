@@ -76,6 +76,7 @@ def strict(answer, gold):
     xs, ys = strict_elements(a), strict_elements(b)
     if len(ys) > 1 and (a[0], a[-1]) != (b[0], b[-1]) or len(xs) != len(ys):
         return False
+    reward._deadline = time.monotonic() + reward.SECONDS
     try:
         return all(map(strict_element, xs, ys))
     except reward.REFUSALS:

@@ -1,8 +1,8 @@
 """The grader: labelled cases, hostile input, conventions, properties, threads and processes.
 
 `data/grader_cases.jsonl.gz` are cases given with the task, `data/grader_more.jsonl.gz` our own (half of them
-wrong answers, some with the problem), `data/grader_adversarial.jsonl.gz` hostile responses.  The same kinds of
-cases, unseen, judge the grader elsewhere, so a rule that only fixes a row of these files is no rule.
+wrong answers, some with the problem), `data/grader_adversarial.jsonl.gz` hostile responses.  The same kinds
+of cases, unseen, judge the grader elsewhere, so a rule that only fixes a row of these files is no rule.
 """
 
 import doctest
@@ -160,8 +160,9 @@ def test_cache_is_bounded():
     assert sum(map(len, reward._readings)) < 150_000
 
 
-@pytest.mark.parametrize("gold", [None, float("nan"), float("inf"), {}, {"a": 7}, b"7", object(), [], [None], [[["7"]]],
-                                  "", " ", "$", 10 ** 5000, True, complex(7, 0), "\ud800", "\x00", "\\boxed{}", ...],
+@pytest.mark.parametrize("gold", [None, float("nan"), float("inf"), {}, {"a": 7}, b"7", object(), [], [None],
+                                  [[["7"]]], "", " ", "$", 10 ** 5000, True, complex(7, 0), "\ud800", "\x00",
+                                  "\\boxed{}", ...],
                          ids=lambda value: type(value).__name__)       # str of 10**5000 fails
 def test_odd_golds_pay_nothing(gold):
     assert reward.grade("8", gold) is False
@@ -388,8 +389,8 @@ def test_verdicts_do_not_depend_on_the_hash_seed():
             "print(t.mistakes([c for c in t.CASES if c['kind'] in ('values', 'restating', 'renamed')]))")
     for seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": seed}
-        out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100,
-                             env=environment)
+        out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True,
+                             text=True, timeout=100)
         assert out.stdout.strip() == "[]", out.stderr
 
 
