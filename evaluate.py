@@ -579,7 +579,7 @@ def curve_note(args, protocol):
         name = label(o["eval_data"]) if o["eval_every"] else ""
         o |= {f"eval_{key}": o[key] for key in ("style", "reward", "examples", "instruction", "dtype")}
         o |= {"eval_max_tokens": o["eval_max_len"] or o["max_len"], "eval_chat": not o["no_chat"]}
-        o["eval_limit"] = 0
+        o |= {"eval_limit": 0, "eval_seed": o.get("eval_seed", o["seed"])}
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if name not in map(label, args.benchmarks):
