@@ -111,7 +111,7 @@ def load_reward(name, style):
     "module:function" is imported, from the current folder too, and called as function(response, problem). It
     returns a finite number; whatever goes wrong in it is a ValueError that names it."""
     def grade(problem, sample):
-        verdict = explain(style.graded(sample.text), problem)
+        verdict = reward.explain(style.graded(sample.text), problem.answer, problem.problem)
         return verdict.reward, verdict.reason
 
     def grade_own(problem, sample):
@@ -135,14 +135,6 @@ def load_reward(name, style):
     except (Exception, SystemExit) as e:  # code of somebody else may raise anything
         raise ValueError(f"--reward {name}: no module:function to import ({type(e).__name__}: {e})") from e
     return grade_own
-
-
-def explain(text, problem):
-    """reward.py's Verdict."""
-    try:
-        return reward.explain(text, problem.answer, problem=problem.problem)
-    except TypeError:  # until reward.py takes the problem
-        return reward.explain(text, problem.answer)
 
 
 def curve_point(samples, problems, n):
