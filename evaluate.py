@@ -111,7 +111,7 @@ def load_reward(name, style):
     "module:function" is imported, from the current folder too, and called as function(response, problem). It
     returns a finite number; whatever goes wrong in it is a ValueError that names it."""
     def grade(problem, sample):
-        verdict = explain(style.graded(sample.text), problem)
+        verdict = reward.explain(style.graded(sample.text), problem.answer, problem.problem)
         return verdict.reward, verdict.reason
 
     def grade_own(problem, sample):
@@ -135,14 +135,6 @@ def load_reward(name, style):
     except (Exception, SystemExit) as e:  # code of somebody else may raise anything
         raise ValueError(f"--reward {name}: no module:function to import ({type(e).__name__}: {e})") from e
     return grade_own
-
-
-def explain(text, problem):
-    """reward.py's Verdict."""
-    try:
-        return reward.explain(text, problem.answer, problem=problem.problem)
-    except TypeError:  # until reward.py takes the problem
-        return reward.explain(text, problem.answer)
 
 
 def curve_point(samples, problems, n):
@@ -579,7 +571,7 @@ def curve_note(args, protocol):
         name = label(o["eval_data"]) if o["eval_every"] else ""
         o |= {f"eval_{key}": o[key] for key in ("style", "reward", "examples", "instruction", "dtype")}
         o |= {"eval_max_tokens": o["eval_max_len"] or o["max_len"], "eval_chat": not o["no_chat"]}
-        o["eval_limit"] = 0
+        o |= {"eval_limit": 0, "eval_seed": o.get("eval_seed", o["seed"])}
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if name not in map(label, args.benchmarks):
