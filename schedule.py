@@ -652,7 +652,7 @@ def update_bytes(m, tokens, width, recompute, chunk):
     # two fp32 tiles of logits and their gradient; the head's gradient in fp32 and in the compute type; final
     # hidden states before and after their norm, those that are scored, and the gradients of all three
     in_head = chunk * m["vocab"] * (8 + width) + head * (4 + width) + 6 * stream
-    # the layer once more, gradients of two MLP-sized vectors and of attention's inputs, and the head's gradient
+    # the layer once more, gradients of two MLP-sized vectors and of attention's inputs, the head's gradient
     in_layer = recompute * layer + 2 * tokens * width * m["mlp"] + 6 * stream + head * width
     return kept + gathered + max(in_head, in_layer)
 
