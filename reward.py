@@ -730,6 +730,8 @@ def relation(ops, sides):
         if abs(inexact(value(sides[-2], {})) - inexact(decimal)) > mp().mpf(10) ** -digits:
             raise Unparsed("not a rounding")
         ops, sides = ops[:-1], sides[:-1]
+    if ops == ["in"] and not (is_name(sides[0]) and sides[1][0] in STRUCTURES):
+        raise Unparsed("element of what is no set")
     if ops in (["in"], ["~"]):
         return ("assign", *sides)
     if set(ops) - {"="}:
@@ -921,6 +923,8 @@ def value(tree, point):
     if kind == "num":
         return parts[0]
     if kind == "var":
+        if parts[0] not in point:
+            raise Unparsed("a variable")
         return point[parts[0]]
     if kind == "const":
         return {"pi": mp().pi, "e": mp().e, "i": mp().j, "inf": mp().inf}[parts[0]] * 1
@@ -1058,7 +1062,7 @@ def equal_labelled(a, b):
             return a[2] == b[2] and equal(x, y)
         return (x[1] - y[1]) % b[2][1] == 0
     if "clock" in (a[0], b[0]):                          # am or pm may be missing, but not differ
-        (x, half), (y, gold_half) = (t[1:] if t[0] == "clock" else (str(t[1]) + ":00", "") for t in (a, b))
+        (x, half), (y, gold_half) = (t[1:] if t[0] == "clock" else (f"{t[-1]}:00", "") for t in (a, b))
         return x == y and (not half or not gold_half or half == gold_half)
     if a[0] == b[0] == "ratio":
         return len(a) == len(b) and all(map(equal, a[1:], b[1:]))
@@ -1284,6 +1288,8 @@ def contains(tree, x):
     if kind == "rel":
         return all(holds(*side, x) for side in zip(parts[1:], parts[0].split(), parts[2:]))
     if kind != "tuple":
+        if variables(tree):
+            raise Unparsed("a name is no set")
         return holds(tree, "=", ("var", ""), x)
     if len(parts) != 3 or STRUCTURES & {parts[1][0], parts[2][0]}:
         raise Unparsed("not an interval")
@@ -1486,7 +1492,7 @@ def compare(answer, gold, problem=None):
     option = re.fullmatch(r'\( "?([A-H]) \) [^A-H"]+', " ".join(a.tokens or ()))
     if option and spelled(b.tokens) in [*"abcdefgh"]:
         return "equal" if spelled(b.tokens) == option[1].lower() else "different"             # (B) 12
-    name, tokens = spelled(b.tokens), [*(a.tokens or ()), *b.tokens]
+    name, tokens = spelled(b.tokens), [*(a.tokens or ()), *(b.tokens or ())]
     choice = any(r.tokens in map(list, "ABCDEFGH") for r in (a, b))
     if name and (choice or any(t[0] == '"' or len(t) > 3 and t.isalpha() for t in tokens)):
         return "equal" if name == spelled(a.tokens) else "different"

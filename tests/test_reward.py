@@ -358,6 +358,7 @@ def test_no_process_is_left_behind(tmp_path, killed):
         if {killed}:
             import time
             time.sleep(6)
+            os._exit(0)
     """)
     out = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=100)
     assert killed or out.returncode == 0, out.stderr
