@@ -1121,7 +1121,7 @@ def unfinished(a, b):
 def is_finished(tree, rational, depth=0):
     r"""No sums, functions or nested operations: 2^{10}, \binom{25}2, 3 \cdot 10^5, \frac{\sqrt3}2, 2^6 3^5.
 
-    For a `rational` gold the product of two plain numbers is unfinished, too; for a root it is not.
+    For a `rational` gold a product of two plain numbers or anything with e, i, \pi is unfinished, too.
     """
     literals, bases, counts, stack = 0, [], 0, [tree]
     while stack:
@@ -1130,10 +1130,10 @@ def is_finished(tree, rational, depth=0):
             literals += t not in (ONE, MINUS_ONE)
         elif t[0] in "*/" or t[0] == "deg":
             stack += [t[1]] if t[0] == "/" and is_literal(t[2]) else t[1:]
-        elif t[0] in ("^", "!", "binom") and not depth and all(is_finished(part, True, 1) for part in t[1:]):
+        elif t[0] in ("^", "!", "binom") and not depth and all(is_finished(part, rational, 1) for part in t[1:]):
             counts += t[0] != "^"
             bases += [t[1]] if t[0] == "^" else []
-        elif t[0] != "const":
+        elif t[0] != "const" or rational:        # e^{i\pi} for -1
             return False
     return (literals < 2 or not rational) and counts < 2 and len(set(bases)) == len(bases)
 
