@@ -1115,7 +1115,8 @@ def unfinished(a, b):
     >>> unfinished(("+", ONE, ONE), TWO), unfinished(("^", TWO, TEN), ("num", Fraction(1024)))
     (True, False)
     """
-    return not variables(b) and is_finished(b, False) and not is_finished(a, is_literal(b))
+    rational = is_literal(b) and all(t[0] != "deg" for t in nodes(b))
+    return not variables(b) and is_finished(b, False) and not is_finished(a, rational)
 
 
 def is_finished(tree, rational, depth=0):
