@@ -984,7 +984,7 @@ def sample(names, kinds, constants):
 
 
 def sampled(b, a):
-    """[(value of b, point)], where b is real first: off the real domain the branches of roots differ."""
+    """[(value of b, point)], where b is real first: elsewhere the branches of roots differ."""
     parts = [*nodes(a), *nodes(b)]
     names = tuple(sorted({t[1] for t in parts if t[0] == "var"}))
     if not names or len(names) > 40:
@@ -996,10 +996,11 @@ def sampled(b, a):
     for point in sample(names, JUMPS & kinds, tuple(large[:6]) if JUMPS & kinds else ()):
         try:
             found.append((value(b, point), point))
-        except (ArithmeticError, ValueError):
+        except (ArithmeticError, ValueError) as error:
             tick()
-    if not found:
-        raise Undecided("no point where the gold is defined")
+            reason = str(error)
+    if not found:                                        # the gold is defined nowhere, or too large there
+        raise Undecided(reason)
     found.sort(key=lambda pair: not exact(pair[0]) and mp().im(pair[0]) != 0)
     return found if JUMPS & kinds else found[:3]
 
@@ -1092,12 +1093,16 @@ def equal_values(a, b):
         in_degrees(a, True), in_degrees(b, True))
 
 
+PROVABLE = ("digits lost", "too many digits", "sum, product, integral or limit")
+
+
 def agree(a, b):
     """The same value at every sample point where the gold b is defined; sympy where digits do not decide."""
     try:
         points = [] if a == b else sampled(b, a)
-    except Undecided:
-        tick()
+    except Undecided as error:
+        if str(error) not in PROVABLE:           # of a tower of powers sympy knows no more
+            raise
         return ask_sympy(a, b)
     try:
         return all(same(value(a, point), y) for y, point in points)
@@ -1134,7 +1139,9 @@ def is_finished(tree, rational, depth=0):
             literals += t not in (ONE, MINUS_ONE)
         elif t[0] in "*/" or t[0] == "deg":
             stack += [t[1]] if t[0] == "/" and is_literal(t[2]) else t[1:]
-        elif t[0] in ("^", "!", "binom") and not depth and all(is_finished(part, rational, 1) for part in t[1:]):
+        elif t[0] in ("^", "!", "binom") and not depth:
+            if not all(is_finished(part, rational, 1) for part in t[1:]):
+                return False
             counts += t[0] != "^"
             bases += [t[1]] if t[0] == "^" else []
         elif t[0] != "const" or rational:        # e^{i\pi} for -1
