@@ -248,7 +248,8 @@ class Child:
 def run(name, cases, hostile):
     with tempfile.TemporaryDirectory() as folder:
         child = Child(name, folder)
-        for case in cases[:50]:                 # imports and first calls are not the speed we ask for
+        sums = [case for case in cases if "\\sum" in case.get("answer", "")][:1]       # starts sympy
+        for case in cases[:50] + sums:          # imports and first calls are not the speed we ask for
             child({**case})
         results = [child(case) for case in cases]
         attacks = [child(case) for case in hostile]
