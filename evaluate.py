@@ -105,6 +105,31 @@ def encode(style, problems, tokenizer, room, instruction=data.INSTRUCTION, chat=
     return [problem for problem, _ in kept], [ids for _, ids in kept], len(problems) - len(kept)
 
 
+PROMPT_OPTIONS = [  # rows of an option table, the same in grpo.py
+    ("problem_field", str, None, None, "field with the problem, if it is not found by itself"),
+    ("answer_field", str, None, None, "field with the answer, if it is not found by itself"),
+    ("allow_unreadable", bool, False, None, "go on although the grader cannot read many of the answers"),
+    ("style", str, "r1", None, "how to ask and what to grade: a style, or a file with {problem} in it"),
+    ("instruction", str, data.INSTRUCTION, None, "sentence behind each problem"),
+    ("no_chat", bool, False, None, "prompt without a chat template, for base models that have none"),
+    ("examples", str, None, None, "file of solved problems shown before each problem"),
+    ("reward", str, None, None, "your own: MODULE:FUNCTION (response, problem) -> float")]
+
+
+def load_prompts(path, args, model, tokenizer, style, room):
+    """Problems of a file or hub name -> (problems, prompts, number dropped as longer than `room` tokens)."""
+    problems = data.load_problems(path, problem_field=args.problem_field, answer_field=args.answer_field,
+                                  need_answer=not args.reward)
+    examples = data.load_problems(args.examples) if args.examples else ()
+    problems, prompts, dropped = encode(style, problems, tokenizer, room, args.instruction, not args.no_chat,
+                                        examples)
+    golds = None if args.reward else data.check_golds(problems, args.allow_unreadable)
+    for note in filter(None, (golds, data.format_warning(problems))):
+        common.say(f"{path}: {note}")
+    rollout.check_tokenizer(tokenizer, [p.problem for p in problems], prompts, model.vocabulary)
+    return problems, prompts, dropped
+
+
 def load_reward(name, style):
     """grade(problem, sample) -> (reward, verdict), for `rollout`. Without a name reward.py decides, 0 or 1.
 

@@ -43,7 +43,7 @@ import data
 import evaluate
 import policy as policy_lib
 from common import RankError, say, together
-from rollout import Sampling, check_tokenizer, compute_dtype, make_engine, rollout
+from rollout import Sampling, compute_dtype, make_engine, rollout
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 RECIPES = {
@@ -188,14 +188,13 @@ def train(args, device):
     validation = Sampling(n=args.eval_n, temperature=args.eval_temperature, top_p=args.eval_top_p,
                           max_tokens=args.eval_max_len or args.max_len, seed=args.eval_seed)
 
-    def generate(problems, prompts, sampling, step, desc):
+    def generate(*work):
         engine.wake()
-        return rollout(engine, task.tokenizer, problems, prompts, sampling, step, task.grade,
-                       stop=lambda: bool(signals), desc=desc)
+        return rollout(engine, task.tokenizer, *work, task.grade, stop=lambda: bool(signals))
 
     def validate():
         """Scores on the held-out problems, by functions and seeds of evaluate.py; None if a signal came."""
-        samples, seconds = generate(task.eval_problems, task.eval_prompts, validation, "eval", "evaluate")
+        samples, seconds = generate(task.eval_problems, task.eval_prompts, validation, "eval")
         engine.sleep(keep_weights=True)
         scores = samples and evaluate.curve_point(samples, task.eval_problems, args.eval_n)
         return scores and {**scores, "eval_seconds": sum(seconds.values())}
@@ -214,7 +213,7 @@ def train(args, device):
         batch = data.batch_indices(len(task.problems), step, args.prompts, args.seed)
         problems, prompts = [task.problems[i] for i in batch], [task.prompts[i] for i in batch]
 
-        samples, seconds = generate(problems, prompts, training, step + 1, "generate")
+        samples, seconds = generate(problems, prompts, training, step + 1)
         if samples is None:  # a signal: the unfinished rollout is dropped
             break
         engine.sleep()
@@ -223,8 +222,7 @@ def train(args, device):
         rewards = torch.tensor([s.reward for s in samples]).view(args.prompts, args.group)          # [P, G]
         advantages = group_advantages(rewards, args.advantage)                                      # [P, G]
 
-        rows = torch.arange(args.prompts).chunk(args.updates)
-        minibatches = [learner.pack(samples, advantages, prompts) for prompts in rows]
+        minibatches = [learner.pack(samples, advantages, p) for p in torch.arange(args.prompts).chunk(args.updates)]
         clock.lap("rollout")
         # the first mini-batch needs no old log-probs: its policy is still the old one
         old = [None, *(learner.score(learner.policy, mini) for mini in minibatches[1:])]
@@ -258,8 +256,7 @@ class Task:
     """What is trained on, checked before anything is loaded: model, tokenizer, problems, prompts, grader."""
 
     def __init__(self, args):
-        self.model = policy_lib.open_model(args.model)
-        folder = f"{args.out}/checkpoints"
+        self.model, folder = policy_lib.open_model(args.model), f"{args.out}/checkpoints"
         names = common.gather(policy_lib.checkpoints(folder))[0]  # of rank 0: a shared disk may lag
         self.checkpoint = f"{folder}/{names[-1]}" if names and args.resume else None
         together("start", lambda: self.open(args))
@@ -270,39 +267,25 @@ class Task:
     def open(self, args):
         if self.checkpoint:
             policy_lib.check_checkpoint(self.checkpoint, self.model.shapes)
-        self.tokenizer = AutoTokenizer.from_pretrained(self.model.folder)
-        self.style = evaluate.load_style(args.style)
-        self.grade = evaluate.load_reward(args.reward, self.style)
+        self.tokenizer, style = AutoTokenizer.from_pretrained(self.model.folder), evaluate.load_style(args.style)
+        self.grade = evaluate.load_reward(args.reward, style)
         response, most = max(args.max_len, args.eval_max_len), self.model.positions or 10**9
         if response >= most:
             raise ValueError(f"--max_len {response} leaves no room for a prompt in the {most} positions of "
                              f"{args.model}: lower it below {most}")
-        room = min(args.max_prompt_len, most - response)
-        self.problems, self.prompts = self.encode(args, args.data, room)
+        sets, room = [([], []), ([], [])], min(args.max_prompt_len, most - response)
+        for i, path in enumerate([args.data, args.eval_data] if args.eval_every else [args.data]):
+            *sets[i], dropped = evaluate.load_prompts(path, args, self.model, self.tokenizer, style, room)
+            if dropped:
+                say(f"{path}: {dropped} of {dropped + len(sets[i][0])} prompts are longer than {room} tokens and "
+                    f"were dropped")
+        (self.problems, self.prompts), (self.eval_problems, self.eval_prompts) = sets
         data.batch_indices(len(self.problems), 0, args.prompts, args.seed)  # refuses a set that is too small
-        held_out = args.eval_data if args.eval_every else None
-        self.eval_problems, self.eval_prompts = self.encode(args, held_out, room) if held_out else ([], [])
         self.longest = response + max(map(len, self.prompts + self.eval_prompts))
         self.budget = args.token_budget or max(32768 if torch.cuda.is_available() else 2048, self.longest)
         if self.budget < self.longest:
             raise ValueError(f"--token_budget {self.budget} holds no full sequence of {self.longest} tokens: "
                              f"raise it, or lower --max_len or --max_prompt_len")
-
-    def encode(self, args, path, room):
-        """Problems and their prompts; those longer than `room` tokens are left out and counted."""
-        problems = data.load_problems(path, problem_field=args.problem_field, answer_field=args.answer_field,
-                                      need_answer=not args.reward)
-        examples = data.load_problems(args.examples) if args.examples else ()
-        problems, prompts, dropped = evaluate.encode(self.style, problems, self.tokenizer, room,
-                                                     args.instruction, not args.no_chat, examples)
-        if dropped:
-            say(f"{path}: {dropped} of {dropped + len(problems)} prompts are longer than {room} tokens and were "
-                f"dropped")
-        golds = None if args.reward else data.check_golds(problems, args.allow_unreadable)
-        for note in filter(None, (golds, data.format_warning(problems))):
-            say(f"{path}: {note}")
-        check_tokenizer(self.tokenizer, [p.problem for p in problems], prompts, self.model.vocabulary)
-        return problems, prompts
 
 
 def check_disk(args, parameters, there):
@@ -512,9 +495,9 @@ def open_tracker(args):
         writer = SummaryWriter(f"{args.out}/tensorboard")
         writer.add_text("options", json.dumps(vars(args), indent=1))
         return lambda numbers, step: [writer.add_scalar(k, v, step) for k, v in numbers.items()]
-    tracker, path, same = importlib.import_module(args.report_to), os.path.abspath(args.out), {}
-    if args.report_to == "wandb":  # the id lets a resumed run go on in the same curves
-        same = {"id": uuid.uuid5(uuid.NAMESPACE_URL, path).hex, "resume": "allow"}
+    tracker, path = importlib.import_module(args.report_to), os.path.abspath(args.out)
+    # the id lets a resumed run go on in the same curves
+    same = {"id": uuid.uuid5(uuid.NAMESPACE_URL, path).hex, "resume": "allow"} if args.report_to == "wandb" else {}
     project = os.environ.get("WANDB_PROJECT", "nanoscaler")
     tracker.init(project=project, name=os.path.basename(path), config=vars(args), **same)
     return lambda numbers, step: tracker.log(numbers, step=step)
@@ -539,8 +522,7 @@ class Log:
         self.flush()
         if step >= self.args.steps:
             say(f"{self.args.out} has done its {self.args.steps} steps; a larger --steps goes on")
-        if step == 0:
-            return {"step": 0} if self.args.eval_every else None
+        waiting = waiting if step else [{"step": 0}] if self.args.eval_every else []
         return next((row for row in waiting if row["step"] == step and step not in there), None)
 
     def read(self, step):
@@ -562,8 +544,8 @@ class Log:
 
     def flush(self):
         """metrics.jsonl, written whole. A full disk keeps lines back until there is room."""
+        text = common.json_lines(self.rows)
         try:
-            text = common.json_lines(self.rows)
             together(self.path, lambda: self.rank or common.write_atomic(self.path, text))
             self.written = len(self.rows)
         except RankError as e:
@@ -646,14 +628,7 @@ OPTIONS = {
         ("recipe", list(RECIPES), "deepscaler", None, "defaults of many options; what is given by hand wins"),
         ("model", str, "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", None, "folder or hub name"),
         ("data", str, os.path.join(HERE, "assets/train.jsonl.gz"), None, "problems: a file or a hub name"),
-        ("problem_field", str, None, None, "field of --data with the problem, if it is not found by itself"),
-        ("answer_field", str, None, None, "field of --data with the answer, if it is not found by itself"),
-        ("allow_unreadable", bool, False, None, "train although the grader cannot read many of the answers"),
-        ("style", str, "r1", None, "how to ask and what to grade: a style of evaluate.py, or a file"),
-        ("instruction", str, data.INSTRUCTION, None, "sentence behind each problem"),
-        ("no_chat", bool, False, None, "prompt without a chat template, for base models that have none"),
-        ("examples", str, None, None, "file of solved problems shown before each problem"),
-        ("reward", str, None, None, "your own: MODULE:FUNCTION (response, problem) -> float"),
+        *evaluate.PROMPT_OPTIONS,
         ("max_prompt_len", int, 1024, 1, "tokens; longer prompts are dropped and counted"),
         ("max_len", int, 8192, 1, "tokens of a response: the stage's context")],
     "algorithm": [
