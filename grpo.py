@@ -60,8 +60,8 @@ RECIPES = {
 CISPO = {"clip_low": 1.0, "clip_high": 4.0}  # no lower bound (MiniMax-M1), weights up to 5 (TRL's advice)
 MEMORY = ": lower --token_budget, --gpu_memory or --max_len, or use more ranks"
 MAX_SKIPS = 5                                # updates in a row that are not finite and end a run
-DAMAGED = ("the weights are damaged. They are not saved, the last good checkpoint stays. Resuming repeats what "
-           "broke them, so change something: a lower --lr or --grad_clip, or --dtype float32")
+DAMAGED = ("the weights are damaged. They are not saved, the last good checkpoint stays. Resuming repeats "
+           "what broke them, so change something: a lower --lr or --grad_clip, or --dtype float32")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -217,12 +217,13 @@ def train(args, device):
         if samples is None:  # a signal: the unfinished rollout is dropped
             break
         engine.sleep()
-        if not all(np.isfinite(s.logprobs).all() for s in samples):  # damaged weights: they just look unlucky
+        if not all(np.isfinite(s.logprobs).all() for s in samples):  # else they would only look unlucky
             raise RankError(f"after step {step} the engine's log-probs are not finite: {DAMAGED}")
         rewards = torch.tensor([s.reward for s in samples]).view(args.prompts, args.group)          # [P, G]
         advantages = group_advantages(rewards, args.advantage)                                      # [P, G]
 
-        minibatches = [learner.pack(samples, advantages, p) for p in torch.arange(args.prompts).chunk(args.updates)]
+        rows = torch.arange(args.prompts).chunk(args.updates)
+        minibatches = [learner.pack(samples, advantages, prompts) for prompts in rows]
         clock.lap("rollout")
         # the first mini-batch needs no old log-probs: its policy is still the old one
         old = [None, *(learner.score(learner.policy, mini) for mini in minibatches[1:])]
@@ -267,19 +268,22 @@ class Task:
     def open(self, args):
         if self.checkpoint:
             policy_lib.check_checkpoint(self.checkpoint, self.model.shapes)
-        self.tokenizer, style = AutoTokenizer.from_pretrained(self.model.folder), evaluate.load_style(args.style)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.model.folder)
+        style = evaluate.load_style(args.style)
         self.grade = evaluate.load_reward(args.reward, style)
         response, most = max(args.max_len, args.eval_max_len), self.model.positions or 10**9
         if response >= most:
             raise ValueError(f"--max_len {response} leaves no room for a prompt in the {most} positions of "
                              f"{args.model}: lower it below {most}")
-        sets, room = [([], []), ([], [])], min(args.max_prompt_len, most - response)
-        for i, path in enumerate([args.data, args.eval_data] if args.eval_every else [args.data]):
-            *sets[i], dropped = evaluate.load_prompts(path, args, self.model, self.tokenizer, style, room)
+        room, sets = min(args.max_prompt_len, most - response), []
+        for path in (args.data, args.eval_data if args.eval_every else None):
+            problems, prompts, dropped = evaluate.load_prompts(
+                path, args, self.model, self.tokenizer, style, room) if path else ([], [], 0)
             if dropped:
-                say(f"{path}: {dropped} of {dropped + len(sets[i][0])} prompts are longer than {room} tokens and "
-                    f"were dropped")
-        (self.problems, self.prompts), (self.eval_problems, self.eval_prompts) = sets
+                say(f"{path}: {dropped} of {dropped + len(problems)} prompts are longer than {room} tokens "
+                    f"and were dropped")
+            sets += [problems, prompts]
+        self.problems, self.prompts, self.eval_problems, self.eval_prompts = sets
         data.batch_indices(len(self.problems), 0, args.prompts, args.seed)  # refuses a set that is too small
         self.longest = response + max(map(len, self.prompts + self.eval_prompts))
         self.budget = args.token_budget or max(32768 if torch.cuda.is_available() else 2048, self.longest)
@@ -294,7 +298,7 @@ def check_disk(args, parameters, there):
     need += 0 if args.keep else parameters * 4 * (args.steps // args.save_every)
     free = shutil.disk_usage(args.out).free
     if free < need:
-        raise RankError(f"{args.out} has {free / 2**30:.1f} GiB free, checkpoints need {need / 2**30:.1f} GiB: "
+        raise RankError(f"{args.out} has {free / 2**30:.1f} GiB free, checkpoints need {need / 2**30:.1f}: "
                         f"take another --out, a smaller --keep or a larger --save_every")
 
 
@@ -323,8 +327,8 @@ class Learner:
         return policy.shard(dtype, self.device) if shard else policy
 
     def pack(self, samples, advantages, prompts):
-        """One update on some rows of `advantages` [P, G] -> this rank's micro-batches, each with its advantages
-        [S] and engine log-probs [R], and the global count that the loss divides by."""
+        """One update on some rows of `advantages` [P, G] -> this rank's micro-batches, each with its
+        advantages [S] and engine log-probs [R], and the global count that the loss divides by."""
         args, device = self.args, self.device
         kept = [p for p in prompts.tolist() if not args.drop_zero_variance or advantages[p].any()]
         rows = [samples[p * args.group + j] for p in kept for j in range(args.group)]
@@ -380,8 +384,8 @@ class Learner:
             stats["grad_norm"] += norm.item()
         self.optimizer.zero_grad()
         if self.skipped_in_a_row >= MAX_SKIPS:
-            raise RankError(f"{MAX_SKIPS} updates in a row had a loss or gradient that is not finite. The last"
-                            f" good checkpoint stays: lower --lr or --grad_clip, look at the newest rollouts")
+            raise RankError(f"{MAX_SKIPS} updates in a row had a loss or gradient that is not finite. The "
+                            f"last checkpoint stays: lower --lr or --grad_clip, look at the last rollouts")
 
     def metrics(self):
         """What the optimizer did; memory is the largest of all ranks, of the card or else of the process."""
@@ -394,7 +398,7 @@ class Learner:
         return {"updates_skipped": self.skipped, "lr": rate, "memory_gib": max(common.gather(used))}
 
     def save(self, step, generated, unwritten):
-        """A checkpoint. A full disk costs it, not the run. Damaged weights end the run: the last good checkpoint
+        """A checkpoint. A full disk costs it, not the run. Damaged weights end the run: the last good one
         must stay. `unwritten`: lines that metrics.jsonl does not hold yet."""
         if self.skipped_in_a_row:
             return say(f"no checkpoint at step {step}: the last update was not finite")
@@ -429,9 +433,9 @@ class Learner:
 # What is measured, written and said (docs/metrics.md lists every name with its unit)
 # ------------------------------------------------------------------------------------------------------------
 
-HEADER = "  step/total | reward  none   all |  length   cut | entropy mismatch gradient | seconds  tok/s | eval"
-# mean KL and ratio error of engine and trainer: an honest bf16 engine with an fp32 head was measured at a KL of
-# 1.2e-3, fp32 ones below 1e-9; NeMo-RL asserts 5e-4 and 1.05 for this very model in bf16
+HEADER = " step/total | reward  none   all |  length   cut | entropy mismatch gradient | seconds  tok/s | eval"
+# mean KL and ratio error of engine and trainer: an honest bf16 engine with an fp32 head was measured at 1.2e-3,
+# fp32 ones below 1e-9; NeMo-RL asserts 5e-4 and 1.05 for this very model in bf16
 MISMATCH = {"float32": (1e-5, 1.01), "bfloat16": (5e-3, 1.1)}
 GROUPS = {"solve": "reward", "truncated": "length", "tokens": "length", "seconds": "time", "memory": "time",
           "reward": "reward", "length": "length", "mismatch": "mismatch", "eval": "eval"}  # all else: policy
@@ -481,10 +485,9 @@ class Clock:
         self.phases[phase], self.last = time.time() - self.last, time.time()
 
     def metrics(self, rollout_seconds):
-        """Means over ranks; the rollout tells its own parts."""
-        del self.phases["rollout"]
+        """Means over ranks; of "rollout" the rollout tells the parts."""
         ranks = common.gather({**self.phases, **rollout_seconds})
-        means = {f"seconds_{phase}": sum(r[phase] for r in ranks) / len(ranks) for phase in ranks[0]}
+        means = {f"seconds_{k}": sum(r[k] for r in ranks) / len(ranks) for k in ranks[0] if k != "rollout"}
         return {"seconds": time.time() - self.began, **means}
 
 
@@ -497,9 +500,10 @@ def open_tracker(args):
         return lambda numbers, step: [writer.add_scalar(k, v, step) for k, v in numbers.items()]
     tracker, path = importlib.import_module(args.report_to), os.path.abspath(args.out)
     # the id lets a resumed run go on in the same curves
-    same = {"id": uuid.uuid5(uuid.NAMESPACE_URL, path).hex, "resume": "allow"} if args.report_to == "wandb" else {}
+    run = {"id": uuid.uuid5(uuid.NAMESPACE_URL, path).hex, "resume": "allow"}
     project = os.environ.get("WANDB_PROJECT", "nanoscaler")
-    tracker.init(project=project, name=os.path.basename(path), config=vars(args), **same)
+    tracker.init(project=project, name=os.path.basename(path), config=vars(args),
+                 **(run if args.report_to == "wandb" else {}))
     return lambda numbers, step: tracker.log(numbers, step=step)
 
 
@@ -513,7 +517,7 @@ class Log:
 
     def start(self, step, waiting):
         """Make metrics.jsonl agree with the checkpoint -> the line that still has to be finished, or None.
-        Lines of later steps go: those steps are done again. `waiting` are lines that the file did not have when
+        Lines of later steps go: those steps are done again. `waiting`: lines that the file did not have when
         the checkpoint was written; the one of its own step may still want its validation."""
         mine = together("metrics.jsonl", lambda: self.read(step) if self.rank == 0 else None)
         self.rows = common.gather(mine)[0]
@@ -581,15 +585,13 @@ class Log:
             say(f"ALARM rollouts of step {step} not written ({e}); training goes on")
 
     def print_line(self, m):
-        text = f"{m['step']:6d}/{self.args.steps:<5d}"
-        if "reward" in m:
-            text += (f" | {m['reward']:6.3f} {m['solve_none']:5.2f} {m['solve_all']:5.2f} "
-                     f"| {m['length_mean']:7.1f} {m['truncated']:5.2f} "
-                     f"| {m['entropy']:7.3f} {m['mismatch_kl']:8.1e} {m['grad_norm']:8.2e} "
-                     f"| {m['seconds']:7.1f} {m['tokens'] / m['seconds']:6.0f}")
-        if "eval_reward" in m:
-            text += f" | {m['eval_reward']:.3f} ± {m['eval_se']:.3f}"
-        say(text.replace("nan", "  -"))
+        """The numbers of a step under HEADER."""
+        columns = ("{reward:6.3f} {solve_none:5.2f} {solve_all:5.2f} | {length_mean:7.1f} {truncated:5.2f} "
+                   "| {entropy:7.3f} {mismatch_kl:8.1e} {grad_norm:8.2e} | {seconds:7.1f} {speed:6.0f}")
+        text = [f"{m['step']:5d}/{self.args.steps:<5d}"]
+        text += [columns.format(**m, speed=m["tokens"] / m["seconds"])] if "reward" in m else []
+        text += [f"{m['eval_reward']:.3f} ± {m['eval_se']:.3f}"] if "eval_reward" in m else []
+        say(" | ".join(text).replace("nan", "  -"))
 
     def alarm(self, name, value, text):
         """Said once, and again when it has become half as bad again."""
@@ -606,9 +608,9 @@ class Log:
             self.alarm("gold", k, f"{k} of {n} samples can earn nothing: the grader cannot read the answers "
                        f"they need, such as {p.answer!r} of problem {p.id}")
         elif self.unpaid in (1, 3, 10):
-            say(f"ALARM no reward in {self.unpaid} step(s): of the last {n} samples {m['reward_no_close']} had "
-                f"no </think>, {m['reward_no_box']} no \\boxed{{}}, {cut} were cut off. A model that never "
-                f"writes </think> needs --style plain, one that is cut off a larger --max_len")
+            say(f"ALARM no reward in {self.unpaid} step(s): of {n} samples {m['reward_no_close']} had no "
+                f"</think>, {m['reward_no_box']} no \\boxed{{}}, {cut} were cut off. A model that never writes "
+                f"</think> needs --style plain, one that is cut off a larger --max_len")
         kl, mult, (most_kl, most_mult) = m["mismatch_kl"], m["mismatch_mult"], MISMATCH[self.args.dtype]
         if kl is not None and (kl > most_kl or mult > most_mult):
             self.alarm("mismatch", kl, f"engine and trainer disagree: KL {kl:.1e} (bound {most_kl:g}), ratio "
