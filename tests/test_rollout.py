@@ -20,12 +20,10 @@ from rollout import (
     Sampling,
     check_tokenizer,
     compute_dtype,
-    flatten,
     make_engine,
     rollout,
     sample_seed,
     sample_tokens,
-    unflatten,
 )
 
 PROMPTS = [p for p, _ in sequences(10, seed=2)]
@@ -246,29 +244,23 @@ def test_an_error_of_grade_or_engine_ends_the_rollout_at_once():
         raise OSError(28, "No space left on device")
 
     start = time.time()
-    with pytest.raises(RankError, match="rollout: OSError: .*No space left on device"):
+    with pytest.raises(RankError, match="rollout: .*No space left on device"):
         rollout(FakeEngine(1), make_tokenizer(), PROBLEMS, PROMPTS, sampling(), 1, full)
-    for error in (RuntimeError("one line\nCUDA Error: out of memory at cumem.cpp:62"), MemoryError()):
+    for error in (RuntimeError("one line\nCUDA Error: out of memory at cumem.cpp:62"), KeyError("x")):
         e = FakeEngine(1, error)
         with pytest.raises(RankError) as caught:
             rollout(e, make_tokenizer(), PROBLEMS, PROMPTS, sampling(), 1, lambda p, s: (0.0, ""))
-        assert is_out_of_memory(caught.value) and str(error).split("\n")[-1] in str(caught.value)
+        assert str(error) in str(caught.value)
+        assert is_out_of_memory(caught.value) == isinstance(error, RuntimeError)
     assert time.time() - start < 10
 
 
-def test_samples_travel_as_flat_arrays():
+def test_samples_travel_as_arrays():
+    """What ranks exchange is as small as its numbers, and comes back whole."""
     g = np.random.default_rng(0)
     samples = [Sample([1] * i, g.integers(0, 150_000, n, dtype=np.int32), g.normal(size=n).astype(np.float32),
-                      "length", "text", 0.5, "equal") for i, n in enumerate([3, 0, 4000, 1])]
-    samples[3].logprobs[0] = np.nan
-    packed = pickle.dumps(flatten(samples))
-    assert len(packed) < 8 * 4004 + 1000
-    for a, b in zip(samples, unflatten(pickle.loads(packed), [s.prompt_ids for s in samples]), strict=True):
-        assert np.array_equal(a.response_ids, b.response_ids) and b.response_ids.dtype == np.int32
-        assert np.array_equal(a.logprobs, b.logprobs, equal_nan=True) and b.logprobs.dtype == np.float32
-        assert (a.prompt_ids, a.finish_reason, a.text, a.reward, a.verdict) == (
-            b.prompt_ids, b.finish_reason, b.text, b.reward, b.verdict)
-    assert unflatten(flatten([]), []) == []
+                      "length") for i, n in enumerate([3, 0, 4000, 1])]
+    assert len(pickle.dumps(samples)) < 8 * 4004 + 2000
 
 
 RANKS = """
@@ -329,8 +321,8 @@ def test_any_number_of_ranks_makes_the_same_samples_and_fails_together(tiny, tmp
         assert r["samples"] == results[0]["samples"] and len(r["samples"]) == 20
         assert np.allclose(r["samples logprobs"], results[0]["samples logprobs"], rtol=0, atol=1e-4)
         assert r["one"] == results[0]["one"] and len(r["one"]) == 1
-        assert r["grade"] == "rollout: OSError: no space left" + where
-        assert r["engine"] == "rollout: ValueError: no kernel" + where
+        assert r["grade"] == "rollout: no space left" + where
+        assert r["engine"] == "rollout: no kernel" + where
         assert r["stop"] is None
 
 
@@ -389,7 +381,6 @@ def test_the_problem_inside_a_template():
 
 @pytest.mark.parametrize("lost, change", [
     ("blanks", {"normalizer": normalizers.Replace(" ", "")}),
-    ("newlines", {"normalizer": normalizers.Replace("\n", " ")}),
     ("words", {"normalizer": normalizers.Replace("sum", "")}),
     ("marks", {"decoder": decoders.Fuse()})])
 def test_a_tokenizer_that_loses_text_is_refused(lost, change):
@@ -430,8 +421,6 @@ def test_ids_beyond_the_embedding():
 def test_unknown_engine_and_dtype():
     with pytest.raises(ValueError, match="auto"):
         make_engine("sglang", "x", max_model_len=10, dtype="auto", device="cpu")
-    with pytest.raises(ValueError, match="bfloat16"):
-        compute_dtype("float16", "cpu")
 
 
 @pytest.mark.parametrize("capability, dtype", [((7, 5), "float32"), ((8, 0), "bfloat16"),
@@ -660,7 +649,7 @@ def test_a_vllm_that_fails_on_one_rank_fails_on_all(tiny, tmp_path):
     done = run_script(tmp_path, FAILS, tiny, ranks=2, timeout=300)
     for stage in ("create_engine_config", "load_model", "determine_available_memory", "step"):
         lines = [line for line in done.stdout.splitlines() if line.endswith(f"{stage} (rank 1))")]
-        assert len(lines) == 1 and lines[0].startswith("engine: torch (vLLM: RuntimeError: made to fail in ")
+        assert len(lines) == 1 and lines[0].startswith("engine: torch (vLLM: made to fail in ")
     assert done.stdout.count("ENGINE torch 10") == 8 and done.stdout.count("ENGINE vllm 10") == 2
     assert done.stdout.count("(rank 1). --engine torch works without vLLM") == 2  # an exception of each rank
     assert "Traceback" not in done.stderr
