@@ -552,13 +552,14 @@ def batch_indices(n, step, batch, seed):
 # --- Curate: a row is a dict of problem, answer, source, where; a step gives (rows, entries of those dropped)
 
 
+def about(row):
+    """What the report says of a row."""
+    return {key: row[key] for key in ("source", "where", "problem", "answer")}
+
+
 def drop(row, step, reason, match=None):
     """The entry of one dropped row in the report, with the row or benchmark problem that it matched."""
-    about = {"step": step, "reason": reason}
-    return about | {key: row[key] for key in ABOUT} | ({"match": match} if match else {})
-
-
-ABOUT = ("source", "where", "problem", "answer")  # what the report says of a row
+    return {"step": step, "reason": reason} | about(row) | ({"match": match} if match else {})
 
 
 def collect(sources, strict=False):
@@ -709,34 +710,33 @@ def merge_duplicates(rows, rank, embed=None, threshold=THRESHOLD):
         row["trust"] = (why_not_gradable(row["problem"], row["answer"]) is not None, rank[row["source"]])
         row["numbers"] = sorted(re.findall(r"\d+(?:\.\d+)?", row["problem"]))
 
-    def entry(row, best, kind, **more):
-        differ = row["numbers"] == best["numbers"] and not same_answer(row["answer"], best["answer"])
-        if differ and not row["trust"][0]:
-            kind = "conflict unresolved" if row["trust"] == best["trust"] else "conflict, other source kept"
-        return drop(row, "duplicates", kind, {key: best[key] for key in ABOUT} | more)
+    def reason(row, best, kind):
+        same = row["numbers"] != best["numbers"] or same_answer(row["answer"], best["answer"])
+        if row["trust"][0] or same:
+            return kind
+        return "conflict unresolved" if row["trust"] == best["trust"] else "conflict, other source kept"
 
     groups, kept, dropped, gone = {}, [], [], {}
     for row in rows:
         groups.setdefault(normal_text(row["problem"]), []).append(row)
     for group in groups.values():
         best, *copies = sorted(group, key=lambda row: row["trust"])  # stable: then input order
-        entries = [entry(row, best, "duplicate") for row in copies]
-        if any(e["reason"] == "conflict unresolved" for e in entries):
-            match = {key: best[key] for key in ABOUT}
-            dropped += [drop(row, "duplicates", "conflict unresolved", match) for row in group]
+        reasons = [reason(row, best, "duplicate") for row in copies]
+        if "conflict unresolved" in reasons:
+            dropped += [drop(row, "duplicates", "conflict unresolved", about(best)) for row in group]
         else:
             kept.append(best)
-            dropped += entries
+            dropped += [drop(row, "duplicates", why, about(best)) for row, why in zip(copies, reasons)]
     if not embed or not kept:
         return kept, dropped
     kept.sort(key=lambda row: row["trust"])
     match, cosine = keep_first(embed([row["problem"] for row in kept]), threshold)
     for i, k in enumerate(match.tolist()):
         if k >= 0:
-            near = {"cosine": round(float(cosine[i]), 4)}
-            gone[i] = entry(kept[i], kept[k], "near duplicate", **near)
-            if gone[i]["reason"] == "conflict unresolved":
-                gone[k] = entry(kept[k], kept[i], "", **near)  # the same reason: trust is equal
+            near, why = {"cosine": round(float(cosine[i]), 4)}, reason(kept[i], kept[k], "near duplicate")
+            gone[i] = drop(kept[i], "duplicates", why, about(kept[k]) | near)
+            if why == "conflict unresolved":
+                gone[k] = drop(kept[k], "duplicates", why, about(kept[i]) | near)
     return [row for i, row in enumerate(kept) if i not in gone], dropped + list(gone.values())
 
 

@@ -1589,8 +1589,9 @@ def restates(a, b, problem):
     values, own = [x[2] if x[0] == "assign" else x for x in items(a.tree)], {*nodes(b.tree)}
     if any(x in trees and x not in own for x in values):
         return True
-    return bare(a.tokens) in run and bare(a.tokens) != bare(b.tokens) and any(
-        map(is_operation, nodes(a.tree))) and not any(x in own and is_operation(x) for x in values)
+    text, gold = bare(a.tokens), bare(b.tokens)
+    in_gold = text in gold or text.endswith(gold)        # x^2 for f(x) = x^2, AB = 5 for 5
+    return text in run and not in_gold and any(map(is_operation, nodes(a.tree)))
 
 
 # ---- public interface

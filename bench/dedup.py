@@ -1,23 +1,23 @@
-"""Throughput of data.py: its steps one by one, and how its near-duplicate search grows with the number of problems.
+"""Throughput of data.py: its steps, and how its near-duplicate search grows with the number of problems.
 
     python bench/dedup.py --data SOURCE [--against assets/benchmarks/*.jsonl] [--work FOLDER] [--threads 2]
 
-Prints two tables and writes bench/results/dedup.json. The steps are those of `data.py build` on the whole of
-SOURCE (anything `data.py build` reads), in its order, each timed once, embeddings at hand: they are kept in --work
-and made once. Each size runs in a process of its own, because peak memory can only be read per process; "memory" is
-the peak beyond what the vectors and the interpreter take. The embedding rate is the best of three runs over 512
-random rows.
+Prints two tables and writes bench/results/dedup.json. The steps are those of `data.py build` on the whole
+of SOURCE (anything `data.py build` reads), in its order, each timed once, embeddings at hand: they are kept
+in --work and made once. Each size runs in a process of its own, because peak memory can only be read per
+process; "memory" is the peak beyond what the vectors and the interpreter take. The embedding rate is the
+best of three runs over 512 random rows.
 
-What grows: embedding is linear and dominates; the search does N^2 / 2 cosines, so four times the work for twice the
-rows, but only one block of 256 x N of them exists at a time (41 MB for 40,000 rows).
+What grows: embedding is linear and dominates; the search does N^2 / 2 cosines, so four times the work for
+twice the rows, but only one block of 256 x N of them exists at a time (41 MB for 40,000 rows).
 
-At 10 million rows, in this order. (1) Exact and 10-gram duplicates go first by hash, which is linear.
-(2) Embedding takes days on two cores and less than an hour on one GPU. (3) The vectors are 15 GB in
-float32, 7.7 GB in float16: on disk, read by blocks. (4) All pairs are 10^14 / 2 cosines, 4 x 10^16 FLOP:
-with this very tiling about a week of two cores at the rate above, minutes of one GPU. Without a GPU,
-cluster the vectors (k-means with some 3,000 centres) and search each row in its nearest ten cells: 300
-times less work, at the price of some missed pairs, to be counted on a sample searched in full. (5)
-"Kept before" is then decided in order of trust along the list of pairs found, which is short.
+At 10 million rows, in this order. (1) Exact and 10-gram duplicates go first by hash, which is linear. (2)
+Embedding takes days on two cores and less than an hour on one GPU. (3) The vectors are 15 GB in float32,
+7.7 GB in float16: on disk, read by blocks. (4) All pairs are 10^14 / 2 cosines, 4 x 10^16 FLOP: with this
+very tiling about a week of two cores at the rate above, minutes of one GPU. Without a GPU, cluster the
+vectors (k-means with some 3,000 centres) and search each row in its nearest ten cells: 300 times less work,
+at the price of some missed pairs, to be counted on a sample searched in full. (5) "Kept before" is then
+decided in order of trust along the list of pairs found, which is short.
 """
 
 import argparse
@@ -33,7 +33,8 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before this folder, which has a common.py as well
+sys.path.insert(0,
+                str(Path(__file__).resolve().parents[1]))  # before this folder, which has a common.py as well
 
 import data
 from bench import common
@@ -44,7 +45,8 @@ def peak_mb():
     """Peak memory of this process so far, in MB."""
     status = Path("/proc/self/status")
     if status.exists():  # on Linux ru_maxrss is inherited from the parent process, this is not
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) / 1024
+        lines = status.read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
 
 
@@ -56,7 +58,7 @@ def seconds_of(function, *arguments):
 
 
 def steps(source, against, embed):
-    """The steps of data.build on one source -> (the rows read, [{step, rows, kept, seconds, rows_per_second}])."""
+    """The steps of data.build on one source -> (the rows read, [{step, rows, kept, seconds, ...}])."""
     tests, out = [t for b in against for t in data.load_problems(b)], []
 
     def step(name, function, rows=()):
@@ -83,7 +85,8 @@ def one_size(vectors_file, n):
     before, start = peak_mb(), time.perf_counter()
     match, _ = data.keep_first(vectors, 0.90)
     seconds = time.perf_counter() - start
-    return {"rows": n, "pairs": n * (n - 1) // 2, "seconds": round(seconds, 2), "kept": int((match < 0).sum()),
+    return {"rows": n, "pairs": n * (n - 1) // 2, "seconds": round(seconds, 2),
+            "kept": int((match < 0).sum()),
             "extra_mb": round(peak_mb() - before), "vectors_mb": round(vectors.nbytes / 2**20),
             "all_pairs_would_be_mb": round(4 * n * n / 2**20)}
 
@@ -131,14 +134,16 @@ def main():
     result = {"steps": timed, "table": sizes, "embedder": "all-MiniLM-L6-v2",
               "embedded_rows_per_second": round(rate, 1), "threads": args.threads, "busy_cores_before": busy,
               "date": datetime.datetime.now().isoformat(timespec="minutes"), "commit": common.commit(),
-              "machine": {"cpu": common.cpu_name(), "python": platform.python_version(), "numpy": np.__version__,
+              "machine": {"cpu": common.cpu_name(), "python": platform.python_version(),
+                          "numpy": np.__version__,
                           "torch": torch.__version__, "transformers": transformers.__version__}}
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
     print(table(["step", "rows", "kept", "seconds", "rows/s"], [tuple(t.values()) for t in timed]))
     head = ["rows", "cosines", "search s", "memory MB", "vectors MB", "all pairs at once MB", "embedding s"]
     print(table(head, [
-        (t["rows"], f"{t['pairs']:.1e}", t["seconds"], t["extra_mb"], t["vectors_mb"], t["all_pairs_would_be_mb"],
+        (t["rows"], f"{t['pairs']:.1e}", t["seconds"], t["extra_mb"], t["vectors_mb"],
+         t["all_pairs_would_be_mb"],
          t["embedding_seconds_at_measured_rate"]) for t in sizes]))
 
 
