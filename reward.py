@@ -819,7 +819,10 @@ def tick():
 
 
 def exact(*values):
-    return all(isinstance(v, Fraction) for v in values)
+    for v in values:                             # a loop, for this is asked more often than anything else
+        if not isinstance(v, Fraction):
+            return False
+    return True
 
 
 def bits(x):
@@ -828,9 +831,11 @@ def bits(x):
 
 def inexact(x):
     """As an mpmath number; a Fraction with too many digits would be cut, and what is cut could matter."""
-    if exact(x) and bits(x) > SEEN_BITS:
+    if not isinstance(x, Fraction):
+        return x
+    if bits(x) > SEEN_BITS:
         raise Undecided("too many digits")
-    return mp().mpf(x.numerator) / x.denominator if exact(x) else x
+    return mp().mpf(x.numerator) / x.denominator
 
 
 def real(x):
