@@ -245,8 +245,8 @@ def clock_time(m):
     return f'"{m[1]}:{m[2] or "00"}{m[3] or ""}{half}"' if m[2] or half else m[0]
 
 
-# Spellings of one number or sign, rewritten in the source text, in this order.  Every repetition is bounded or
-# begins where the one before cannot go on, so that no input makes these patterns backtrack for long.
+# Spellings of one number or sign, rewritten in the source text, in this order.  Every repetition is bounded
+# or begins where the one before cannot go on, so that no input makes these patterns backtrack for long.
 # The last text of a row saves time: without one of its characters there is nothing to rewrite.
 REWRITES = [(re.compile(pattern), *new) for pattern, *new in (
     (r"\\(?:mathrm|text)\s*\{\s*C\s*\}\s*_\s*\{?([0-9a-z]{1,9})\}?\s*\^\s*\{?([0-9a-z]{1,9})\}?",
