@@ -248,7 +248,7 @@ class Child:
 def run(name, cases, hostile):
     with tempfile.TemporaryDirectory() as folder:
         child = Child(name, folder)
-        sums = [case for case in cases if "\\sum" in case.get("answer", "")][:1]       # starts sympy
+        sums = [case for case in cases if "\\sum" in case["gold"]][-2:]                # start sympy
         for case in cases[:50] + sums:          # imports and first calls are not the speed we ask for
             child({**case})
         results = [child(case) for case in cases]
