@@ -36,7 +36,7 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
-import common  # noqa: E402
+import harness as common  # noqa: E402
 import data  # noqa: E402
 
 
