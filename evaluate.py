@@ -105,13 +105,38 @@ def encode(style, problems, tokenizer, room, instruction=data.INSTRUCTION, chat=
     return [problem for problem, _ in kept], [ids for _, ids in kept], len(problems) - len(kept)
 
 
+PROMPT_OPTIONS = [  # rows of an option table, the same in grpo.py
+    ("problem_field", str, None, None, "field with the problem, if it is not found by itself"),
+    ("answer_field", str, None, None, "field with the answer, if it is not found by itself"),
+    ("allow_unreadable", bool, False, None, "go on although the grader cannot read many of the answers"),
+    ("style", str, "r1", None, "how to ask and what to grade: a style, or a file with {problem} in it"),
+    ("instruction", str, data.INSTRUCTION, None, "sentence behind each problem"),
+    ("no_chat", bool, False, None, "prompt without a chat template, for base models that have none"),
+    ("examples", str, None, None, "file of solved problems shown before each problem"),
+    ("reward", str, None, None, "your own: MODULE:FUNCTION (response, problem) -> float")]
+
+
+def load_prompts(path, args, model, tokenizer, style, room):
+    """Problems of a file or hub name -> (problems, prompts, number dropped as longer than `room` tokens)."""
+    problems = data.load_problems(path, problem_field=args.problem_field, answer_field=args.answer_field,
+                                  need_answer=not args.reward)
+    examples = data.load_problems(args.examples) if args.examples else ()
+    problems, prompts, dropped = encode(style, problems, tokenizer, room, args.instruction, not args.no_chat,
+                                        examples)
+    golds = None if args.reward else data.check_golds(problems, args.allow_unreadable)
+    for note in filter(None, (golds, data.format_warning(problems))):
+        common.say(f"{path}: {note}")
+    rollout.check_tokenizer(tokenizer, [p.problem for p in problems], prompts, model.vocabulary)
+    return problems, prompts, dropped
+
+
 def load_reward(name, style):
     """grade(problem, sample) -> (reward, verdict), for `rollout`. Without a name reward.py decides, 0 or 1.
 
     "module:function" is imported, from the current folder too, and called as function(response, problem). It
     returns a finite number; whatever goes wrong in it is a ValueError that names it."""
     def grade(problem, sample):
-        verdict = explain(style.graded(sample.text), problem)
+        verdict = reward.explain(style.graded(sample.text), problem.answer, problem.problem)
         return verdict.reward, verdict.reason
 
     def grade_own(problem, sample):
@@ -135,14 +160,6 @@ def load_reward(name, style):
     except (Exception, SystemExit) as e:  # code of somebody else may raise anything
         raise ValueError(f"--reward {name}: no module:function to import ({type(e).__name__}: {e})") from e
     return grade_own
-
-
-def explain(text, problem):
-    """reward.py's Verdict."""
-    try:
-        return reward.explain(text, problem.answer, problem=problem.problem)
-    except TypeError:  # until reward.py takes the problem
-        return reward.explain(text, problem.answer)
 
 
 def curve_point(samples, problems, n):
@@ -579,7 +596,7 @@ def curve_note(args, protocol):
         name = label(o["eval_data"]) if o["eval_every"] else ""
         o |= {f"eval_{key}": o[key] for key in ("style", "reward", "examples", "instruction", "dtype")}
         o |= {"eval_max_tokens": o["eval_max_len"] or o["max_len"], "eval_chat": not o["no_chat"]}
-        o["eval_limit"] = 0
+        o |= {"eval_limit": 0, "eval_seed": o.get("eval_seed", o["seed"])}
     except (OSError, ValueError, KeyError, TypeError):
         return None
     if name not in map(label, args.benchmarks):

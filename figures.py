@@ -44,7 +44,7 @@ STYLE = {
     "text.parse_math": False, "svg.hashsalt": "nanoscaler"}  # a $ in a name is a dollar; same run, same bytes
 AIME24 = {"R1-Distill-Qwen-1.5B": 28.8, "o1-preview": 40.0, "DeepScaleR-1.5B": 43.1}  # published pass@1 (%)
 PHASES = {"generate": BLUE, "reward": PINK, "logprobs": SKY, "update": ORANGE, "sync": GREEN,
-          "idle": "#D0D0D0", "rest": "#8C8C8C"}
+          "idle": "#D0D0D0"}
 
 
 # --- Reading a run -----------------------------------------------------------------------------------------
@@ -101,7 +101,7 @@ def read_stage(folder, plan, start):
 def read_run(folder):
     """-> a run: its name, its stages in order, and its evaluations [(step or None, result)]."""
     if not os.path.isdir(folder):
-        raise ValueError(f"{folder} is not a folder; give the folder of a run (its --out), or of evaluations")
+        raise ValueError(f"{folder} is not a folder; give the folder of a run, or of evaluations")
     path, stages = os.path.join(folder, "plan.json"), []
     plans = next(read_objects(path), {}).get("stages") if os.path.exists(path) else [{}]
     if type(plans) is not list:
@@ -178,13 +178,6 @@ def canvas(title, height, rows=1, columns=1, **kw):
     return figure, figure.subplots(rows, columns, squeeze=False, **kw)
 
 
-def legend(figure, axis):
-    handles, names = axis.get_legend_handles_labels()
-    if handles:
-        columns = min(3, 100 // (max(map(len, names)) + 12))
-        figure.legend(handles, names, loc="outside lower center", ncols=columns)
-
-
 def draw_series(axis, runs, key, color, scale=1, name="", bars=None):
     """Each step pale and the moving average strong; or, with the key of a standard error, points with bars.
     After the checkpoint handed on all is faded. Two runs get a colour and a dash each, and their names."""
@@ -225,6 +218,19 @@ def step_axis(axis, runs, names=True):
     axis.set_xlabel("training step" + " (faded: after the checkpoint handed on)" * faded)
 
 
+def finish(figure, axis, runs, top=None):
+    """The axis of steps, with the names of stages over the top panel, and a legend under the picture."""
+    step_axis(axis, runs, names=top is None)
+    if top:
+        step_axis(top, runs)
+        top.set_xlabel("")
+    handles, names = (top or axis).get_legend_handles_labels()
+    if handles:
+        columns = min(3, 100 // (max(map(len, names)) + 12))
+        figure.legend(handles, names, loc="outside lower center", ncols=columns)
+    return figure
+
+
 def is_aime24(name):
     """By the exact name of the benchmark or its file: no toy that resembles it may be measured against o1."""
     return re.sub("[-_ ]", "", os.path.basename(name).split(".")[0].lower()) in ("aime24", "aime2024")
@@ -252,36 +258,25 @@ def pass_at_1(runs, sizes):
     lines |= {r.name: r.scores[""][0] for r in sizes if np.isnan(r.size)}
     for i, (name, value) in enumerate(sorted(lines.items(), key=lambda line: line[1])):
         axis.axhline(value, color=GREY, lw=1.2, ls=DASHES[5 - i % 6], label=f"{name} {value:.3g}")
-    step_axis(axis, runs)
     axis.set_ylabel("pass@1 (%), one standard error")
-    legend(figure, axis)
-    return figure
-
-
-def mean_of(runs):
-    return f"mean of {runs[0].window} steps" if runs[0].window > 1 else "each step"
+    return finish(figure, axis, runs)
 
 
 def length_and_reward(runs, _):
     figure, [[above], [below]] = canvas("Response length and reward", 6.4, 2, sharex=True)
-    draw_series(above, runs, "length_mean", BLUE, name=mean_of(runs))
+    draw_series(above, runs, "length_mean", BLUE, name=runs[0].mean)
     draw_series(below, runs, "reward", RED)
-    step_axis(above, runs)
-    step_axis(below, runs, names=False)
-    above.set(xlabel="", ylabel="length (tokens)")
+    above.set_ylabel("length (tokens)")
     below.set_ylabel("mean reward")
-    legend(figure, above)
-    return figure
+    return finish(figure, below, runs, top=above)
 
 
 def truncation(runs, _):
     figure, [[axis]] = canvas("Responses cut off at the limit", 4)
-    draw_series(axis, runs, "truncated", RED, 100, f"training, {mean_of(runs)}")
+    draw_series(axis, runs, "truncated", RED, 100, f"training, {runs[0].mean}")
     draw_series(axis, runs, "eval_truncated", BLUE, 100, "validation", bars="eval_truncated_se")
-    step_axis(axis, runs)
     axis.set(ylabel="truncated (%)", ylim=(0, max(1, axis.get_ylim()[1])))
-    legend(figure, axis)
-    return figure
+    return finish(figure, axis, runs)
 
 
 def turning_over(runs, _):
@@ -303,7 +298,7 @@ def turning_over(runs, _):
         column[0].set_title(f"{run.name}, {stage.name}" if len(runs) > 1 else stage.name)
     for axis, text in zip(axes[:, 0], ("mean reward", "truncated (%)", "length (tokens)")):
         axis.set_ylabel(text)
-    words = f"line: {mean_of(runs)}; shaded: the steps compared; dashed: the checkpoint handed on"
+    words = f"line: {runs[0].mean}; shaded: the steps compared; dashed: the checkpoint handed on"
     figure.supxlabel(words, fontsize=10, color=GREY)
     return figure
 
@@ -326,7 +321,7 @@ def accuracy_vs_size(runs, sizes):
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.xaxis.set_major_formatter(lambda n, _: f"{n / 1e9:.3g}")
     axis.xaxis.set_minor_formatter(NullFormatter())
-    legend(figure, axis)
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
@@ -336,15 +331,15 @@ def time_per_step(runs, _):
     for axis, run in zip(axes[:, 0], runs):
         rows = [(s.start + r["step"], r) for s in run.stages for r in s.rows if 0 < r["step"] <= s.end]
         edges = np.array([step for step, _ in rows] + [rows[-1][0] + 1 if rows else 1]) - 0.5
-        spent = {name: np.array([number(r.get(f"seconds_{name}")) for _, r in rows]) for name in PHASES}
-        spent = {name: np.nan_to_num(seconds) for name, seconds in spent.items()}
+        spent = {name: np.nan_to_num([number(r.get(f"seconds_{name}")) for _, r in rows]) for name in PHASES}
         whole = np.nan_to_num([number(r.get("seconds")) for _, r in rows])
         spent["rest"] = np.maximum(whole - sum(spent.values()), 0)
-        total, floor = sum(seconds.sum() for seconds in spent.values()), np.zeros(len(rows))
+        floor = np.zeros(len(rows))
         for name, seconds in spent.items():
             if seconds.any():
-                axis.stairs(floor + seconds, edges, baseline=floor, fill=True, color=PHASES[name],
-                            label=f"{name} {100 * seconds.sum() / total:.0f} %")
+                share = 100 * seconds.sum() / sum(map(np.sum, spent.values()))
+                look = {"color": PHASES.get(name, "#8C8C8C"), "label": f"{name} {share:.0f} %"}
+                axis.stairs(floor + seconds, edges, baseline=floor, fill=True, **look)
                 floor = floor + seconds
         step_axis(axis, [run])
         axis.set_ylabel("seconds" + f", {run.name}" * (len(runs) > 1))
@@ -353,19 +348,8 @@ def time_per_step(runs, _):
 
 
 # Each picture, with the metrics that it cannot do without
-FIGURES = {pass_at_1: (), length_and_reward: ("length_mean", "reward"), turning_over: ("reward",),
-           truncation: ("truncated",), accuracy_vs_size: None, time_per_step: ("seconds",)}
-
-
-def lacking(runs, keys):
-    """Why these metrics cannot be drawn; "" if they can."""
-    if keys is None:
-        return ""
-    stages = [stage for run in runs for stage in run.stages]
-    absent = [key for key in keys if not any(len(columns(stage, key)[0]) for stage in stages)]
-    if not stages:
-        return "no training run here, or none of its steps is done yet (metrics.jsonl)"
-    return f"metrics.jsonl holds no number for {', '.join(absent)}" if absent else ""
+FIGURES = {pass_at_1: (), length_and_reward: ("length_mean", "reward"), turning_over: (),
+           truncation: ("truncated",), accuracy_vs_size: (), time_per_step: ("seconds",)}
 
 
 def draw(run, run_b=None, *, window=100, out=None, sizes=None):
@@ -382,12 +366,15 @@ def draw(run, run_b=None, *, window=100, out=None, sizes=None):
     longest = max((len(stage.rows) for r in runs for stage in r.stages), default=0)
     for r, folder in zip(runs, (run, run_b)):
         r.window = max(1, min(window, longest // 4))
+        r.mean = f"mean of {r.window} steps" if r.window > 1 else "each step"
         r.name = label(folder) if same else r.name
     models = read_sizes(sizes) if sizes else []
     written, missing = [], {}
     with matplotlib.rc_context(STYLE):
         for make, needs in FIGURES.items():
-            figure = lacking(runs, needs) or make(runs, models)
+            stages = [stage for r in runs for stage in r.stages]
+            absent = [key for key in needs if not any(columns(stage, key).size for stage in stages)]
+            figure = f"no step has a number for {', '.join(absent)} yet" if absent else make(runs, models)
             if isinstance(figure, str):
                 missing[make.__name__] = figure
                 continue
@@ -401,7 +388,7 @@ def draw(run, run_b=None, *, window=100, out=None, sizes=None):
 
 # --- Transcripts: one page without a script, of whole groups, since a group is what GRPO compares -----------
 
-PAGE_CHARS, MATH_CHARS = 30_000_000, 4_000_000  # all responses and all MathML: opened in 1 s each
+PAGE_CHARS, MATH_CHARS = 30_000_000, 3_000_000  # all responses and all MathML: opened in 1 s each
 TAGS = re.compile("math|mrow|mi|mn|mo|mtext|mspace|msup|msub|msubsup|mfrac|msqrt|mroot|munder|mover|"
                   "munderover|mtable|mtr|mtd|mstyle|menclose")
 ATTRIBUTES = re.compile("(display|displaystyle|scriptlevel|stretchy|fence|form|movablelimits|linethickness|"
@@ -500,8 +487,8 @@ def answer_html(row, advantage, typeset, most):
     """One answer: how it was graded, its thought in a box, and what follows the thought."""
     text, cut = str(row.get("response")), row.get("finish_reason") == "length"
     if len(text) > most:
-        left_out = f"\n[... {len(text) - most:,} characters left out ...]\n"
-        text = text[:most // 2] + left_out + text[-(most // 2):]
+        half = most // 2
+        text = f"{text[:half]}\n[... {len(text) - 2 * half:,} characters left out ...]\n{text[-half:]}"
     thought, close, rest = text.rpartition("</think>")
     if cut and not close:
         thought, rest = rest, ""  # the thought did not end
@@ -536,10 +523,7 @@ def group_html(where, rows, typeset, samples):
 
 
 def evenly(items, most):
-    """
-    >>> evenly(list(range(10)), 4)
-    [0, 3, 6, 9]
-    """
+    """At least one of the items, and at most `most`."""
     return [items[round(i)] for i in np.linspace(0, len(items) - 1, max(1, min(most, len(items))))]
 
 
@@ -597,8 +581,8 @@ def main(argv=None):
             written.append(transcripts(args.run, page, args.max_transcripts))
     except (ValueError, OSError) as e:
         sys.exit(f"figures.py: {e}")
-    print("\n".join(f"wrote {path}" for path in written))
-    print("\n".join(f"not drawn: {name}: {why}" for name, why in missing.items()))
+    undrawn = [f"not drawn: {name}: {why}" for name, why in missing.items()]
+    print("\n".join([f"wrote {path}" for path in written] + undrawn))
 
 
 if __name__ == "__main__":

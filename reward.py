@@ -14,8 +14,8 @@ it must be right, it must be fast.  The file follows the way of an answer:
     sympy      what digits leave open: sums, tiny terms          in a process that can be killed
     public     grade, explain, compute_reward                    with two locks against restating the problem
 
-The locks: a plain gold (7, 1/2, 3\sqrt2, \pi/4) wants a finished answer: 3+4 and \log_2 8 earn nothing for it;
-and an answer whose tokens stand in a row in the problem's own formulas earns nothing unless it is the gold.
+The locks: a plain gold (7, 1/2, 3\sqrt2, \pi/4) wants a finished answer: 3+4 and \log_2 8 earn nothing for
+it; an answer whose tokens stand in a row in the problem's own formulas earns nothing unless it is the gold.
 Left out on purpose: tolerance, per cent as a factor (50% is not 0.5), unit conversion, answers outside a box.
 Model output is hostile: every operation is bounded BEFORE it is done; what cannot be read earns nothing.
 """
@@ -143,7 +143,7 @@ ALIAS = table(r"""\dfrac=\frac \tfrac=\frac \cfrac=\frac \dbinom=\binom \tbinom=
     \vee=\or \varnothing=\emptyset \lvert=| \rvert=| \vert=| \mid=| \lbrace=\{ \rbrace=\} \prime='
     \varphi=\phi \backslash=\setminus \langle=( \rangle=) \lbrack=[ \rbrack=] \lparen=( \rparen=) \dots=\ldots
     \cdots=\ldots \textdegree=\degree \varepsilon=\epsilon \arcsinh=\asinh \arccosh=\acosh \arctanh=\atanh
-    \rightarrow=\to \bmod=\pmod \mod=\pmod""")
+    \rightarrow== \to== \bmod=\pmod \mod=\pmod""")
 TRIG = words("sin cos tan cot sec csc")
 FUNCTIONS = frozenset("\\" + f for f in """sin cos tan cot sec csc sinh cosh tanh coth sech csch arcsin arccos
     arctan arccot arcsec arccsc asinh acosh atanh ln log lg exp gcd lcm max min""".split())
@@ -188,14 +188,16 @@ DOMAINS = table(r"""integer=Z integers=Z whole=Z \integers=Z real=R reals=R \rea
     odd=odd rational=Q \rationals=Q complex=C \complexes=C positive=+ negative=- nonnegative=+0
     non-negative=+0 nonzero=!0 non-zero=!0 even=even prime=prime""")
 QUALIFIERS = words("""where for with is are being any all every each some an a the arbitrary constant
-    constants number numbers value values of in fixed""") | DOMAINS.keys() | {"\\in", "\\forall", ",", "(", ")", "\\and"}
+    constants number numbers value values of in fixed""")
+QUALIFIERS |= DOMAINS.keys() | words(r"\in \forall \and , ( )")
 PROSE = words("""all any every real reals number numbers except excluding there solution solutions roots exist
     exists answer final option choice where for only the about approximately roughly empty set integer
     integers constant""")
 VOCABULARY = PROSE | QUALIFIERS | UNITS | FACTORS.keys() | COUNTS.keys() | {"no", "if", "other", "than"}
 WORDY = re.compile(r"(?<![A-Za-z\\])(?:" + "|".join(sorted(PROSE)) + ")(?![A-Za-z])", re.I)
 DIGITS = tuple("0123456789")                     # not str.isdigit: that is true of a superscript two
-CLOCK = re.compile(r"(?<![0-9:.])([01]?[0-9]|2[0-4])(?:\s*:\s*([0-5][0-9](?![0-9.]|\\[dtc]?frac))(:[0-5][0-9])?)?"
+CLOCK = re.compile(r"(?<![0-9:.])([01]?[0-9]|2[0-4])"
+                   r"(?:\s*:\s*([0-5][0-9](?![0-9.]|\\[dtc]?frac))(:[0-5][0-9])?)?"
                    r"(?!\s*[:.0-9])(?:(?:[\s\"(~]|\\[ ,;:!])*([aApP][mM])(?![A-Za-z])[\")]*)?")
 TEXT = re.compile(r"\\(text[a-z]*|math(?:rm|bf|it|sf)|operatorname\*?|emph|mbox|hbox)\s*\{([^{}]*)\}")
 WORD = re.compile(r"[0-9]+:[0-9:]+[ap]?m?|[A-Za-z](?:[A-Za-z'-]|\.(?=[A-Za-z]))*|[\u4e00-\u9fff]+|"
@@ -238,41 +240,46 @@ def mixed_number(m):
 def clock_time(m):
     """3:30 p.m. as the word 3:30pm; without two digits of minutes below 60 it is a ratio."""
     half = (m[4] or "").lower()
+    if m.string[:m.start()].rstrip(" ").endswith(":"):   # the end of 1 : 8 : 27
+        return m[0]
     return f'"{m[1]}:{m[2] or "00"}{m[3] or ""}{half}"' if m[2] or half else m[0]
 
 
-# Spellings of one number or one sign, rewritten in the source text in this order.  Every repetition is bounded
+# Spellings of one number or sign, rewritten in the source text, in this order.  Every repetition is bounded
 # or begins where the one before cannot go on, so that no input makes these patterns backtrack for long.
-REWRITES = [(re.compile(pattern), new) for pattern, new in (
+# The last text of a row saves time: without one of its characters there is nothing to rewrite.
+REWRITES = [(re.compile(pattern), *new) for pattern, *new in (
     (r"\\(?:mathrm|text)\s*\{\s*C\s*\}\s*_\s*\{?([0-9a-z]{1,9})\}?\s*\^\s*\{?([0-9a-z]{1,9})\}?",
-     r"\\binom{\1}{\2}"),
+     r"\\binom{\1}{\2}", "C"),
     (r"\\mathbb\s*\{?\s*([RZNQC])\s*\}?|\\math(?:bf|rm)\s*\{\s*([RZNQ])\s*\}",
      lambda m: {"R": "\\reals ", "Z": "\\integers ", "N": "\\naturals ", "Q": "\\rationals ",
-                "C": "\\complexes "}[m[1] or m[2]]),
+                "C": "\\complexes "}[m[1] or m[2]], "RZNQC"),
     (r"\\(?:vec|overrightarrow|mathbf)\s*\{?\s*([A-Za-z]{1,2})\s*\}?\s*\\times\s*"
-     r"\\(?:vec|overrightarrow|mathbf)\s*\{?\s*([A-Za-z]{1,2})\s*\}?", r"\\cross{\1}{\2}"),
+     r"\\(?:vec|overrightarrow|mathbf)\s*\{?\s*([A-Za-z]{1,2})\s*\}?", r"\\cross{\1}{\2}", "vb"),
     *[(TEXT, quoted)] * 4,                                                     # a \text in a \text: 4 levels
-    (r"(?<=[0-9 \"(~])([aApP])\. ?[mM]\b\.?", r" \1m"),                                        # 5 p.m.
-    (r"\{:\}|\\!:\\!|\":\"", ":"), (CLOCK, clock_time),
-    (r"\^\s*\{?\s*\"?\s*(?:st|nd|rd|th)\s*\"?\s*\}?(?![A-Za-z])", ""),                          # 12^{th}
+    (r"(?<=[0-9 \"(~])([aApP])\. ?[mM]\b\.?", r" \1m", "mM"),                                        # 5 p.m.
+    (r"\{:\}|\\!:\\!|\":\"", ":", ":"), (CLOCK, clock_time, ":mM"),
+    (r"\^\s*\{?\s*\"?\s*(?:st|nd|rd|th)\s*\"?\s*\}?(?![A-Za-z])", "", "hds"),                    # 12^{th}
     (r"(?<=[0-9])(?:\s*\"\s*(?:st|nd|rd|th)\s*\"|(?:(?<=1)st|(?<=2)nd|(?<=3)rd|(?<=[04-9])th|(?<=1[1-3])th)"
-     r"(?![A-Za-z]))", ""),
-    (r"(?<=[0-9])\s+([kc]?m/(?:s|h|min|hr)(?:\^2|\^\{2\})?)(?=\W*$)", r'"\1"'),                # 6 m/s
-    (r"\^\s*\{((?:\s*(?:'|\\prime))+)\s*\}|\^\s*(?='|\\prime)", r"\1"),                        # y^{\prime}
-    (r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})", r"\\degree "),
-    (r"\(\s*\"?\s*\\?[pb]?mod\s*\"?\s*\{?([^{}()\"]{1,40})\}?\s*\"?\s*\)", r"\\pmod{\1}"),
-    (r"<\s*=", r"\\le "), (r">\s*=", r"\\ge "), (r"(?:!|\\not)\s*=", r"\\ne "), (r"\*\*", "^"),
-    (r"\.\.\.", r"\\ldots "), (r"^\s*\\approx", ""), (r"(?<=[0-9])\s*x\s*10\s*(?=\^)", "*10"),  # 8.7 x 10^8
-    (r"([0-9]{0,200})\.([0-9]{0,200})\\(?:overline|bar|dot)\s*\{?([0-9]{1,200})\}?", repeating_decimal),
-    (r"(?<![0-9])([0-9]{1,200})\.([0-9]{0,200})\(([0-9]{1,200})\)", repeating_decimal),        # 0.(3)
-    (r"(?<![0-9.,])([0-9]{1,200})\{,\}([0-9]{1,2}|[0-9]{4,200})(?![0-9{,])", r"\1.\2"),        # 0{,}5
+     r"(?![A-Za-z]))", "", "hds"),
+    (r"(?<=[0-9])\s+([kc]?m/(?:s|h|min|hr)(?:\^2|\^\{2\})?)(?=\W*$)", r'"\1"', "m"),                # 6 m/s
+    (r"\^\s*\{((?:\s*(?:'|\\prime))+)\s*\}|\^\s*(?='|\\prime)", r"\1", "'p"),                  # y^{\prime}
+    (r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})", r"\\degree ", "i"),
+    (r"\(\s*\"?\s*\\?[pb]?mod\s*\"?\s*\{?([^{}()\"]{1,40})\}?\s*\"?\s*\)", r"\\pmod{\1}", "m"),
+    (r"<\s*=", r"\\le ", "<"), (r">\s*=", r"\\ge ", ">"), (r"(?:!|\\not)\s*=", r"\\ne ", "="),
+    (r"\*\*", "^", "*"),
+    (r"\.\.\.", r"\\ldots ", "."), (r"^\s*\\approx", "", "x"),
+    (r"(?<=[0-9])\s*x\s*10\s*(?=\^)", "*10", "x"),  # 8.7 x 10^8
+    (r"([0-9]{0,200})\.([0-9]{0,200})\\(?:overline|bar|dot)\s*\{?([0-9]{1,200})\}?", repeating_decimal, "."),
+    (r"(?<![0-9])([0-9]{1,200})\.([0-9]{0,200})\(([0-9]{1,200})\)", repeating_decimal, "."),        # 0.(3)
+    (r"(?<![0-9.,])([0-9]{1,200})\{,\}([0-9]{1,2}|[0-9]{4,200})(?![0-9{,])", r"\1.\2", ","),        # 0{,}5
     # 1\,000 and 1{,}000; then 1,000; then 1 4/5; then 1\frac{4}{5}
     (r"(?<![0-9.,])[1-9][0-9]{0,2}(?:(?:\{,\}|,?\\[,!;: ]|,\\!\s+| )[0-9]{3})+(?![0-9])",
-     lambda m: re.sub(r"[^0-9]", "", m[0])),
-    (r"(?<![0-9.,}])[1-9][0-9]{0,2}(?:,[0-9]{3}){1,7}(?![0-9])(?!,[0-9])", join_thousands),
-    (r"(?<![0-9./^_a-zA-Z})])([0-9]{1,9}) +([0-9]{1,9})/([0-9]{1,9})(?![0-9./^])", mixed_number),
+     lambda m: re.sub(r"[^0-9]", "", m[0]), ",!;: "),
+    (r"(?<![0-9.,}])[1-9][0-9]{0,2}(?:,[0-9]{3}){1,7}(?![0-9])(?!,[0-9])", join_thousands, ","),
+    (r"(?<![0-9./^_a-zA-Z})])([0-9]{1,9}) +([0-9]{1,9})/([0-9]{1,9})(?![0-9./^])", mixed_number, "/"),
     (r"(?<![0-9.^_])(?<![0-9] )(?<!frac)(?<!sqrt)(?<!binom)([0-9]{1,9})\s*\\?[dtc]?frac\s*"
-     r"(?:\{\s*([0-9]{1,9})\s*\}|([0-9]))\s*(?:\{\s*([0-9]{1,9})\s*\}|([0-9]))(?!\s*\^)", mixed_number),
+     r"(?:\{\s*([0-9]{1,9})\s*\}|([0-9]))\s*(?:\{\s*([0-9]{1,9})\s*\}|([0-9]))(?!\s*\^)", mixed_number, "f"),
     (r"(\([^(),]*,[^()]*\))(?=\s*(?:\\left\s*)?\([^(),]*,[^()]*\))", r"\1,"),                  # (2,3)(2,7)
 )]
 # 1e-5 and 3.61e-10 are numbers, 24e-32 is 24e - 32.
@@ -283,8 +290,7 @@ TOKEN = re.compile(rf"(?P<num>{SCIENTIFIC}|(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[e
 INNER_FUNCTION = re.compile("(arcsin|arccos|arctan|sqrt|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|pi)")
 # What a phrase means, on tokens joined by blanks, in this order.
 PHRASES = [(re.compile(pattern), new) for pattern, new in (
-    (r'^(?:"the )?(?:"final |"correct )?"(?:answer|ans|solution|value|result)s?(?: "is| "are)?(?: :| =)? (?=.)',
-     ""),
+    (r'^(?:"the )?(?:"final |"correct )?"(?:answer|ans|solution|value)s?(?: "is)?(?: :| =)? (?=.)', ""),
     (r'^"(?:option|choice) ', ""), (r'(?: ,)? "only$', ""), (r'^"the "empty "set$', r"\\emptyset"),
     (r'^(?:"for )?"(?:all|any|every) (?:"the )?"reals?(?: "numbers?| "values?)?(?: "of)?(?: "?[a-z](?= |$))?',
      r"\\reals"),
@@ -325,8 +331,9 @@ def lexed(source):
     source = source.translate(UNICODE).strip()
     if "\\begin" not in source:                          # elsewhere `\\frac` was escaped twice in the data
         source = re.sub(r"\\\\(?=[A-Za-z])", r"\\", source)
-    for pattern, new in REWRITES:
-        source = pattern.sub(new, source)
+    for pattern, new, *needs in REWRITES:
+        if not needs or any(c in source for c in needs[0]):
+            source = pattern.sub(new, source)
     wordy, tokens = bool(WORDY.search(source)), []
     for m in TOKEN.finditer(source):
         kind, t = m.lastgroup, m[0]
@@ -375,8 +382,8 @@ def letters(m, before, wordy):
 #   (operation, tree, ...)            + * / ^ ! binom ln sin abs floor ..., deg for degrees, pm for both signs
 #   (structure, [label,] tree, ...)   list, or, set, cases; tuple: the label is its brackets; matrix: its rows
 #   (rel, operators, tree, ...) (assign, name, value) (mod, value, modulus) (base, digits, base) (ratio, a, b)
-#   (clock, '3:30', 'pm' or '') (builder, element, condition) (steps, first, step, last) (cup | cap | setminus,
-#   a, b) (big, 'sum' | 'prod' | 'int' | 'lim', variable, low, high, body)
+#   (clock, '3:30', 'pm' or '') (builder, element, condition) (steps, first, step, last)
+#   (cup | cap | setminus, a, b) (big, 'sum' | 'prod' | 'int' | 'lim', variable, low, high, body)
 
 OPEN = {"(": ")", "[": "]", "{": "}", "\\{": "\\}", "|": "|", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil"}
 ZERO, ONE, MINUS_ONE, TWO, TEN, HALF_TURN = (("num", Fraction(k)) for k in (0, 1, -1, 2, 10, 180))
@@ -390,6 +397,8 @@ CONSTANTS = {"i": ("const", "i"), "e": ("const", "e"), "\\pi": ("const", "pi"), 
              "\\reals": ("reals",), "\\emptyset": ("set",), "\\ldots": ("var", "...")}
 CONSTANTS |= {name: ("word", name) for name in ("\\integers", "\\naturals", "\\rationals", "\\complexes")}
 BIG = {"\\sum": "sum", "\\prod": "prod", "\\int": "int", "\\lim": "lim"}
+ATOMS = (GREEK | FUNCTIONS | MARKS | CONSTANTS.keys() | OPEN.keys() | BIG.keys() | words(
+    r"\frac \binom \cross \sqrt \begin")) - {"|"}
 
 
 def is_number(token):
@@ -402,19 +411,17 @@ def number(token):
 
 
 def times(a, b):
-    if a[0] == b[0] == "num":
-        return ("num", a[1] * b[1]) if MINUS_ONE in (a, b) else ("*", a, b)
     if b[0] == "matrix" or b[0] == "tuple" and is_literal(a):
         return (*b[:2], *(times(a, cell) for cell in b[2:]))
-    return ("*", a, b)
-
-
-def is_power(tree):
-    return tree[0] == "^" or tree[0] == "*" and is_power(tree[2])
+    return ("num", a[1] * b[1]) if a[0] == b[0] == "num" and MINUS_ONE in (a, b) else ("*", a, b)
 
 
 def negative(tree):
     return times(MINUS_ONE, tree)
+
+
+def is_power(tree):
+    return tree[0] == "^" or tree[0] == "*" and is_power(tree[2])
 
 
 class Parser:
@@ -430,14 +437,14 @@ class Parser:
 
     def whole(self):
         tree = self.tree()
-        return tree if not self.peek() else self.take("end")
+        return self.take("end") if self.peek() else tree
 
     def peek(self, ahead=0):
         return self.tokens[self.at + ahead]
 
     def take(self, expected=None):
         token = self.peek()
-        if not token or expected is not None and token != expected:
+        if not token or token != (expected or token):
             raise Unparsed(f"{expected or 'more'} expected, {token or 'end'} found")
         self.at += 1
         return token
@@ -469,14 +476,16 @@ class Parser:
     def extended(self, left, level):
         """`left` with the operator that follows it, or None.  Juxtaposition multiplies."""
         t = self.peek()
-        binding = PRODUCT if t[:1] == '"' else INFIX.get(t, PRODUCT if self.starts_factor() else -1)
+        factor = t[:1].isalnum() or t in ATOMS or is_number(t) or t == "|" and not self.in_bars
+        factor = factor or t[:1] == '"'
+        binding = INFIX.get(t, PRODUCT if factor else -1)
         if binding < level or t == ":" and self.in_set:
             return None
         if binding == LIST:
             return self.elements(left)
         if binding == RELATION and t != "\\pmod":
             return self.relation(left)
-        if t[:1] == '"':
+        if t[0] == '"':
             return self.with_word(left)
         if t not in INFIX:
             if is_number(t) and (is_number(self.peek(-1)) and not is_power(left) or self.peek(-1)[0] == '"'):
@@ -491,24 +500,19 @@ class Parser:
             return ("ratio", *(left[1:] if left[0] == "ratio" else [left]), self.tree(SUM))
         if binding == SUM:
             term = self.both_signs(t) if t[0] == "\\" else self.tree(PRODUCT)
-            if left == ZERO:
-                return negative(term) if t == "-" else term
-            return ("+", *(left[1:] if left[0] == "+" else [left]), negative(term) if t == "-" else term)
+            term = negative(term) if t == "-" else term
+            return term if left == ZERO else ("+", *(left[1:] if left[0] == "+" else [left]), term)
         if binding == PRODUCT:
             return ("/", left, self.tree(POWER)) if t == "/" else times(left, self.tree(POWER))
-        if t == "^":
-            return ("^", left, self.tree(EXPONENT))
         if t == "\\degree":
             return ("*", left, ("/", CONSTANTS["\\pi"], HALF_TURN)) if self.in_trig else ("deg", left)
         if t in "!'":                            # behind a number, a prime is minutes, dropped as units are
             return ("!", left) if t == "!" else left
+        if t == "^":
+            return ("^", left, self.tree(EXPONENT))
         if left[0] != "num" or left[1].denominator != 1:
             raise Unparsed("subscript")
         return ("base", str(left[1]), self.subscript())
-
-    def starts_factor(self):
-        t = self.peek()
-        return t[:1].isalnum() or t in ATOMS or is_number(t) or t == "|" and not self.in_bars
 
     def with_word(self, left):
         """`left` and the word behind it: units go, with powers and slashes, number words multiply."""
@@ -522,11 +526,11 @@ class Parser:
             raise Unparsed("a word that changes the value")
         if self.accept("^"):
             self.tree(ATOM)
-        if self.peek() in ("/", "*") and self.peek(1)[:1] == '"':
-            self.at += 1
+        self.at += self.peek() in ("/", "*") and self.peek(1)[:1] == '"'
         return left
 
     def elements(self, left):
+        """A list, which commas, `and` and `or` separate."""
         items, kind = [left], "list"
         while separator := self.accept(",", ";", "\\and", "\\or"):
             second = self.accept("\\and", "\\or")                    # 1, 2, and 3
@@ -574,6 +578,7 @@ class Parser:
         return self.tree(ATOM)
 
     def primary(self):
+        """What needs no operator: a number, name, word, bracket, function, fraction, root or matrix."""
         t = self.take()
         if is_number(t):
             return number(t)
@@ -583,8 +588,8 @@ class Parser:
             name = [t[1:]]
             while self.peek()[:1] == '"':
                 name.append(self.take()[1:])
-            clock = re.fullmatch(r"0?(\d+[:\d]*)(am|pm|)", name[0])
-            return ("clock", *clock.groups()) if clock and len(name) == 1 else ("word", " ".join(name))
+            clock = re.fullmatch(r"0?(\d+[:\d]*)(am|pm|)", " ".join(name))
+            return ("clock", *clock.groups()) if clock else ("word", " ".join(name))
         if t[0].isalpha() or t in GREEK:
             return self.symbol(t)
         if t in OPEN:
@@ -605,16 +610,17 @@ class Parser:
             return tree if tree[0] == "num" or segment else ("var", f"{t} {tree}")
         if t in BIG:
             return self.big(BIG[t])
-        return self.environment() if t == "\\begin" else self.take("factor")
+        return self.environment(self.subscript()) if t == "\\begin" else self.take("factor")
 
     def symbol(self, name):
+        """x, a_1, y', and f(2): a value of a function, not f times 2."""
         if self.accept("_"):
             name += "_" + self.subscript()
         while self.accept("'"):
             name += "'"
         inner = self.peek(1)
         if self.peek() == "(" and self.peek(2) == ")" and (inner[:1].isalnum() or inner in GREEK):
-            self.at += 3                         # f(2), I(0): a value of a function, not I times 0
+            self.at += 3
             name += f"({inner})"
         return ("var", name)
 
@@ -631,16 +637,14 @@ class Parser:
         r"""sin, log_2, ln^2 and the like with their argument: a bracket, else factors: \sin 2x \cos y."""
         base = power = None
         for _ in range(2):                       # in either order
-            if self.accept("_"):
-                base = self.tree(ATOM)
-            elif self.accept("^"):
-                power = self.tree(EXPONENT)
+            base = self.tree(ATOM) if self.accept("_") else base
+            power = self.tree(EXPONENT) if self.accept("^") else power
         outer, self.in_trig = self.in_trig, name in TRIG
         if bracket := self.accept("(", "[", "{"):
             tree = self.group(bracket)
         else:
             tree = self.tree(POWER)
-            while self.starts_factor() and self.peek() not in FUNCTIONS and self.peek() not in OPEN:
+            while (self.peek() in ATOMS - FUNCTIONS - OPEN.keys() or self.peek()[:1].isalnum()):
                 tree = times(tree, self.tree(POWER))
         self.in_trig = outer
         if power == MINUS_ONE:
@@ -660,7 +664,7 @@ class Parser:
             else:
                 self.take("{")
                 name = self.primary()
-                self.take("\\to" if kind == "lim" else "=")
+                self.take("=")                   # as \to is read, too
                 low = self.tree(SUM)
                 self.take("}")
         high = self.tree(EXPONENT) if self.accept("^") else high
@@ -673,19 +677,9 @@ class Parser:
         bound = ("var", f"#{str(body).count('#')}")                  # renamed: \sum_i and \sum_k are one tree
         return ("big", kind, bound, low, high, substituted(body, name, bound))
 
-    def condition(self):
-        """A relation, or words up to the end of the line: n is even."""
-        start, text = self.at, []
-        while self.peek() not in ("\\\\", "\\end"):
-            text.append(self.take().strip('"'))
-        if any(t[0] == '"' for t in self.tokens[start:self.at]):
-            return ("word", " ".join(text).strip(" ."))
-        self.at = start
-        return self.tree(RELATION)
-
-    def environment(self):
+    def environment(self, name):
         r"""\begin{xmatrix} or \begin{cases}; the bracket style does not matter, but \vmatrix is no matrix."""
-        name, rows = self.subscript(), [[]]
+        rows, is_cases = [[]], name == "cases"
         if name not in ("pmatrix", "bmatrix", "matrix", "Bmatrix", "smallmatrix", "array", "cases"):
             raise Unparsed("environment " + name)
         if name == "array" and self.peek() == "{":
@@ -693,22 +687,24 @@ class Parser:
         while not self.accept("\\end"):
             if self.accept("\\\\"):
                 rows.append([])
-            elif not self.accept("&", *([",", '"if', '"for', '"when', ";", "."] if name == "cases" else [])):
-                rows[-1].append(self.condition() if name == "cases" and rows[-1] else self.tree(
-                    RELATION if name == "cases" else SUM))
+            elif not self.accept("&", *([",", '"if', '"for', '"when', ";", "."] if is_cases else [])):
+                rows[-1].append(self.condition() if is_cases and rows[-1] else self.tree(RATIO - is_cases))
         self.subscript()
         rows = [row for row in rows if row]
         if len({len(row) for row in rows}) != 1:
             raise Unparsed("ragged")
-        if name == "cases" and len(rows[0]) == 1:                    # x = 1, y = 2 one above the other
-            return ("list", *itertools.chain(*rows))
-        if name == "cases":
-            return ("cases", *(("pair", *row) for row in rows))
+        if is_cases:                             # one column: a system, x = 1, y = 2
+            pairs = [("pair", *row) for row in rows]
+            return ("list", *sum(rows, [])) if len(rows[0]) == 1 else ("cases", *pairs)
         return ("matrix", str(len(rows)), *itertools.chain(*rows))
 
-
-ATOMS = (GREEK | FUNCTIONS | MARKS | CONSTANTS.keys() | OPEN.keys() | BIG.keys() |
-         {"\\frac", "\\binom", "\\cross", "\\sqrt", "\\begin"}) - {"|"}
+    def condition(self):
+        """A relation, or words up to the end of the line: n is even."""
+        end = next(i for i in range(self.at, len(self.tokens)) if self.tokens[i] in ("\\\\", "\\end", ""))
+        line, self.at = self.tokens[self.at:end], end
+        if any(t[0] == '"' for t in line):
+            return ("word", " ".join(t.strip('".') for t in line))
+        return Parser(trimmed(line), self.depth).whole()
 
 
 def progression(kind, items):
@@ -716,7 +712,7 @@ def progression(kind, items):
     dots = CONSTANTS["\\ldots"]
     at = items.index(dots) if dots in items else 0
     steps = {y[1] - x[1] for x, y in zip(items[:at], items[1:at]) if x[0] == y[0] == "num"}
-    if len(steps) != 1 or at < 2 or any(t[0] != "num" for t in items[:at]) or len(items) > at + 2:
+    if len(steps) != 1 or any(t[0] != "num" for t in items[:at]) or len(items) > at + 2:
         return (kind, *items)
     return ("steps", items[0], ("num", steps.pop()), *items[at + 1:])
 
@@ -732,9 +728,14 @@ def is_name(tree):
 
 def relation(ops, sides):
     """A chain of relations; names before an equals sign only say what is meant."""
-    if ops[-1] == "~" and not is_name(sides[-2]):        # x = 1/3 \approx 0.33
-        check_rounding(*sides[-2:])
+    if ops[-1] == "~" and not is_name(sides[-2]):        # x = 1/3 \approx 0.33 says 1/3
+        decimal = sides[-1][1] if sides[-1][0] == "num" else Fraction(1, 3)
+        digits = next((k for k in range(20) if (decimal * 10 ** k).denominator == 1), math.inf)
+        if abs(inexact(value(sides[-2], {})) - inexact(decimal)) > mp().mpf(10) ** -digits:
+            raise Unparsed("not a rounding")
         ops, sides = ops[:-1], sides[:-1]
+    if ops == ["in"] and not (is_name(sides[0]) and sides[1][0] in STRUCTURES):
+        raise Unparsed("element of what is no set")
     if ops in (["in"], ["~"]):
         return ("assign", *sides)
     if set(ops) - {"="}:
@@ -747,13 +748,6 @@ def relation(ops, sides):
     if len(values) > 1 and (values[0] == values[-1] or not all(agree(v, values[-1]) for v in values)):
         raise Unparsed("a false or an empty equation")
     return ("assign", sides[0], values[-1]) if len(values) < len(sides) else values[-1]
-
-
-def check_rounding(exact_side, decimal):
-    r"""`18\pi \approx 56.5` says 18\pi, if the decimal is a rounding of it."""
-    digits = next((k for k in range(20) if decimal[0] == "num" and (decimal[1] * 10 ** k).denominator == 1), None)
-    if digits is None or abs(inexact(value(exact_side, {})) - inexact(decimal[1])) > mp().mpf(10) ** -digits:
-        raise Unparsed("not a rounding")
 
 
 def builder(left, condition):
@@ -799,16 +793,16 @@ def signs_chosen(tree, tied):
         rational = {part[0] for part in nodes(t)} <= {"num", "+", "*", "/"}
         return ("num", value(t, {})) if rational else t              # 3 \pm 1 is finished
 
-    choices = map(itertools.repeat, (ONE, MINUS_ONE)) if tied else map(
-        iter, itertools.product((ONE, MINUS_ONE), repeat=count))
-    return ("list", *(chosen(tree, signs) for signs in choices)) if count else tree
+    choices = itertools.product((ONE, MINUS_ONE), repeat=count)
+    choices = [[sign] * count for sign in (ONE, MINUS_ONE)] if tied else choices
+    return ("list", *(chosen(tree, iter(signs)) for signs in choices)) if count else tree
 
 
 # ---- value of a tree: a Fraction while everything is rational, else an mpmath number
 
 # One lock for everything that evaluates: mpmath's precision and its constants are not safe between threads.
 _lock = threading.RLock()
-_deadline = math.inf                             # of the comparison that holds the lock
+_deadline, _ticks = math.inf, 0                  # of the comparison that holds the lock
 
 
 @functools.cache
@@ -821,12 +815,18 @@ def mp():
 
 
 def tick():
-    if time.monotonic() > _deadline:
+    """Time is up only after some work: a busy machine may stall the first steps for a second."""
+    global _ticks
+    _ticks += 1
+    if _ticks > 300 and time.monotonic() > _deadline:
         raise Undecided("out of time")
 
 
 def exact(*values):
-    return all(isinstance(v, Fraction) for v in values)
+    for v in values:                             # a loop, for this is asked more often than anything else
+        if not isinstance(v, Fraction):
+            return False
+    return True
 
 
 def bits(x):
@@ -835,9 +835,11 @@ def bits(x):
 
 def inexact(x):
     """As an mpmath number; a Fraction with too many digits would be cut, and what is cut could matter."""
-    if exact(x) and bits(x) > SEEN_BITS:
+    if not isinstance(x, Fraction):
+        return x
+    if bits(x) > SEEN_BITS:
         raise Undecided("too many digits")
-    return mp().mpf(x.numerator) / x.denominator if exact(x) else x
+    return mp().mpf(x.numerator) / x.denominator
 
 
 def real(x):
@@ -933,6 +935,8 @@ def value(tree, point):
     if kind == "num":
         return parts[0]
     if kind == "var":
+        if parts[0] not in point:
+            raise Unparsed("a variable")
         return point[parts[0]]
     if kind == "const":
         return {"pi": mp().pi, "e": mp().e, "i": mp().j, "inf": mp().inf}[parts[0]] * 1
@@ -989,7 +993,7 @@ def sample(names, kinds, constants):
 
 
 def sampled(b, a):
-    """[(value of b, point)], where b is real first: off the real domain the branches of roots differ."""
+    """[(value of b, point)], where b is real first: elsewhere the branches of roots differ."""
     parts = [*nodes(a), *nodes(b)]
     names = tuple(sorted({t[1] for t in parts if t[0] == "var"}))
     if not names or len(names) > 40:
@@ -1001,10 +1005,11 @@ def sampled(b, a):
     for point in sample(names, JUMPS & kinds, tuple(large[:6]) if JUMPS & kinds else ()):
         try:
             found.append((value(b, point), point))
-        except (ArithmeticError, ValueError):
+        except (ArithmeticError, ValueError) as error:
             tick()
-    if not found:
-        raise Undecided("no point where the gold is defined")
+            reason = str(error)
+    if not found:                                        # the gold is defined nowhere, or too large there
+        raise Undecided(reason)
     found.sort(key=lambda pair: not exact(pair[0]) and mp().im(pair[0]) != 0)
     return found if JUMPS & kinds else found[:3]
 
@@ -1070,7 +1075,7 @@ def equal_labelled(a, b):
             return a[2] == b[2] and equal(x, y)
         return (x[1] - y[1]) % b[2][1] == 0
     if "clock" in (a[0], b[0]):                          # am or pm may be missing, but not differ
-        (x, half), (y, gold_half) = (t[1:] if t[0] == "clock" else (str(t[1]) + ":00", "") for t in (a, b))
+        (x, half), (y, gold_half) = (t[1:] if t[0] == "clock" else (f"{t[-1]}:00", "") for t in (a, b))
         return x == y and (not half or not gold_half or half == gold_half)
     if a[0] == b[0] == "ratio":
         return len(a) == len(b) and all(map(equal, a[1:], b[1:]))
@@ -1097,12 +1102,16 @@ def equal_values(a, b):
         in_degrees(a, True), in_degrees(b, True))
 
 
+PROVABLE = ("digits lost", "too many digits", "sum, product, integral or limit")
+
+
 def agree(a, b):
     """The same value at every sample point where the gold b is defined; sympy where digits do not decide."""
     try:
         points = [] if a == b else sampled(b, a)
-    except Undecided:
-        tick()
+    except Undecided as error:
+        if str(error) not in PROVABLE:           # of a tower of powers sympy knows no more
+            raise
         return ask_sympy(a, b)
     try:
         return all(same(value(a, point), y) for y, point in points)
@@ -1123,13 +1132,14 @@ def unfinished(a, b):
     >>> unfinished(("+", ONE, ONE), TWO), unfinished(("^", TWO, TEN), ("num", Fraction(1024)))
     (True, False)
     """
-    return not variables(b) and is_finished(b, False) and not is_finished(a, is_literal(b))
+    rational = is_literal(b) and all(t[0] != "deg" for t in nodes(b))
+    return not variables(b) and is_finished(b, False) and not is_finished(a, rational)
 
 
 def is_finished(tree, rational, depth=0):
     r"""No sums, functions or nested operations: 2^{10}, \binom{25}2, 3 \cdot 10^5, \frac{\sqrt3}2, 2^6 3^5.
 
-    For a `rational` gold the product of two plain numbers is unfinished, too; for a root it is not.
+    For a `rational` gold a product of two plain numbers or anything with e, i, \pi is unfinished, too.
     """
     literals, bases, counts, stack = 0, [], 0, [tree]
     while stack:
@@ -1138,10 +1148,12 @@ def is_finished(tree, rational, depth=0):
             literals += t not in (ONE, MINUS_ONE)
         elif t[0] in "*/" or t[0] == "deg":
             stack += [t[1]] if t[0] == "/" and is_literal(t[2]) else t[1:]
-        elif t[0] in ("^", "!", "binom") and not depth and all(is_finished(part, True, 1) for part in t[1:]):
+        elif t[0] in ("^", "!", "binom") and not depth:
+            if not all(is_finished(part, rational, 1) for part in t[1:]):
+                return False
             counts += t[0] != "^"
             bases += [t[1]] if t[0] == "^" else []
-        elif t[0] != "const":
+        elif t[0] != "const" or rational:        # e^{i\pi} for -1
             return False
     return (literals < 2 or not rational) and counts < 2 and len(set(bases)) == len(bases)
 
@@ -1296,6 +1308,8 @@ def contains(tree, x):
     if kind == "rel":
         return all(holds(*side, x) for side in zip(parts[1:], parts[0].split(), parts[2:]))
     if kind != "tuple":
+        if variables(tree):
+            raise Unparsed("a name is no set")
         return holds(tree, "=", ("var", ""), x)
     if len(parts) != 3 or STRUCTURES & {parts[1][0], parts[2][0]}:
         raise Unparsed("not an interval")
@@ -1448,7 +1462,7 @@ DECLARING = words(r"\in is an any integer constant arbitrary")
 
 
 def unqualified(tokens):
-    r"""(tokens, domain, parameters) without `for all real x`, `where c is a constant`, `, k \in \mathbb{Z}`."""
+    r"""(tokens, domain, parameters) without `for all real x`, `where c is any constant`, `, k \in Z`."""
     start = len(tokens)
     while start > 1 and ((t := tokens[start - 1].strip('"')) in QUALIFIERS or len(t) == 1 and t.isalpha()):
         start -= 1
@@ -1498,7 +1512,7 @@ def compare(answer, gold, problem=None):
     option = re.fullmatch(r'\( "?([A-H]) \) [^A-H"]+', " ".join(a.tokens or ()))
     if option and spelled(b.tokens) in [*"abcdefgh"]:
         return "equal" if spelled(b.tokens) == option[1].lower() else "different"             # (B) 12
-    name, tokens = spelled(b.tokens), [*(a.tokens or ()), *b.tokens]
+    name, tokens = spelled(b.tokens), [*(a.tokens or ()), *(b.tokens or ())]
     choice = any(r.tokens in map(list, "ABCDEFGH") for r in (a, b))
     if name and (choice or any(t[0] == '"' or len(t) > 3 and t.isalpha() for t in tokens)):
         return "equal" if name == spelled(a.tokens) else "different"
@@ -1584,8 +1598,9 @@ def restates(a, b, problem):
     values, own = [x[2] if x[0] == "assign" else x for x in items(a.tree)], {*nodes(b.tree)}
     if any(x in trees and x not in own for x in values):
         return True
-    return bare(a.tokens) in run and bare(a.tokens) != bare(b.tokens) and any(
-        map(is_operation, nodes(a.tree))) and not any(x in own and is_operation(x) for x in values)
+    text, gold = bare(a.tokens), bare(b.tokens)
+    in_gold = text in gold or text.endswith(gold)        # x^2 for f(x) = x^2, AB = 5 for 5
+    return text in run and not in_gold and any(map(is_operation, nodes(a.tree)))
 
 
 # ---- public interface
@@ -1605,16 +1620,16 @@ def gold_texts(gold):
 
 
 def judge(found, gold, problem=None):
-    """The Verdict on the last boxes of a response: equal if any text of the gold is, else what the first says.
+    """The Verdict on the last boxes of a response: equal if any text of the gold is.
 
     The last box is the answer; but boxes in a row, one for each part, together answer a gold that is a list.
     Bad input is refused further in; what is caught here is a fault of this file, and it is said aloud.
     """
-    global _deadline
+    global _deadline, _ticks
     verdicts = [Verdict(0.0, "unparsed_gold", found[-1], gold)]
     with _lock:
         for text in gold_texts(gold):
-            _deadline, answer = time.monotonic() + SECONDS, found[-1]
+            _deadline, _ticks, answer = time.monotonic() + SECONDS, 0, found[-1]
             try:
                 if len(found) > 1 and is_list(text) and not any(map(is_list, found)):
                     answer = ", ".join(found)
@@ -1641,11 +1656,11 @@ def grade(answer, gold, problem=None):
     >>> check(True, (r"\dfrac12", "0.5"), ("3*sqrt(13)", r"3\sqrt{13}"), (r"0.\overline{3}", "1/3"))
     >>> check(False, ("3.14", r"\pi"), ("0.33", r"\frac13"), ("10001", "10000"))             # no tolerance
     >>> check(True, (r"1,\!000", "1000"), ("025", "25"), ("8e7", r"8\cdot10^7"), (r"1\frac45", "9/5"))
-    >>> check(True, (r"50\%", "50"), (r"90^\circ", r"\pi/2"), (r"\$36", r"36 \text{ dollars}"), ("2^{10}", "1024"))
+    >>> check(True, (r"50\%", "50"), (r"90^\circ", r"\pi/2"), (r"\$36", r"36 \text{ dollars}"))
     >>> check(False, ("0.5", r"50\%"), (r"5 \text{ million}", "5"), (r"\text{odd}", r"\text{even}"))
     >>> check(True, ("x=5", "5"), ("f(z)=2z", "f(x)=2x"), ("(p,q)=(3,2)", "(3,2)"), ("y-3=2x", "y=2x+3"))
     >>> check(False, ("(2,1)", "(1,2)"), ("[1,2]", "(1,2)"), (r"\{1,2\}", "(1,2)"), ("2x=10", "x=5"))
-    >>> check(True, ("2, 1", r"\{1,2\}"), ("1 and 2", r"2 \text{ or } 1"), (r"3 \pm 1", "2, 4"), ("x=1, 2", "1,2"))
+    >>> check(True, ("2, 1", r"\{1,2\}"), ("1 and 2", r"2 \text{ or } 1"), (r"3 \pm 1", "2, 4"))
     >>> check(False, ("5 or 6", "5"), ("4,5,6", "5"), ("1", "1,2"), ("1,2,3", "1,2"), (r"\pm 2", "2"))
     >>> check(True, ("x > 2", r"(2,\infty)"), (r"x \in [-2,7)", r"-2 \le x < 7"), ("all reals", r"\mathbb R"))
     >>> check(True, (r"\textbf{(C)}", "C"), ("yes", r"\text{Yes}"), ("52_{8}", "52_8"), ("5/8", "5:8"))

@@ -1,20 +1,20 @@
-"""Grade the same cases with reward.py and with every other grader at hand; print the bounds, a table, write JSON.
+"""Grade the same cases with reward.py and with every other grader at hand; print the bounds, write JSON.
 
     python bench/grader.py                                  the cases and the training set of this repository
     python bench/grader.py --cases MORE.jsonl --adversarial MORE_HOSTILE.jsonl --out FILE.json
 
 Columns: accuracy, false positives (paid though wrong) and false negatives, answers a second in one process,
 p50 and p99 in ms, and for hostile responses how many were paid, took more than 2 s, raised or left a file.
-Then the share of training problems that pay for a formula of their own text or one side of it, with the problem
-given and without, and how many golds that stand in their problem are refused.
+Then the share of training problems that pay for a formula of their own text or one side of it, with the
+problem given and without, and how many golds that stand in their problem are refused.
 
 Hold-out discipline.  The default files are VISIBLE: reward.py was developed while looking at them, so its
 accuracy on them only shows that nothing broke.  A number worth quoting needs cases of the same kinds that
 nobody looked at: give them with --cases.
 
 Each grader runs in a child process of its own, one case at a time, killed and restarted after 6 s, because
-some of them hang.  math-verify needs `pip install math-verify`; it is reported as missing otherwise.  DeepScaleR's
-original verdicts are reproduced below (`strict`), with sympy's simplify replaced by reward.py's own values.
+some of them hang.  math-verify needs `pip install math-verify`; it is reported as missing otherwise.
+DeepScaleR's original verdicts are reproduced below (`strict`), with reward.py's values for sympy's simplify.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def rewritten(text, rules):
 
 
 def strict_answer(response):
-    """The original cuts at the first and second </think>.  (It also wanted <think>, which the prompt may hold.)"""
+    """The original cuts at the first and second </think>.  (It also wanted <think>.)"""
     parts = response.split("</think>") if isinstance(response, str) else []
     return reward.extract_answer(parts[1], require_think=False) if len(parts) > 1 else None
 
@@ -76,6 +76,7 @@ def strict(answer, gold):
     xs, ys = strict_elements(a), strict_elements(b)
     if len(ys) > 1 and (a[0], a[-1]) != (b[0], b[-1]) or len(xs) != len(ys):
         return False
+    reward._deadline = time.monotonic() + reward.SECONDS
     try:
         return all(map(strict_element, xs, ys))
     except reward.REFUSALS:
@@ -97,7 +98,8 @@ PRM800K = compiled(
      r"(es)?s? *(\^[0-9]+)?", ""),
     (r"\^ *\\circ|\^ *\{\\circ\}", ""), (r"^\{(.*)\}$", r"\1"), (r",\\!", ""))
 PRM800K_END = compiled((r"- *", "-"), (r"([0-9]) +([0-9])", r"\1+\2"), (r"[ {}]", ""))
-STRICT_SYMBOLS = reward.table(r"\pi=pi \infty=inf \cup=u \cdot=* \times=* \le=≤ \ge=≥ \leq=≤ \geq=≥ \pm=± \in=∈ \not=≠")
+STRICT_SYMBOLS = reward.table(r"""\pi=pi \infty=inf \cup=u \cdot=* \times=* \le=≤ \ge=≥ \leq=≤ \geq=≥ \pm=±
+    \in=∈ \not=≠""")
 
 
 def prm800k(text):
@@ -136,12 +138,14 @@ def strict_plain(text):
         text = rewritten(text, PLAIN[2:])
     text = re.sub(r"\\[,;: ]", " ", text)
     kept = reward.FUNCTIONS | reward.GREEK
-    return re.sub(r"\\([A-Za-z]+|.)", lambda m: STRICT_SYMBOLS.get(m[0], m[1] if m[0] in kept else ""), text).strip()
+    text = re.sub(r"\\([A-Za-z]+|.)", lambda m: STRICT_SYMBOLS.get(m[0], m[1] if m[0] in kept else ""), text)
+    return text.strip()
 
 
 def strict_elements(text):
     text = strip_commas(text)
-    return [e.strip() for e in text[1:-1].split(",")] if re.fullmatch(r"[(\[][^()\[\]]+[)\]]", text) else [text]
+    is_tuple = re.fullmatch(r"[(\[][^()\[\]]+[)\]]", text)
+    return [e.strip() for e in text[1:-1].split(",")] if is_tuple else [text]
 
 
 def strict_element(a, b):
@@ -182,7 +186,8 @@ def math_verify():
 
     def grade(answer, gold, problem):
         golds = gold if isinstance(gold, list) else [gold]
-        return any(verify(parse(f"${str(g).strip().strip('$')}$"), parse(f"\\boxed{{{answer}}}")) for g in golds)
+        golds = [str(g).strip().strip("$") for g in golds]
+        return any(verify(parse(f"${g}$"), parse(f"\\boxed{{{answer}}}")) for g in golds)
 
     def respond(response, gold, problem):
         answer = reward.extract_answer(response)
@@ -219,7 +224,8 @@ class Child:
 
     def start(self):
         self.pipe, other = multiprocessing.get_context("spawn").Pipe()
-        self.process = multiprocessing.get_context("spawn").Process(target=serve, args=(self.name, other, self.folder))
+        spawn = multiprocessing.get_context("spawn")
+        self.process = spawn.Process(target=serve, args=(self.name, other, self.folder))
         self.process.start()
         assert self.pipe.recv() == "ready"
 
@@ -242,7 +248,8 @@ class Child:
 def run(name, cases, hostile):
     with tempfile.TemporaryDirectory() as folder:
         child = Child(name, folder)
-        for case in cases[:50]:                 # imports and caches of the first calls are not the speed we ask for
+        sums = [case for case in cases if "\\sum" in case["gold"]][-2:]                # start sympy
+        for case in cases[:50] + sums:          # imports and first calls are not the speed we ask for
             child({**case})
         results = [child(case) for case in cases]
         attacks = [child(case) for case in hostile]
@@ -253,7 +260,7 @@ def run(name, cases, hostile):
 
 def summary(cases, results, attacks, canaries):
     answers = sorted(r[1] for c, r in zip(cases, results) if "answer" in c)
-    kinds = collections.defaultdict(lambda: [0, 0, 0, 0])      # positives, false negatives, negatives, false positives
+    kinds = collections.defaultdict(lambda: [0, 0, 0, 0])      # positives, their misses, negatives, theirs
     for case, (verdict, _, _) in zip(cases, results):
         k = kinds[case["kind"]]
         k[0 if case["correct"] else 2] += 1
@@ -261,13 +268,15 @@ def summary(cases, results, attacks, canaries):
     total = [sum(k[i] for k in kinds.values()) for i in range(4)]
     return {
         "cases": len(cases), "accuracy": 1 - (total[1] + total[3]) / len(cases),
-        "false_negatives": total[1], "positives": total[0], "false_positives": total[3], "negatives": total[2],
+        "false_negatives": total[1], "positives": total[0],
+        "false_positives": total[3], "negatives": total[2],
         "answers_per_second": len(answers) / sum(answers), "p50_ms": 1e3 * answers[len(answers) // 2],
         "p99_ms": 1e3 * answers[int(len(answers) * 0.99)], "max_ms": 1e3 * answers[-1],
         "raised": sum(bool(r[2]) for r in results),
         "hostile": len(attacks), "hostile_paid": sum(r[0] for r in attacks),
         "hostile_over_2s": sum(r[1] > 2 for r in attacks),
-        "hostile_raised": sum(bool(r[2]) for r in attacks), "hostile_max_s": max((r[1] for r in attacks), default=0.0),
+        "hostile_raised": sum(bool(r[2]) for r in attacks),
+        "hostile_max_s": max((r[1] for r in attacks), default=0.0),
         "hostile_files_left": canaries,
         "kinds": {k: {"positives": v[0], "false_negatives": v[1], "negatives": v[2], "false_positives": v[3]}
                   for k, v in sorted(kinds.items())}}
@@ -288,14 +297,14 @@ def own_formulas(problem):
                 yield part.strip().rstrip(".,")
 
 
-def restating(path):
+def restating(path, every):
     """How many training problems pay for their own formulas, with the problem given and without."""
     counts = collections.Counter()
-    for row in rows(path):
+    for row in rows(path)[::every]:
         problem, gold = row["problem"], row["answer"]
         first = gold[0] if isinstance(gold, list) else gold
-        parts = [f for f in own_formulas(problem) if reward.bare(reward.read(f).tokens) != reward.bare(
-            reward.read(first).tokens or [])]
+        said = reward.bare(reward.read(first).tokens or [])          # AC = 5 says the gold 5 token for token
+        parts = [f for f in own_formulas(problem) if not reward.bare(reward.read(f).tokens).endswith(said)]
         counts["problems"] += 1
         counts["pay"] += any(reward.grade(f, gold, problem) for f in parts)
         counts["pay without the problem"] += any(reward.grade(f, gold) for f in parts)
@@ -306,7 +315,8 @@ def restating(path):
 
 
 def rows(path):
-    with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8", errors="surrogatepass") as f:
+    opener = gzip.open if str(path).endswith(".gz") else open
+    with opener(path, "rt", encoding="utf-8", errors="surrogatepass") as f:
         return [json.loads(line) for line in f if line.strip()]
 
 
@@ -318,8 +328,8 @@ def installed(package):
 
 
 def show(table):
-    print(f"{'grader':12s} {'right':>7s} {'FP':>9s} {'FN':>10s} {'answers/s':>10s} {'p50 ms':>8s} {'p99 ms':>8s} "
-          f"{'paid':>5s} {'>2 s':>5s} {'raised':>6s} {'files':>5s}")
+    print(f"{'grader':12s} {'right':>7s} {'FP':>9s} {'FN':>10s} {'answers/s':>10s} {'p50 ms':>8s} "
+          f"{'p99 ms':>8s} {'paid':>5s} {'>2 s':>5s} {'raised':>6s} {'files':>5s}")
     for name, r in table.items():
         print(f"{name:12s} {r['accuracy']:7.2%} {r['false_positives']:4d}/{r['negatives']:<4d} "
               f"{r['false_negatives']:5d}/{r['positives']:<4d} {r['answers_per_second']:10.0f} "
@@ -341,7 +351,8 @@ def bounds(result):
         yield "no wrong answer paid", ours["false_positives"], not ours["false_positives"]
         yield "no hostile answer paid, slow or raised", ours["hostile_paid"] + ours["hostile_over_2s"], not (
             ours["hostile_paid"] + ours["hostile_over_2s"] + ours["hostile_raised"])
-        yield "at least 3,000 answers a second", f"{ours['answers_per_second']:.0f}", ours["answers_per_second"] >= 3000
+        speed = ours["answers_per_second"]
+        yield "at least 3,000 answers a second", f"{speed:.0f}", speed >= 3000
         yield "p99 under 20 ms", f"{ours['p99_ms']:.1f}", ours["p99_ms"] < 20
         yield "slowest answer under 2 s", f"{ours['max_ms'] / 1e3:.2f}", ours["max_ms"] < 2000
     if own:
@@ -357,7 +368,8 @@ def main():
     parser.add_argument("--cases", nargs="+", default=[ROOT / "tests/data/grader_cases.jsonl.gz",
                                                        ROOT / "tests/data/grader_more.jsonl.gz"])
     parser.add_argument("--adversarial", default=ROOT / "tests/data/grader_adversarial.jsonl.gz")
-    parser.add_argument("--problems", default=ROOT / "assets/train.jsonl.gz", help="rows with problem and answer")
+    parser.add_argument("--problems", default=ROOT / "assets/train.jsonl.gz", help="problem and answer")
+    parser.add_argument("--every", type=int, default=1, help="take each Nth problem (all: ten minutes)")
     parser.add_argument("--only", choices=sorted(GRADERS), action="append")
     parser.add_argument("--out", default=ROOT / "bench/results/grader.json")
     args = parser.parse_args()
@@ -373,8 +385,8 @@ def main():
     packages = ("sympy", "mpmath", "math-verify", "latex2sympy2_extended", "antlr4-python3-runtime")
     visible = args.cases == parser.get_default("cases")
     result = {"versions": {"python": platform.python_version(), **{p: installed(p) for p in packages}},
-              "cores": os.cpu_count(), "load": os.getloadavg()[0], "cases_are_visible": visible, "graders": table,
-              "restating": restating(args.problems) if pathlib.Path(args.problems).exists() else None}
+              "cores": os.cpu_count(), "load": os.getloadavg()[0], "cases_are_visible": visible,
+              "graders": table, "restating": restating(args.problems, args.every)}
     print()
     for bound, measured, kept in bounds(result):
         print(f"{'kept  ' if kept else 'MISSED'} {bound}: {measured}")

@@ -19,16 +19,7 @@ def test_defaults_are_the_published_first_stage():
     assert a.eval_data.endswith("aime24.jsonl")
 
 
-def test_recipes_and_what_is_given_by_hand():
-    a = grpo.parse_args(["--recipe", "improved", "--clip_high", "0.4"])
-    assert values(a, "temperature", "clip_low", "clip_high", "kl_coef", "entropy_coef", "drop_zero_variance", "tis_cap") \
-        == (1.0, 0.2, 0.4, 0, 0, 1, 2.0)
-    a = grpo.parse_args(["--recipe=justrl"])
-    assert values(a, "prompts", "group", "updates", "max_len", "steps", "temperature", "lr", "warmup_steps",
-                  "weight_decay", "clip_low", "clip_high", "kl_coef", "entropy_coef", "tis_cap", "loss_agg") == \
-        (256, 8, 4, 15360, 4380, 1.0, 1e-6, 10, 0.1, 0.2, 0.28, 0, 0, 2.0, "token")
-    a = grpo.parse_args(["--loss", "cispo", "--clip_high", "7"])
-    assert values(a, "clip_low", "clip_high") == (1.0, 7.0)
+def test_the_documented_default_of_recompute_is_accepted():
     assert grpo.parse_args(["--recompute", "-1"]).recompute in (0, 1)
 
 
@@ -53,11 +44,10 @@ def test_refusals(capsys, options, words):
     assert stop.value.code == 2 and words in capsys.readouterr().err
 
 
-def test_help_shows_each_default_once_and_those_of_the_recipe(capsys):
-    for recipe, temperature in (("deepscaler", "0.6"), ("improved", "1.0")):
-        with pytest.raises(SystemExit):
-            grpo.parse_args(["--recipe", recipe, "--help"])
-        text = " ".join(capsys.readouterr().out.split())
-        row = text[text.rindex("--temperature"):text.rindex("--advantage")]
-        assert row.count("default") == 1 and f"(default: {temperature})" in row
-        assert "optimizer:" in text and "validation:" in text and "None" not in text
+def test_help_has_groups_and_each_default_once(capsys):
+    with pytest.raises(SystemExit):
+        grpo.parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    row = text[text.rindex("--temperature"):text.rindex("--advantage")]
+    assert row.count("default") == 1 and "(default: 0.6)" in row
+    assert "optimizer:" in text and "validation:" in text and "None" not in text
