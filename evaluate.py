@@ -53,11 +53,9 @@ class Style(NamedTuple):
     """How a kind of model is asked, and which part of its response is graded."""
     template: str | None  # the whole prompt around {problem}; None: the chat template and an instruction
     think: bool           # the answer counts only after </think>; else the whole text is searched
-    stop: tuple           # texts that end a response
-    note: str
+    stop: tuple = ()      # texts that end a response
 
     def cut(self, text):
-        """The response up to its first end mark."""
         return text[:min((text.find(mark) for mark in self.stop if mark in text), default=None)]
 
 
@@ -65,10 +63,10 @@ QWEN = ("<|im_start|>system\nPlease reason step by step, and put your final answ
         "<|im_end|>\n<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n")
 RSTAR = "<|user|>:\n{problem}\n<|assistant|>: Let's think step by step and solve the problem with code."
 STYLES = {
-    "r1": Style(None, True, (), "R1 distillations, DeepScaleR, Still: last \\boxed{} after </think>"),
-    "plain": Style(None, False, (), "chat models that do not think in tags: last \\boxed{} of the text"),
-    "qwen-math": Style(QWEN, False, (), "Qwen2.5-Math-Instruct, SimpleRL: instruction as system message"),
-    "rstar": Style(RSTAR, False, ("<end_of_answer>", "<end_of_code>"), "rStar-Math; code is not run"),
+    "r1": Style(None, True),          # R1 distillations, DeepScaleR, Still
+    "plain": Style(None, False),      # chat models that do not think in tags
+    "qwen-math": Style(QWEN, False),  # Qwen2.5-Math-Instruct, SimpleRL
+    "rstar": Style(RSTAR, False, ("<end_of_answer>", "<end_of_code>")),  # its code is not run
 }
 
 
@@ -83,7 +81,7 @@ def load_style(name):
         raise ValueError(f"--style {name}: not one of {', '.join(STYLES)}, and no file of text ({e})") from e
     if template.count("{problem}") != 1:
         raise ValueError(f"--style {name}: the file must hold {{problem}} exactly once, for the problem")
-    return Style(template, "<think>" in template, (), f"prompt from {name}")
+    return Style(template, "<think>" in template)
 
 
 def encode(style, problems, tokenizer, room, instruction=data.INSTRUCTION, chat=True, examples=()):
@@ -154,15 +152,11 @@ def curve_point(samples, problems, n):
 # ----- Estimators (P problems, n samples of each) ----------------------------------------------------------
 
 def mean_and_se(values):
-    """Mean over problems and its standard error: [P] problem means -> (mean, se or None of one problem).
+    """[P] means of the problems -> (their mean, its standard error; None of one problem).
 
-    The n samples of a problem are alike, so P x n verdicts are not P x n independent ones: the spread of
-    problem means covers the choice of problems and the luck of sampling (Miller 2411.00640, clustered). A
-    mean of 0 or 1 has no spread; there the error is half the rule of three: 95 % sure within 3 / P.
-
-    >>> mean_and_se([1.0, 0.0, 1.0, 0.0]), mean_and_se([0.0] * 30)
-    ((0.5, 0.28867513459481287), (0.0, 0.05))
-    """
+    Samples of one problem are alike, so P x n verdicts are not P x n independent ones: the spread of problem
+    means covers the choice of problems and the luck of sampling (Miller 2411.00640, clustered). A mean of 0
+    or 1 has no spread; there the error is half the rule of three: 95 % sure within 3 / P."""
     mean, spread = float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
     if not spread and mean in (0, 1):
         return mean, min(0.5, 1.5 / len(values))
@@ -223,10 +217,7 @@ def paired_bootstrap(a, b, draws=10_000, seed=0):
 # ----- Tables and sentences --------------------------------------------------------------------------------
 
 def percent(value, se=None):
-    """
-    >>> percent(0.375, 0.125), percent(0.0, 0.05), percent(1.0, 0.05), percent(0.25)
-    ('37.5 ± 12.5', '0.0 (at most 10.0)', '100.0 (at least 90.0)', '25.0')
-    """
+    """Text in percent: 37.5 ± 12.5, 0.0 (at most 10.0), 25.0 without an error."""
     if se and value in (0, 1):
         return f"100.0 (at least {100 - 200 * se:.1f})" if value else f"0.0 (at most {200 * se:.1f})"
     return f"{100 * value:.1f}" + ("" if se is None else f" ± {100 * se:.1f}")
@@ -274,7 +265,7 @@ def alarms(result):
             yield f"{alarm}: {seen['unparsed_gold']} of {total} answers met a gold that cannot be read"
         if silent == total or 2 * (silent - cut) > total - cut:
             yield (f"{alarm}: {silent} of {total} responses have no </think> ({cut} were cut off), and "
-                   "only what follows it is graded. A model without it needs --style plain, or --max_tokens")
+                   "only what follows is graded: --style plain for models without it, else more --max_tokens")
         elif 2 * seen["no_box"] > total:
             yield f"{alarm}: {seen['no_box']} of {total} responses have no \\boxed{{}}. Ask for it"
 
@@ -336,11 +327,11 @@ def read_result(path):
 
 def write_result(base, result, rows):
     """Score the rows and write both files, responses first: a result never stands without them."""
-    found = {}
+    n, rows_of = result["protocol"]["n"], {}
     for row in rows:
-        found.setdefault(row["benchmark"], []).append(row)
-    scores = {name: summarize(of_one, result["protocol"]["n"]) for name, of_one in found.items()}
-    result |= {"benchmarks": scores, "average": average(scores.values())}
+        rows_of.setdefault(row["benchmark"], []).append(row)
+    result["benchmarks"] = {name: summarize(found, n) for name, found in rows_of.items()}
+    result["average"] = average(result["benchmarks"].values())
     text = common.json_lines(rows).encode()
     common.write_atomic(base + ".responses.jsonl.gz", gzip.compress(text, 6, mtime=0))
     common.write_atomic(base + ".json", json.dumps(result, indent=1))
@@ -355,19 +346,18 @@ def graded(text, problem, style, grade):
 
 def regrade(path):
     """Grade the responses behind a result again with today's grader -> the new result."""
-    result, base, changed = read_result(path), path.removesuffix(".json"), 0
-    p, names = result["protocol"], [field.name for field in fields(data.Problem)]
-    style = Style(p["template"], p["think"], p["stop"], "")
+    result, base = read_result(path), path.removesuffix(".json")
+    p = result["protocol"] | {"commit": common.provenance()["commit"]}
+    style = Style(p["template"], p["think"], p["stop"])
     grade = load_reward(p.get("reward"), style)
     with common.lock(base + ".lock"):
         rows = list(common.read_lines(base + ".responses.jsonl.gz"))
+        before = [row["reward"] for row in rows]
         for row in rows:
-            problem, old = data.Problem(**{name: row.get(name) for name in names}), row["reward"]
+            problem = data.Problem(**{f.name: row.get(f.name) for f in fields(data.Problem)})
             row |= graded(row["response"], problem, style, grade)
-            changed += row["reward"] != old
-        p["commit"] = common.provenance()["commit"]
-        print(f"{path}: {changed} verdicts changed")
-        return write_result(base, result, rows)
+        print(f"{path}: {sum(row['reward'] != old for row, old in zip(rows, before))} verdicts changed")
+        return write_result(base, result | {"protocol": p}, rows)
 
 
 # ----- One evaluation --------------------------------------------------------------------------------------
@@ -556,8 +546,7 @@ LISTS = [
 
 
 def parse_args(argv=None):
-    styles = "; ".join(f"{name} = {style.note}" for name, style in STYLES.items())
-    p = common.Parser(OPTIONS, description=__doc__.split("\n")[0], epilog="styles: " + styles)
+    p = common.Parser(OPTIONS, {"--show": "per_problem of the results"}, description=__doc__.split("\n")[0])
     p.add_argument("-n", type=int, default=argparse.SUPPRESS, help="as --n, which some torchruns take")
     for name, default, text in LISTS:
         p.add_argument(f"--{name}", nargs="+", default=default, help=text)
