@@ -34,7 +34,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import common  # noqa: E402
+import harness as common  # noqa: E402
 
 SHAPES = {  # Qwen2 shapes
     "r1-1.5b": dict(  # R1-Distill-Qwen-1.5B

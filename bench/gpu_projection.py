@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import common  # noqa: E402
+import harness as common  # noqa: E402
 import gpu_correctness as card  # noqa: E402
 
 PUBLISHED = {"NeMo-RL, 8 H100": 252.0, "the original, 8 H200": 396.0}  # seconds an 8K step

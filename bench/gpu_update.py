@@ -29,7 +29,7 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import common  # noqa: E402
+import harness as common  # noqa: E402
 import gpu_correctness as card  # noqa: E402
 
 # dense bf16 operations a second, NVIDIA's data sheets

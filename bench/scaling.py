@@ -20,7 +20,7 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import common  # noqa: E402
+import harness as common  # noqa: E402
 
 BASE = dict(prompts=8, group=8, mean=83, max_len=208, prompt_len=32, hidden=192, layers=4, ranks=1)
 AXES = {

@@ -29,7 +29,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import common  # noqa: E402
+import harness as common  # noqa: E402
 
 
 # ---------------------------------------------------------------------------------------------------------------

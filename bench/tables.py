@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import common  # noqa: E402
+import harness as common  # noqa: E402
 import scaling as scaling_script  # noqa: E402
 
 START, END = "<!-- made by bench/tables.py -->", "<!-- end of the tables -->"

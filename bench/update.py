@@ -34,7 +34,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import common  # noqa: E402
+import harness as common  # noqa: E402
 
 WORKLOADS = {  # prompts, group, mean, max_len, prompt_len, micro-batch sizes to scan
     "tiny": dict(prompts=32, group=8, mean=101, max_len=208, prompt_len=32, micro=[8, 16, 32, 64]),

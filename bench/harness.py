@@ -1,4 +1,4 @@
-"""common.py - what the benchmark scripts share: fresh processes, peak memory, alternating repetitions, tables, JSON.
+"""harness.py - what the benchmark scripts share: fresh processes, peak memory, alternating repetitions, tables, JSON.
 
 Every measurement is a process of its own: `python bench/X.py --worker SPEC.json` runs one side once and writes its
 numbers, so no side inherits another's caches or heap, and a side that dies costs one row. Repetitions alternate
@@ -263,7 +263,7 @@ def write(path, what, settings, rows, before, **more):
               "machine": {"cpu": cpu_name(), "cores": cores, "device": devices, "threads": threads},
               "before": before, "load_after": [round(x, 2) for x in os.getloadavg()], "commit": commit(),
               "versions": sides,
-              "memory": "peak beyond the level before the work, see bench/common.py",
+              "memory": "peak beyond the level before the work, see bench/harness.py",
               # where something lay on this machine is nobody else's business: the last part of a path says what it was
               "settings": {k: os.path.basename(v) if isinstance(v, str) and os.path.isabs(v) else v
                            for k, v in settings.items()},
