@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 import rollout as module
-from common import RankError, gather, is_out_of_memory, join_processes
+from common import RankError, is_out_of_memory, join_processes
 from rollout import Sample, Sampling, VllmEngine, rollout, sample_seed, sample_tokens
 
 PROMPTS = [p for p, _ in sequences(10, seed=2)]
@@ -441,7 +441,8 @@ def both(path, kind, tied):
     vllm.push(model.float().state_dict().items())
     assert all(np.isnan(s.logprobs).all() for s in vllm.generate(PROMPTS, range(10), sampling(5)))
     vllm.close()
-    print("GROUP", gather(1))
+    assert torch.distributed.is_initialized()  # vLLM would end the caller's group
+    print("ENDED")
 
 
 @pytest.mark.slow
@@ -451,7 +452,7 @@ def test_vllm_equals_torch_before_and_after_a_push(tmp_path, kind, tied):
     path = save_model(tmp_path, kind, tied)
     GenerationConfig(eos_token_id=[8]).save_pretrained(path)  # the tokenizer's is 0
     done = start(both, path, kind, tied)
-    assert "GROUP [1]" in done.stdout and "Traceback" not in done.stderr
+    assert "ENDED" in done.stdout and "Traceback" not in done.stderr
 
 
 def heads(path):
@@ -493,7 +494,7 @@ def failures(path):
 
     def go(kind):
         e = engine(path, kind)
-        sys.stdout.write(f"ENGINE {e.name} {len(fake_rollout(e, lambda p, s: (0.0, '')))}\n")  # in one piece
+        print(f"ENGINE {e.name} {len(fake_rollout(e, lambda p, s: (0.0, '')))}\n", end="", flush=True)
         return e
 
     for name in STAGES:
