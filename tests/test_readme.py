@@ -11,7 +11,7 @@ import grpo
 
 README = (ROOT / "README.md").read_text()
 # strict: once the README is rewritten these marks must go
-OLD = pytest.mark.xfail(strict=True, reason="the README still has commands and tests from before the redesign")
+OLD = pytest.mark.xfail(strict=True, reason="the README still names commands and tests of before the redesign")
 
 
 def block(name):
@@ -26,8 +26,8 @@ def test_the_first_training_as_written(tmp_path):
         (shutil.copytree if item.is_dir() else shutil.copy)(item, tmp_path / item.name)
     steps = block("first training")
     training = steps[steps.index("python toy"):]
-    done = subprocess.run(["bash", "-euo", "pipefail", "-c", training], cwd=tmp_path, capture_output=True, text=True,
-                          timeout=1800, check=False)
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", training], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     assert "engine vllm" in done.stdout
     lines = metrics(tmp_path / "runs/first")
