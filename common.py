@@ -118,8 +118,8 @@ class lock:
     def __init__(self, path):
         self.path, self.file = os.path.abspath(path), None
         first = not dist.is_initialized() or dist.get_rank() == 0
-        together("lock", lambda: self.take(fcntl.LOCK_EX) if first else None)
-        together("lock", lambda: self.take(fcntl.LOCK_SH))
+        together("lock", lambda: self.take(fcntl.LOCK_EX) or self.take(fcntl.LOCK_SH) if first else None)
+        together("lock", lambda: None if first else self.take(fcntl.LOCK_SH))
 
     def take(self, kind):
         folder = os.path.dirname(self.path)

@@ -75,10 +75,7 @@ class Problem:
 
 
 def read_text(path):
-    """The text of a file; bytes that are not UTF-8 become surrogates, which clean_text reports.
-
-    A .gz that unpacks to far more than problems do is refused, in bounded memory.
-    """
+    """The text of a file, unpacked in bounded memory; what is no UTF-8 becomes surrogates: see clean_text."""
     limit = min(2**30, max(2**26, 100 * path.stat().st_size)) if path.suffix == ".gz" else sys.maxsize
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
         content = file.read(limit + 1 if path.suffix == ".gz" else -1)
@@ -143,10 +140,7 @@ def hub_files(name, part):
 
 
 def parse_source(spec):
-    """[LABEL=]PATH[@START:STOP], rows from 0 -> (label, paths, start, stop).
-
-    Or [LABEL=]OWNER/NAME[@PART]: a data set of the hub, which is downloaded, and a part of its files' paths.
-    """
+    """(label, paths, start, stop) of [LABEL=]PATH[@START:STOP] or, on the hub, [LABEL=]OWNER/NAME[@PART]."""
     spec = str(spec)
     if Path(spec).exists():  # a file name may hold = and @
         return "", [Path(spec)], 0, None
@@ -216,7 +210,7 @@ def read_chat(turns, notes):
     names = {"human": "user", "developer": "system", "gpt": "assistant", "model": "assistant"}
     for turn in turns:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        role = names.get(role, role)
+        role = names.get(str(role).lower(), str(role).lower())
         if role not in said:
             raise DataError(f"a turn has the role {role!r}; known are system, user and assistant")
         if isinstance(content, list):  # parts; one that is no text, such as an image, is refused
@@ -291,9 +285,10 @@ def stated_answer(text):
     if run:
         return ", ".join(dict.fromkeys(run))
     for mark, end in (("####", "\n"), ("<answer>", "</answer>")):
-        found = text.rpartition(mark)[2].strip()
+        found = re.sub(r"(?i)^\W*(?:the )?(?:final )?answer\s*[:\n]", "", text.rpartition(mark)[2])
+        found = found.strip().split(end)[0]
         if mark in text and found:
-            return tidy(found.split(end)[0])
+            return stated_answer(found) or tidy(found)
     said = [match[1] for match in STATED.finditer(text)]
     if not said:
         return None
@@ -302,22 +297,16 @@ def stated_answer(text):
 
 
 def is_no_answer(answer, problem=""):
-    r"""Whether an answer only says that there is none. "none" is one, except to a request for a proof.
-
-    >>> [is_no_answer(a) for a in ("notfound", "\\text{N/A}", "none")]
-    [True, True, False]
-    """
+    """Whether an answer only says that there is none. "none" is one, except to a request for a proof."""
     plain = re.sub(r"\\(?:text|math|boxed|mbox)[a-z]*|[\\{}$<>\[\]()*\"'`#_-]", " ", answer)
     plain = " ".join(plain.split()).strip(" .!:,;")
     if plain.lower() == "none":
         return bool(PROOF.search(problem) and not TASK.search(problem))
-    return answer == "NA" or bool(re.search(r"[\w?.…]|^$", answer) and NO_ANSWER.fullmatch(plain))
+    return plain == "NA" or bool(re.search(r"[\w?.…]|^$", answer) and NO_ANSWER.fullmatch(plain))
 
 
 def read_gold(value, problem=""):
     """The answer in a field: a text, or a list of texts of which any is right; "" or [] if there is none.
-
-    A rationale is read for the answer that it states; a list may be written as text.
 
     >>> read_gold(142.0), read_gold([1, "one", ""]), read_gold('["1"]'), read_gold("so #### 2")
     ('142', ['1', 'one'], '1', '2')
@@ -422,9 +411,8 @@ def load_problems(path, limit=None, problem_field=None, answer_field=None, need_
 
     path: .json (a list), .jsonl or .csv, each also .gz, or .parquet, or a hub name; see parse_source. Ids are
     the rows' own or a hash of the text, so they do not depend on the order. limit: only the first so many.
-    need_answer=False lets rows without an answer pass, for rewards of one's own.
-    Raises DataError with file, line and cause at the first bad row: training on a file with holes should be
-    somebody's decision. on_bad(text), if given, is called instead, and the row is left out.
+    need_answer=False: for rewards of one's own. A bad row is a DataError with file, line and cause: training
+    on a file with holes should be somebody's decision. on_bad(text), if given, is called instead.
     """
     if limit is not None and limit < 1:
         raise DataError(f"limit is {limit}; it must be at least 1, or None for all rows")
@@ -478,8 +466,8 @@ def check_golds(problems, allow=False):
     if not found:
         return None
     shown = "; ".join(f"{item.answer!r:.80} of problem {item.id} ({why})" for item, why in found[:3])
-    text = (f"{len(found)} of {len(problems)} golds cannot be read by the grader: these problems will never be "
-            f"rewarded, whatever the model answers. Such as {shown}")
+    text = (f"{len(found)} of {len(problems)} golds cannot be read by the grader, so that no answer to these "
+            f"problems will be rewarded. Such as {shown}")
     if not allow and len(found) > UNREADABLE * len(problems):
         raise DataError(f"{text}. Is it the right --answer_field? --allow_unreadable trains on them anyway")
     return text
@@ -502,9 +490,8 @@ def format_warning(problems):
 def encode_prompt(tokenizer, text, instruction=INSTRUCTION, chat=True, examples=()):
     """Token ids [T] of one prompt: problem, one space, instruction, in the model's chat format.
 
-    The template writes the special tokens itself, so none are added a second time. chat=False encodes the
-    plain text for base models. DataError if the tokenizer has no template. examples: Problems put before it
-    as finished turns, answer in its box, for models that do not know the format (the recipe uses none).
+    The template writes the special tokens itself, so none are added a second time. chat=False: plain text,
+    for base models. examples: Problems shown before it as finished turns (the recipe uses none).
     """
     turns = []
     for item in examples:
@@ -523,10 +510,7 @@ def encode_prompt(tokenizer, text, instruction=INSTRUCTION, chat=True, examples=
 
 
 def encode_problems(problems, tokenizer, max_prompt_len, instruction=INSTRUCTION, chat=True, examples=()):
-    """(kept problems, their token ids, number left out): those of at most max_prompt_len tokens are kept.
-
-    DataError if nothing is left.
-    """
+    """(problems of at most max_prompt_len tokens, their token ids, number left out); DataError if none."""
     kept, ids = [], []
     for item in tqdm(problems, desc="encode prompts", disable=len(problems) < 2000, leave=False):
         tokens = encode_prompt(tokenizer, item.problem, instruction, chat, examples)
@@ -568,20 +552,18 @@ def batch_indices(n, step, batch, seed):
 # --- Curate: a row is a dict of problem, answer, source, where; a step gives (rows, entries of those dropped)
 
 
+def about(row):
+    """What the report says of a row."""
+    return {key: row[key] for key in ("source", "where", "problem", "answer")}
+
+
 def drop(row, step, reason, match=None):
     """The entry of one dropped row in the report, with the row or benchmark problem that it matched."""
-    about = {"step": step, "reason": reason}
-    return about | {key: row[key] for key in ABOUT} | ({"match": match} if match else {})
-
-
-ABOUT = ("source", "where", "problem", "answer")  # what the report says of a row
+    return {"step": step, "reason": reason} | about(row) | ({"match": match} if match else {})
 
 
 def collect(sources, strict=False):
-    """Steps 1 and 2: all rows of the sources, with their own answer or the one of their solutions.
-
-    A bad row is dropped, or stops the build if `strict`.
-    """
+    """Steps 1 and 2: all rows of the sources, with their own answer or the one of their solutions."""
     rows, dropped = [], []
     for source in sources:
         for file, place, label, raw, item in parse_rows(source):
@@ -639,25 +621,17 @@ def read_answer(solution):
 def same_answer(a, b):
     """Whether two answers are equal; each is text or a list of texts of which any counts."""
     a, b = ([x] if isinstance(x, str) else x for x in (a, b))
-    return any(x == y or reward.grade(x, y) for x in a for y in b)
+    return any(x == y or reward.grade(x, y) or reward.grade(y, x) for x in a for y in b)
 
 
 def vote(answers):
-    """The answer most solutions agree on (the earlier one in a tie), or None.
-
-    >>> vote(["1", None, "2", "2"])
-    '2'
-    """
+    """The answer most solutions agree on (the earlier one in a tie), or None."""
     answers = [answer for answer in answers if answer]
     return max(answers, key=lambda a: sum(same_answer(a, b) for b in answers), default=None)
 
 
 def normal_text(text):
-    """A problem without what typesetting changes: case, spaces, dollar signs, \\left, final dots.
-
-    >>> normal_text("Find  $x + 1$.") == normal_text("find $x+1$")
-    True
-    """
+    """A problem without what typesetting changes: case, spaces, dollar signs, \\left, final dots."""
     text = unicodedata.normalize("NFKC", text).casefold()
     text = re.sub(r"\\(?:left|right|displaystyle|[,;:! ])|\$|\\[()\[\]]", " ", text)
     text = re.sub(r"\s+", " ", re.sub(r"\\[dt]frac", r"\\frac", text))
@@ -707,8 +681,8 @@ def embed(texts, name, cache, batch=32, save_every=64):
 def keep_first(vectors, threshold, block=256):
     """Which rows to keep so that no two kept ones have a cosine of `threshold` or more, earlier rows first.
 
-    vectors [N, D], normalised. Returns (match [N], cosine [N]): match is -1 for a row that is kept, else the
-    nearest row kept before it. One block of cosines exists at a time, so memory grows with N alone.
+    vectors [N, D] -> (match [N], cosine [N]): match is -1 for a row that is kept, else the nearest row kept
+    before it. One block of cosines exists at a time, so memory grows with N alone.
 
     >>> keep_first(np.eye(3, dtype=np.float32)[[0, 1, 0, 2]], 0.9)[0].tolist()
     [-1, -1, 0, -1]
@@ -736,34 +710,33 @@ def merge_duplicates(rows, rank, embed=None, threshold=THRESHOLD):
         row["trust"] = (why_not_gradable(row["problem"], row["answer"]) is not None, rank[row["source"]])
         row["numbers"] = sorted(re.findall(r"\d+(?:\.\d+)?", row["problem"]))
 
-    def entry(row, best, kind, **more):
-        differ = row["numbers"] == best["numbers"] and not same_answer(row["answer"], best["answer"])
-        if differ and not row["trust"][0]:
-            kind = "conflict unresolved" if row["trust"] == best["trust"] else "conflict, other source kept"
-        return drop(row, "duplicates", kind, {key: best[key] for key in ABOUT} | more)
+    def reason(row, best, kind):
+        same = row["numbers"] != best["numbers"] or same_answer(row["answer"], best["answer"])
+        if row["trust"][0] or same:
+            return kind
+        return "conflict unresolved" if row["trust"] == best["trust"] else "conflict, other source kept"
 
     groups, kept, dropped, gone = {}, [], [], {}
     for row in rows:
         groups.setdefault(normal_text(row["problem"]), []).append(row)
     for group in groups.values():
         best, *copies = sorted(group, key=lambda row: row["trust"])  # stable: then input order
-        entries = [entry(row, best, "duplicate") for row in copies]
-        if any(e["reason"] == "conflict unresolved" for e in entries):
-            match = {key: best[key] for key in ABOUT}
-            dropped += [drop(row, "duplicates", "conflict unresolved", match) for row in group]
+        reasons = [reason(row, best, "duplicate") for row in copies]
+        if "conflict unresolved" in reasons:
+            dropped += [drop(row, "duplicates", "conflict unresolved", about(best)) for row in group]
         else:
             kept.append(best)
-            dropped += entries
+            dropped += [drop(row, "duplicates", why, about(best)) for row, why in zip(copies, reasons)]
     if not embed or not kept:
         return kept, dropped
     kept.sort(key=lambda row: row["trust"])
     match, cosine = keep_first(embed([row["problem"] for row in kept]), threshold)
     for i, k in enumerate(match.tolist()):
         if k >= 0:
-            near = {"cosine": round(float(cosine[i]), 4)}
-            gone[i] = entry(kept[i], kept[k], "near duplicate", **near)
-            if gone[i]["reason"] == "conflict unresolved":
-                gone[k] = entry(kept[k], kept[i], "", **near)  # the same reason: trust is equal
+            near, why = {"cosine": round(float(cosine[i]), 4)}, reason(kept[i], kept[k], "near duplicate")
+            gone[i] = drop(kept[i], "duplicates", why, about(kept[k]) | near)
+            if why == "conflict unresolved":
+                gone[k] = drop(kept[k], "duplicates", why, about(kept[i]) | near)
     return [row for i, row in enumerate(kept) if i not in gone], dropped + list(gone.values())
 
 
@@ -794,10 +767,7 @@ def overlaps(rows, tests, share=0.5, n=10):
 
 
 def remove_benchmarks(rows, tests, embed=None, threshold=THRESHOLD):
-    """Step 4: drop every row that repeats a benchmark problem, by 10-grams or by embedding.
-
-    tests: Problems, source = name of the benchmark. Without `embed` only 10-grams are compared.
-    """
+    """Step 4: drop rows that repeat one of tests (Problems; source: benchmark), by 10-grams or embedding."""
     copied = overlaps(rows, tests)
     cosine, nearest = np.zeros(len(rows)), np.full(len(rows), -1)
     if embed and rows and tests:
@@ -833,30 +803,27 @@ def why_not_gradable(problem, answer):
         return f"answer longer than {MAX_GOLD} characters"
     if re.search(r"(?is)^\W*\(?(?:a|i|1)\)\s*\S.*?[\s,;.]\(?(?:b|ii|2)\)\s*\S", text):
         return "several parts"
+    if re.search(r"\.\.\.|…|\\[lc]?dots", text):
+        return "cut off by dots"
     if PROOF.search(problem) and not TASK.search(problem):
         return "proof"
-    given = [box for *_, box in boxes(problem)]
-    given += re.findall(r"\b(?:Answer|Solution)\s*:\s*(.+?)\.?\s*$", problem)
-    solved = re.search(r"\bSolution\b:?\s+(?:1\b|We\b|Let\b)", problem)
-    if solved or any(text and same_answer(text, answer) for text in given):
+    solved = r"\bSolution\b:?\s+(?:1\b|We\b|Let\b)|\bAnswer\s*:[^\n]*\d[^\n]*$"
+    if re.search(solved, problem) or any(box and same_answer(box, answer) for *_, box in boxes(problem)):
         return "the problem gives its answer away"
     return None
 
 
 def keep_gradable(rows, corrections):
-    """Step 5: correct the golds that are known to be wrong; drop rows whose answer nobody can meet.
-
-    corrections: {id: {"answer": the right one, or None to drop the row, "why": ...}}.
-    """
-    reasons, asked = [], []
+    """Step 5: correct golds by {id: {"answer", "why"}} (None drops the row); drop what nobody can meet."""
+    reasons, items = [], []
     for k, row in enumerate(rows):
         mend = corrections.get(text_id(row["problem"]), {"answer": row["answer"], "why": None})
         row["answer"] = mend["answer"] or row["answer"]
-        reasons.append(None if mend["answer"] else mend["why"])
-        reasons[k] = reasons[k] or why_not_gradable(row["problem"], row["answer"])
-        asked += [] if reasons[k] else [Problem(k, row["problem"], row["answer"])]
-    for item, why in unreadable_golds(asked):
-        reasons[item.id] = why
+        known = None if mend["answer"] else mend["why"]
+        reasons.append(known or why_not_gradable(row["problem"], row["answer"]))
+        items.append(Problem(k, row["problem"], row["answer"]))
+    for item, why in unreadable_golds(items):
+        reasons[item.id] = reasons[item.id] or why
     return ([row for row, why in zip(rows, reasons) if not why],
             [drop(row, "gradable", why) for row, why in zip(rows, reasons) if why])
 
@@ -899,11 +866,7 @@ def write_rows(path, rows):
 
 def build(sources, out, against=(), corrections=None, strict=False, priority=PRIORITY, threshold=THRESHOLD,
           embedder="minilm", notes=None):
-    """All steps from source files to a training set; returns its rows.
-
-    against: benchmark files, never trained on. corrections: JSON lines of id, was, answer (null drops the
-    row) and why. priority: most trusted source first. embedder: see embed, or "none". notes: Markdown file.
-    """
+    """All steps from source files to a training set; returns its rows. For the arguments see main."""
     out = Path(out)
     tests = [replace(test, source=Path(b).name.split(".")[0]) for b in against for test in load_problems(b)]
     mends = {row["id"]: row for _, row in read_rows(corrections)} if corrections else {}
@@ -1010,7 +973,7 @@ def main(argv=None):
     add("sources", nargs="+", help="[LABEL=]FILE[@START:STOP] or a hub data set, [LABEL=]OWNER/NAME[@PART]")
     add("--out", required=True, help="training set to write, .jsonl or .jsonl.gz")
     add("--against", nargs="*", default=[], metavar="BENCHMARK", help="remove problems that these files hold")
-    add("--corrections", metavar="FILE", help="golds known to be wrong: JSON lines of id, was, answer, why")
+    add("--corrections", metavar="FILE", help="wrong golds: JSON lines of id, was, answer (null: drop), why")
     add("--strict", action="store_true", help="stop at the first bad row instead of leaving it out")
     add("--priority", default=PRIORITY, type=lambda text: text.split(","), help="sources, most trusted first")
     add("--threshold", type=float, default=THRESHOLD, help="cosine from which problems are the same")

@@ -43,7 +43,7 @@ import data
 import evaluate
 import policy as policy_lib
 from common import RankError, say, together
-from rollout import Sampling, check_tokenizer, compute_dtype, make_engine, rollout
+from rollout import Sampling, compute_dtype, make_engine, rollout
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 RECIPES = {
@@ -60,8 +60,8 @@ RECIPES = {
 CISPO = {"clip_low": 1.0, "clip_high": 4.0}  # no lower bound (MiniMax-M1), weights up to 5 (TRL's advice)
 MEMORY = ": lower --token_budget, --gpu_memory or --max_len, or use more ranks"
 MAX_SKIPS = 5                                # updates in a row that are not finite and end a run
-DAMAGED = ("the weights are damaged. They are not saved, the last good checkpoint stays. Resuming repeats what "
-           "broke them, so change something: a lower --lr or --grad_clip, or --dtype float32")
+DAMAGED = ("the weights are damaged. They are not saved, the last good checkpoint stays. Resuming repeats "
+           "what broke them, so change something: a lower --lr or --grad_clip, or --dtype float32")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -188,14 +188,13 @@ def train(args, device):
     validation = Sampling(n=args.eval_n, temperature=args.eval_temperature, top_p=args.eval_top_p,
                           max_tokens=args.eval_max_len or args.max_len, seed=args.eval_seed)
 
-    def generate(problems, prompts, sampling, step, desc):
+    def generate(*work):
         engine.wake()
-        return rollout(engine, task.tokenizer, problems, prompts, sampling, step, task.grade,
-                       stop=lambda: bool(signals), desc=desc)
+        return rollout(engine, task.tokenizer, *work, task.grade, stop=lambda: bool(signals))
 
     def validate():
         """Scores on the held-out problems, by functions and seeds of evaluate.py; None if a signal came."""
-        samples, seconds = generate(task.eval_problems, task.eval_prompts, validation, "eval", "evaluate")
+        samples, seconds = generate(task.eval_problems, task.eval_prompts, validation, "eval")
         engine.sleep(keep_weights=True)
         scores = samples and evaluate.curve_point(samples, task.eval_problems, args.eval_n)
         return scores and {**scores, "eval_seconds": sum(seconds.values())}
@@ -214,11 +213,11 @@ def train(args, device):
         batch = data.batch_indices(len(task.problems), step, args.prompts, args.seed)
         problems, prompts = [task.problems[i] for i in batch], [task.prompts[i] for i in batch]
 
-        samples, seconds = generate(problems, prompts, training, step + 1, "generate")
+        samples, seconds = generate(problems, prompts, training, step + 1)
         if samples is None:  # a signal: the unfinished rollout is dropped
             break
         engine.sleep()
-        if not all(np.isfinite(s.logprobs).all() for s in samples):  # damaged weights: they just look unlucky
+        if not all(np.isfinite(s.logprobs).all() for s in samples):  # else they would only look unlucky
             raise RankError(f"after step {step} the engine's log-probs are not finite: {DAMAGED}")
         rewards = torch.tensor([s.reward for s in samples]).view(args.prompts, args.group)          # [P, G]
         advantages = group_advantages(rewards, args.advantage)                                      # [P, G]
@@ -258,8 +257,7 @@ class Task:
     """What is trained on, checked before anything is loaded: model, tokenizer, problems, prompts, grader."""
 
     def __init__(self, args):
-        self.model = policy_lib.open_model(args.model)
-        folder = f"{args.out}/checkpoints"
+        self.model, folder = policy_lib.open_model(args.model), f"{args.out}/checkpoints"
         names = common.gather(policy_lib.checkpoints(folder))[0]  # of rank 0: a shared disk may lag
         self.checkpoint = f"{folder}/{names[-1]}" if names and args.resume else None
         together("start", lambda: self.open(args))
@@ -271,38 +269,27 @@ class Task:
         if self.checkpoint:
             policy_lib.check_checkpoint(self.checkpoint, self.model.shapes)
         self.tokenizer = AutoTokenizer.from_pretrained(self.model.folder)
-        self.style = evaluate.load_style(args.style)
-        self.grade = evaluate.load_reward(args.reward, self.style)
+        style = evaluate.load_style(args.style)
+        self.grade = evaluate.load_reward(args.reward, style)
         response, most = max(args.max_len, args.eval_max_len), self.model.positions or 10**9
         if response >= most:
             raise ValueError(f"--max_len {response} leaves no room for a prompt in the {most} positions of "
                              f"{args.model}: lower it below {most}")
-        room = min(args.max_prompt_len, most - response)
-        self.problems, self.prompts = self.encode(args, args.data, room)
+        room, sets = min(args.max_prompt_len, most - response), []
+        for path in (args.data, args.eval_data if args.eval_every else None):
+            problems, prompts, dropped = evaluate.load_prompts(
+                path, args, self.model, self.tokenizer, style, room) if path else ([], [], 0)
+            if dropped:
+                say(f"{path}: {dropped} of {dropped + len(problems)} prompts are longer than {room} tokens "
+                    f"and were dropped")
+            sets += [problems, prompts]
+        self.problems, self.prompts, self.eval_problems, self.eval_prompts = sets
         data.batch_indices(len(self.problems), 0, args.prompts, args.seed)  # refuses a set that is too small
-        held_out = args.eval_data if args.eval_every else None
-        self.eval_problems, self.eval_prompts = self.encode(args, held_out, room) if held_out else ([], [])
         self.longest = response + max(map(len, self.prompts + self.eval_prompts))
         self.budget = args.token_budget or max(32768 if torch.cuda.is_available() else 2048, self.longest)
         if self.budget < self.longest:
             raise ValueError(f"--token_budget {self.budget} holds no full sequence of {self.longest} tokens: "
                              f"raise it, or lower --max_len or --max_prompt_len")
-
-    def encode(self, args, path, room):
-        """Problems and their prompts; those longer than `room` tokens are left out and counted."""
-        problems = data.load_problems(path, problem_field=args.problem_field, answer_field=args.answer_field,
-                                      need_answer=not args.reward)
-        examples = data.load_problems(args.examples) if args.examples else ()
-        problems, prompts, dropped = evaluate.encode(self.style, problems, self.tokenizer, room,
-                                                     args.instruction, not args.no_chat, examples)
-        if dropped:
-            say(f"{path}: {dropped} of {dropped + len(problems)} prompts are longer than {room} tokens and were "
-                f"dropped")
-        golds = None if args.reward else data.check_golds(problems, args.allow_unreadable)
-        for note in filter(None, (golds, data.format_warning(problems))):
-            say(f"{path}: {note}")
-        check_tokenizer(self.tokenizer, [p.problem for p in problems], prompts, self.model.vocabulary)
-        return problems, prompts
 
 
 def check_disk(args, parameters, there):
@@ -311,7 +298,7 @@ def check_disk(args, parameters, there):
     need += 0 if args.keep else parameters * 4 * (args.steps // args.save_every)
     free = shutil.disk_usage(args.out).free
     if free < need:
-        raise RankError(f"{args.out} has {free / 2**30:.1f} GiB free, checkpoints need {need / 2**30:.1f} GiB: "
+        raise RankError(f"{args.out} has {free / 2**30:.1f} GiB free, checkpoints need {need / 2**30:.1f}: "
                         f"take another --out, a smaller --keep or a larger --save_every")
 
 
@@ -340,8 +327,8 @@ class Learner:
         return policy.shard(dtype, self.device) if shard else policy
 
     def pack(self, samples, advantages, prompts):
-        """One update on some rows of `advantages` [P, G] -> this rank's micro-batches, each with its advantages
-        [S] and engine log-probs [R], and the global count that the loss divides by."""
+        """One update on some rows of `advantages` [P, G] -> this rank's micro-batches, each with its
+        advantages [S] and engine log-probs [R], and the global count that the loss divides by."""
         args, device = self.args, self.device
         kept = [p for p in prompts.tolist() if not args.drop_zero_variance or advantages[p].any()]
         rows = [samples[p * args.group + j] for p in kept for j in range(args.group)]
@@ -397,8 +384,8 @@ class Learner:
             stats["grad_norm"] += norm.item()
         self.optimizer.zero_grad()
         if self.skipped_in_a_row >= MAX_SKIPS:
-            raise RankError(f"{MAX_SKIPS} updates in a row had a loss or gradient that is not finite. The last"
-                            f" good checkpoint stays: lower --lr or --grad_clip, look at the newest rollouts")
+            raise RankError(f"{MAX_SKIPS} updates in a row had a loss or gradient that is not finite. The "
+                            f"last checkpoint stays: lower --lr or --grad_clip, look at the last rollouts")
 
     def metrics(self):
         """What the optimizer did; memory is the largest of all ranks, of the card or else of the process."""
@@ -411,7 +398,7 @@ class Learner:
         return {"updates_skipped": self.skipped, "lr": rate, "memory_gib": max(common.gather(used))}
 
     def save(self, step, generated, unwritten):
-        """A checkpoint. A full disk costs it, not the run. Damaged weights end the run: the last good checkpoint
+        """A checkpoint. A full disk costs it, not the run. Damaged weights end the run: the last good one
         must stay. `unwritten`: lines that metrics.jsonl does not hold yet."""
         if self.skipped_in_a_row:
             return say(f"no checkpoint at step {step}: the last update was not finite")
@@ -446,9 +433,9 @@ class Learner:
 # What is measured, written and said (docs/metrics.md lists every name with its unit)
 # ------------------------------------------------------------------------------------------------------------
 
-HEADER = "  step/total | reward  none   all |  length   cut | entropy mismatch gradient | seconds  tok/s | eval"
-# mean KL and ratio error of engine and trainer: an honest bf16 engine with an fp32 head was measured at a KL of
-# 1.2e-3, fp32 ones below 1e-9; NeMo-RL asserts 5e-4 and 1.05 for this very model in bf16
+HEADER = " step/total | reward  none   all |  length   cut | entropy mismatch gradient | seconds  tok/s | eval"
+# mean KL and ratio error of engine and trainer: an honest bf16 engine with an fp32 head was measured at 1.2e-3,
+# fp32 ones below 1e-9; NeMo-RL asserts 5e-4 and 1.05 for this very model in bf16
 MISMATCH = {"float32": (1e-5, 1.01), "bfloat16": (5e-3, 1.1)}
 GROUPS = {"solve": "reward", "truncated": "length", "tokens": "length", "seconds": "time", "memory": "time",
           "reward": "reward", "length": "length", "mismatch": "mismatch", "eval": "eval"}  # all else: policy
@@ -498,10 +485,9 @@ class Clock:
         self.phases[phase], self.last = time.time() - self.last, time.time()
 
     def metrics(self, rollout_seconds):
-        """Means over ranks; the rollout tells its own parts."""
-        del self.phases["rollout"]
+        """Means over ranks; of "rollout" the rollout tells the parts."""
         ranks = common.gather({**self.phases, **rollout_seconds})
-        means = {f"seconds_{phase}": sum(r[phase] for r in ranks) / len(ranks) for phase in ranks[0]}
+        means = {f"seconds_{k}": sum(r[k] for r in ranks) / len(ranks) for k in ranks[0] if k != "rollout"}
         return {"seconds": time.time() - self.began, **means}
 
 
@@ -512,11 +498,12 @@ def open_tracker(args):
         writer = SummaryWriter(f"{args.out}/tensorboard")
         writer.add_text("options", json.dumps(vars(args), indent=1))
         return lambda numbers, step: [writer.add_scalar(k, v, step) for k, v in numbers.items()]
-    tracker, path, same = importlib.import_module(args.report_to), os.path.abspath(args.out), {}
-    if args.report_to == "wandb":  # the id lets a resumed run go on in the same curves
-        same = {"id": uuid.uuid5(uuid.NAMESPACE_URL, path).hex, "resume": "allow"}
+    tracker, path = importlib.import_module(args.report_to), os.path.abspath(args.out)
+    # the id lets a resumed run go on in the same curves
+    run = {"id": uuid.uuid5(uuid.NAMESPACE_URL, path).hex, "resume": "allow"}
     project = os.environ.get("WANDB_PROJECT", "nanoscaler")
-    tracker.init(project=project, name=os.path.basename(path), config=vars(args), **same)
+    tracker.init(project=project, name=os.path.basename(path), config=vars(args),
+                 **(run if args.report_to == "wandb" else {}))
     return lambda numbers, step: tracker.log(numbers, step=step)
 
 
@@ -530,7 +517,7 @@ class Log:
 
     def start(self, step, waiting):
         """Make metrics.jsonl agree with the checkpoint -> the line that still has to be finished, or None.
-        Lines of later steps go: those steps are done again. `waiting` are lines that the file did not have when
+        Lines of later steps go: those steps are done again. `waiting`: lines that the file did not have when
         the checkpoint was written; the one of its own step may still want its validation."""
         mine = together("metrics.jsonl", lambda: self.read(step) if self.rank == 0 else None)
         self.rows = common.gather(mine)[0]
@@ -539,8 +526,7 @@ class Log:
         self.flush()
         if step >= self.args.steps:
             say(f"{self.args.out} has done its {self.args.steps} steps; a larger --steps goes on")
-        if step == 0:
-            return {"step": 0} if self.args.eval_every else None
+        waiting = waiting if step else [{"step": 0}] if self.args.eval_every else []
         return next((row for row in waiting if row["step"] == step and step not in there), None)
 
     def read(self, step):
@@ -562,8 +548,8 @@ class Log:
 
     def flush(self):
         """metrics.jsonl, written whole. A full disk keeps lines back until there is room."""
+        text = common.json_lines(self.rows)
         try:
-            text = common.json_lines(self.rows)
             together(self.path, lambda: self.rank or common.write_atomic(self.path, text))
             self.written = len(self.rows)
         except RankError as e:
@@ -599,15 +585,13 @@ class Log:
             say(f"ALARM rollouts of step {step} not written ({e}); training goes on")
 
     def print_line(self, m):
-        text = f"{m['step']:6d}/{self.args.steps:<5d}"
-        if "reward" in m:
-            text += (f" | {m['reward']:6.3f} {m['solve_none']:5.2f} {m['solve_all']:5.2f} "
-                     f"| {m['length_mean']:7.1f} {m['truncated']:5.2f} "
-                     f"| {m['entropy']:7.3f} {m['mismatch_kl']:8.1e} {m['grad_norm']:8.2e} "
-                     f"| {m['seconds']:7.1f} {m['tokens'] / m['seconds']:6.0f}")
-        if "eval_reward" in m:
-            text += f" | {m['eval_reward']:.3f} ± {m['eval_se']:.3f}"
-        say(text.replace("nan", "  -"))
+        """The numbers of a step under HEADER."""
+        columns = ("{reward:6.3f} {solve_none:5.2f} {solve_all:5.2f} | {length_mean:7.1f} {truncated:5.2f} "
+                   "| {entropy:7.3f} {mismatch_kl:8.1e} {grad_norm:8.2e} | {seconds:7.1f} {speed:6.0f}")
+        text = [f"{m['step']:5d}/{self.args.steps:<5d}"]
+        text += [columns.format(**m, speed=m["tokens"] / m["seconds"])] if "reward" in m else []
+        text += [f"{m['eval_reward']:.3f} ± {m['eval_se']:.3f}"] if "eval_reward" in m else []
+        say(" | ".join(text).replace("nan", "  -"))
 
     def alarm(self, name, value, text):
         """Said once, and again when it has become half as bad again."""
@@ -624,9 +608,9 @@ class Log:
             self.alarm("gold", k, f"{k} of {n} samples can earn nothing: the grader cannot read the answers "
                        f"they need, such as {p.answer!r} of problem {p.id}")
         elif self.unpaid in (1, 3, 10):
-            say(f"ALARM no reward in {self.unpaid} step(s): of the last {n} samples {m['reward_no_close']} had "
-                f"no </think>, {m['reward_no_box']} no \\boxed{{}}, {cut} were cut off. A model that never "
-                f"writes </think> needs --style plain, one that is cut off a larger --max_len")
+            say(f"ALARM no reward in {self.unpaid} step(s): of {n} samples {m['reward_no_close']} had no "
+                f"</think>, {m['reward_no_box']} no \\boxed{{}}, {cut} were cut off. A model that never writes "
+                f"</think> needs --style plain, one that is cut off a larger --max_len")
         kl, mult, (most_kl, most_mult) = m["mismatch_kl"], m["mismatch_mult"], MISMATCH[self.args.dtype]
         if kl is not None and (kl > most_kl or mult > most_mult):
             self.alarm("mismatch", kl, f"engine and trainer disagree: KL {kl:.1e} (bound {most_kl:g}), ratio "
@@ -646,14 +630,7 @@ OPTIONS = {
         ("recipe", list(RECIPES), "deepscaler", None, "defaults of many options; what is given by hand wins"),
         ("model", str, "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", None, "folder or hub name"),
         ("data", str, os.path.join(HERE, "assets/train.jsonl.gz"), None, "problems: a file or a hub name"),
-        ("problem_field", str, None, None, "field of --data with the problem, if it is not found by itself"),
-        ("answer_field", str, None, None, "field of --data with the answer, if it is not found by itself"),
-        ("allow_unreadable", bool, False, None, "train although the grader cannot read many of the answers"),
-        ("style", str, "r1", None, "how to ask and what to grade: a style of evaluate.py, or a file"),
-        ("instruction", str, data.INSTRUCTION, None, "sentence behind each problem"),
-        ("no_chat", bool, False, None, "prompt without a chat template, for base models that have none"),
-        ("examples", str, None, None, "file of solved problems shown before each problem"),
-        ("reward", str, None, None, "your own: MODULE:FUNCTION (response, problem) -> float"),
+        *evaluate.PROMPT_OPTIONS,
         ("max_prompt_len", int, 1024, 1, "tokens; longer prompts are dropped and counted"),
         ("max_len", int, 8192, 1, "tokens of a response: the stage's context")],
     "algorithm": [

@@ -5,10 +5,9 @@
         logp, entropy = policy(batch, temperature=0.6)       # [R], [R]: response tokens only
         (-logp.mean()).backward()
 
-Three pieces to copy. `token_logprobs` never holds the [T, V] logits, which take 20 GB at 32K tokens. `pack` lays
-sequences end to end in one row without padding, and neighbours share one copy of their prompt. `Policy` is any
-causal LM of transformers that takes an attention function, under FSDP2 with fp32 masters (at lr 1e-6 a bf16 weight
-of 0.02 would never move). Left out: tensor, pipeline and context parallelism, LoRA, quantisation, torch.compile.
+Logits [T, V] are never held (20 GB at 32K tokens), rows are not padded, neighbours share their prompt,
+master weights are fp32 (at lr 1e-6 a bf16 weight of 0.02 would never move). Left out: tensor, pipeline and
+context parallelism, LoRA, quantisation, torch.compile.
 
 Shapes: T packed tokens, R response tokens among them, S sequences, D tokens of whole documents, V vocabulary.
 """
@@ -17,8 +16,8 @@ import inspect
 import json
 import os
 import shutil
-import tempfile
 from collections import namedtuple
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 
@@ -27,12 +26,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
-from torch import nn
+from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -42,7 +38,7 @@ from common import RankError, any_rank, read_json, say, together, write_atomic
 GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
-# ----- Log-probabilities without logits ----------------------------------------------------------------------
+# ----- Log-probabilities without logits ---------------------------------------------------------------------
 
 def token_logprobs_plain(hidden, head_weight, targets, temperature=1.0):
     """The readable twin of `token_logprobs`: all [T, V] logits, and autograd. In float64 if given float64."""
@@ -57,8 +53,7 @@ def token_logprobs(hidden, head_weight, targets, temperature=1.0, chunk=0, entro
 
     hidden [T, H], head_weight [V, H], targets [T]; temperature > 0 divides the logits (sampling at 0.6 means
     training at 0.6) -> logp [T], entropy [T] in nats, fp32. entropy_grad=False: the entropy is a metric only.
-    Memory: one or two tiles whatever T is, and an fp32 gradient of the head. Price: the head's matmul once more
-    in backward, except for the last tile. The idea: verl's FusedLinearForPPO, prime-rl's FusedOutputLinear.
+    Memory: two tiles whatever T is, and an fp32 gradient of the head. Idea: verl's FusedLinearForPPO.
 
     >>> h, w, y = torch.randn(5, 8), torch.randn(11, 8), torch.arange(5)
     >>> fast, plain = token_logprobs(h, w, y, 0.6, chunk=2), token_logprobs_plain(h, w, y, 0.6)
@@ -67,6 +62,8 @@ def token_logprobs(hidden, head_weight, targets, temperature=1.0, chunk=0, entro
     """
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
+    if not hidden.is_cuda:  # CUDA kernels add up bf16 products in fp32, those of a CPU do not
+        hidden, head_weight = hidden.float(), head_weight.float()
     chunk = chunk or max(1, 150_000_000 // len(head_weight))
     logp, entropy = TokenLogprobs.apply(hidden, head_weight, targets, float(temperature), chunk)
     return logp, entropy if entropy_grad else entropy.detach()
@@ -74,88 +71,75 @@ def token_logprobs(hidden, head_weight, targets, temperature=1.0, chunk=0, entro
 
 class TokenLogprobs(torch.autograd.Function):
     """Forward keeps [T] numbers and its last tile; backward computes the logits of the other tiles once more.
-
-    With q = softmax(z), z = h W^T / temperature, H = entropy:
-      d logp_y / dz = onehot(y) - q          d H / dz = -q (log q + H)
-    """
+    With q = softmax(z): d logp_y / dz = onehot(y) - q, and of the entropy H: d H / dz = -q (log q + H)."""
 
     @staticmethod
-    def forward(ctx, hidden, head_weight, targets, temperature, chunk):
+    def forward(ctx, hidden, head, targets, temperature, chunk):
         logp, entropy, lse = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
-        ctx.save_for_backward(hidden, head_weight, targets, lse, entropy)
+        ctx.save_for_backward(hidden, head, targets, lse, entropy)
         ctx.set_materialize_grads(False)  # an entropy that is only a metric comes back as None
-        ctx.temperature, ctx.last, ctx.buffer = temperature, None, None
         ctx.tiles = [slice(i, i + chunk) for i in range(0, len(hidden), chunk)]
-        h, head = operands(hidden, head_weight)
-        if h.dtype == torch.float32:  # one buffer for all tiles: fresh pages cost a CPU three times the arithmetic
-            ctx.buffer = h.new_empty(min(chunk, len(h)), len(head))
+        ctx.temperature, ctx.last = temperature, None
         for t in ctx.tiles:
-            ctx.last = logits(h[t], head, temperature, ctx.buffer)
+            ctx.last = logits(hidden[t], head, temperature)
             for b in blocks(ctx.last):
-                z, y, top = ctx.last[b], targets[t][b, None], ctx.last[b].amax(-1)
-                e = z.sub_(top[:, None]).exp()  # shifted: the entropy below is then a sum of small terms
+                z, top = ctx.last[b], ctx.last[b].amax(-1)
+                e = z.sub_(top[:, None]).exp()  # shifted: the entropy is then a sum of small terms
                 total = e.sum(-1)
                 entropy[t][b] = total.log() - e.mul_(z).sum(-1) / total
-                logp[t][b] = z.sub_(total.log()[:, None]).gather(-1, y)[:, 0]
+                logp[t][b] = z.sub_(total.log()[:, None]).gather(-1, targets[t][b, None])[:, 0]
                 lse[t][b] = top + total.log()
         return logp, entropy
 
     @staticmethod
     def backward(ctx, grad_logp, grad_entropy):
-        hidden, head_weight, targets, lse, entropy = ctx.saved_tensors
-        h, head = operands(hidden, head_weight)
-        up, entropy_up = ((torch.zeros_like(lse) if g is None else g / ctx.temperature)[:, None]
+        hidden, head, targets, lse, entropy = ctx.saved_tensors
+        up, up_entropy = ((torch.zeros_like(lse) if g is None else g / ctx.temperature)[:, None]
                           for g in (grad_logp, grad_entropy))
         grad_hidden = torch.empty_like(hidden)
-        grad_head = torch.zeros_like(head_weight, dtype=torch.float32)  # a bf16 sum would lose small terms
+        grad_head = torch.zeros_like(head, dtype=torch.float32)  # a bf16 sum would lose small terms
+        # a sum over V goes in pieces: some CPU kernels add 152 K products in a row, which costs a digit
+        piece = 4096 if hidden.dtype == torch.float32 else len(head)
         for t in reversed(ctx.tiles):
             log_q, ctx.last = ctx.last, None
             if log_q is None:
-                log_q = logits(h[t], head, ctx.temperature, ctx.buffer).sub_(lse[t, None])
+                log_q = logits(hidden[t], head, ctx.temperature).sub_(lse[t, None])
             for b in blocks(log_q):
-                factor = up[t][b]
+                factor = -up[t][b]
                 if grad_entropy is not None:
-                    factor = entropy_up[t][b] * (log_q[b] + entropy[t][b, None]) + factor
-                log_q[b].exp_().mul_(factor).neg_()
-            dz = log_q.scatter_add_(-1, targets[t, None], up[t]).to(h.dtype)
-            # by pieces: some CPU kernels add all 152 K products one after the other, which costs a digit
-            piece = 4096 if dz.dtype == torch.float32 else len(head)
+                    factor = factor - up_entropy[t][b] * (log_q[b] + entropy[t][b, None])
+                log_q[b].exp_().mul_(factor)
+            dz = log_q.scatter_add_(-1, targets[t, None], up[t]).to(hidden.dtype)
             grad_hidden[t] = sum(d @ w for d, w in zip(dz.split(piece, 1), head.split(piece)))
-            grad_head += dz.T @ h[t]
-        return grad_hidden, grad_head.to(head_weight.dtype), None, None, None
+            grad_head += dz.T @ hidden[t]
+        return grad_hidden, grad_head.to(head.dtype), None, None, None
 
 
-def operands(hidden, head_weight):
-    """What the matmuls take: fp32, and on CUDA what is there, whose kernels add in fp32."""
-    return (hidden, head_weight) if hidden.is_cuda else (hidden.float(), head_weight.float())
-
-
-def logits(hidden, head, temperature, buffer):
+def logits(hidden, head, temperature):
     """[t, H], [V, H] -> [t, V] in fp32: a bf16 result would round a logit of 20 by up to 0.06."""
-    if buffer is None:
-        return torch.mm(hidden, head.T, out_dtype=torch.float32).div_(temperature)
-    return torch.mm(hidden / temperature, head.T, out=buffer[:len(hidden)])
+    if hidden.dtype == torch.float32:
+        return torch.addmm(hidden.new_empty(1), hidden, head.T, beta=0, alpha=1 / temperature)
+    return torch.mm(hidden, head.T, out_dtype=torch.float32).div_(temperature)
 
 
 def blocks(z):
-    """Slices of a tile's rows: on a CPU as many as its cache holds, which makes several passes over them cheap."""
+    """Slices of a tile's rows: on a CPU as many rows as its cache holds, which makes several passes cheap."""
     rows = len(z) if z.is_cuda else max(1, 2**18 // z.shape[1])
     return [slice(i, i + rows) for i in range(0, len(z), rows)]
 
 
-# ----- Attention over packed documents -----------------------------------------------------------------------
+# ----- Attention over packed documents ----------------------------------------------------------------------
 
 def document_attention(q, k, v, cu_seqlens, scale, window=None):
-    """Causal attention inside each document, one SDPA call for neighbours of one length: anywhere, any dtype.
+    """Causal attention inside each document, one SDPA call for neighbours of one length, on any device.
 
     q [D, Hq, E], k and v [D, Hkv, E], cu_seqlens [S+1] -> [D, Hq, E]. `window` counts the visible tokens, the
     current one included (transformers' and Gemma's meaning).
     """
     runs = [(len(list(same)), n) for n, same in groupby(cu_seqlens.diff().tolist())]
-    # split, not slices: the gradient of a slice is a tensor of zeros as large as the whole row
-    parts = (x.split([count * n for count, n in runs]) for x in (q, k, v))
     groups, out = q.shape[1] // k.shape[1], []
-    for run, *documents in zip(runs, *parts):
+    # split, not slices: the gradient of a slice is a tensor of zeros as large as the whole row
+    for run, *documents in zip(runs, *(x.split([count * n for count, n in runs]) for x in (q, k, v))):
         query, key, value = (x.unflatten(0, run).transpose(1, 2) for x in documents)  # [count, heads, n, E]
         if groups > 1:  # by hand: SDPA's own enable_gqa leaves the flash path on CPU
             key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
@@ -174,18 +158,16 @@ def varlen_attention(module, query, key, value, attention_mask=None, scaling=Non
     query [1, Hq, T, E], key and value [1, Hkv, T, E], packing: the MicroBatch -> ([1, T, Hq, E], None).
     It must honour what a model passes: Gemma 3's `sliding_window`, dropped, costs 2 nats a token past it.
     """
-    if softcap is not None or s_aux is not None:
-        raise ValueError("attention with soft-capping or sinks is not covered by the varlen kernel")
-    if packing is None:
-        raise ValueError("the model does not hand `packing` through to its attention: it cannot train on packed rows")
+    if packing is None or softcap is not None or s_aux is not None:
+        raise ValueError("attention with soft-capping or sinks, or that is handed no `packing`, is refused")
     # F.embedding is x[index], with a gradient that several threads sum in fp32
-    q, k, v = (F.embedding(packing.document_index, x[0].transpose(0, 1).flatten(1)).unflatten(1, x.shape[1::2])
-               for x in (query, key, value))
+    rows = (x[0].transpose(0, 1) for x in (query, key, value))
+    q, k, v = (F.embedding(packing.document_index, x.flatten(1)).unflatten(1, x.shape[1:]) for x in rows)
     scale, bounds = module.head_dim ** -0.5 if scaling is None else scaling, packing.cu_seqlens
-    if q.is_cuda and varlen_attn is not None and q.dtype in (torch.bfloat16, torch.float16):
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
-        longest = packing.max_seqlen
-        out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=window, **GQA)
+        out = varlen_attn(q, k, v, bounds, bounds, packing.max_seqlen, packing.max_seqlen, scale=scale,
+                          window_size=window, **GQA)
     else:
         out = document_attention(q, k, v, bounds, scale, sliding_window)
     return F.embedding(packing.row_index, out.flatten(1)).unflatten(1, out.shape[1:])[None], None
@@ -194,16 +176,13 @@ def varlen_attention(module, query, key, value, attention_mask=None, scaling=Non
 AttentionInterface.register("varlen", varlen_attention)
 
 
-# ----- Packing -----------------------------------------------------------------------------------------------
+# ----- Packing ----------------------------------------------------------------------------------------------
 
 @dataclass
 class MicroBatch:
-    """One packed row. A hidden state predicts the token after it, so a response token is scored at the position
-    before it, and the last token of a document never predicts the first of the next.
-
-    Neighbours with one prompt share it: it lies once before their responses, whose first tokens are all scored at
-    its last position. Only attention sees whole documents: `document_index` takes them out of the row,
-    `row_index` brings their tokens back."""
+    """One packed row. A response token is scored at the position before it. Neighbours share their prompt: it
+    lies once before their responses, whose first tokens are scored at its last position. Only attention sees
+    whole documents: `document_index` takes them out of the row, `row_index` brings their tokens back."""
     rows: list                    # which of the packed sequences, in this order
     ids: torch.Tensor             # [T]
     positions: torch.Tensor       # [T], restarting at 0
@@ -219,9 +198,8 @@ class MicroBatch:
 def pack(sequences, budget, rank=0, world=1, device="cpu"):
     """[(prompt_ids, response_ids)] -> this rank's micro-batches of at most `budget` tokens each.
 
-    Every rank is given the same `sequences` and takes its share; `MicroBatch.rows` says which. Neighbours with one
-    prompt share it and stay together up to a quarter of a micro-batch, so that micro-batches still fill evenly.
-    The copies of a shared prompt count for a quarter: they exist in attention alone.
+    Every rank is given the same `sequences` and takes its share. Neighbours share a prompt up to a quarter of
+    a micro-batch, so that these fill evenly; its further copies, in attention alone, count for a quarter.
     """
     limit = min(budget, sum(len(p) + len(r) for p, r in sequences) // world) // 4
     bundles, tokens, last = [], [], None
@@ -239,17 +217,15 @@ def pack(sequences, budget, rank=0, world=1, device="cpu"):
 
 
 def split_by_budget(lengths, budget, world=1):
-    """Deal sequences into micro-batches of at most `budget` tokens -> [rank][micro-batch] -> indices.
-
-    Longest first into the lightest; then sorted by cost, so that the `world` micro-batches which run at the same
-    moment (FSDP meets at every layer) cost about the same. Each rank gets the same number, some of them empty
-    when there are fewer sequences: a rank must still take part.
+    """Deal sequences into micro-batches of at most `budget` tokens, as many on each rank, some of them empty
+    -> [rank][micro-batch] -> indices. Longest first into the lightest; then by cost, so that those that
+    run at one moment (FSDP meets at every layer) cost about the same.
 
     >>> split_by_budget([5, 3, 3, 1], budget=6, world=2)
     [[[0, 3]], [[1, 2]]]
     """
     if max(lengths, default=0) > budget:
-        raise ValueError(f"a sequence of {max(lengths)} tokens does not fit --token_budget {budget}: raise it")
+        raise ValueError(f"a sequence of {max(lengths)} tokens does not fit --token_budget {budget}")
     n_bins = world * -(-sum(lengths) // (budget * world))
     while n_bins:
         bins, load = [[] for _ in range(n_bins)], [0] * n_bins
@@ -258,7 +234,7 @@ def split_by_budget(lengths, budget, world=1):
             bins[j].append(i)
             load[j] += lengths[i]
         if max(load) <= budget:
-            # attention grows with the square: 36,000 is where it costs as much as the matmuls of a 1.5B model
+            # attention grows with the square: at 36,000 it costs as much as the matmuls of a 1.5B model
             bins.sort(key=lambda b: -sum(36000 * lengths[i] + lengths[i] ** 2 for i in b))
             return [bins[r::world] for r in range(world)]
         n_bins += world
@@ -277,37 +253,37 @@ def pack_row(sequences, rows=None, device="cpu"):
         if not prompt:
             raise ValueError("an empty prompt cannot predict the first response token")
         if prompt != last:
-            last, start = prompt, len(ids)
+            last, start, end = prompt, len(ids), len(ids) + len(prompt)
             ids += prompt
             positions += range(len(prompt))
-        first, end = len(ids), start + len(prompt)
+        first = len(ids)
         ids += response
         positions += range(len(prompt), len(prompt) + len(response))
         predictors += [end - 1, *range(first, len(ids) - 1)][:len(response)]
         targets += response
         documents.append([*range(start, end), *range(first, len(ids))])
     if torch.device(device).type != "cuda":
-        # many small SDPA calls leave cores idle, and a call costs about as much as 2**13 pairs of tokens: documents of
-        # similar length get one length, by their last token, at the end where no other token sees it
+        # many small SDPA calls leave cores idle, and one costs as much as 2**12 pairs of tokens: documents of
+        # similar length get one length by their last token, at the end, where no other token sees it
         documents.sort(key=len)
         for document, longer in zip(documents[-2::-1], documents[:0:-1]):
-            if len(longer) ** 2 - len(document) ** 2 <= 2**13:
+            if len(longer) ** 2 - len(document) ** 2 <= 2**12:
                 document += document[-1:] * (len(longer) - len(document))
-    document_index = [i for d in documents for i in d]
-    row_index = dict(zip(reversed(document_index), range(len(document_index) - 1, -1, -1)))  # never padding
+    index = [i for document in documents for i in document]
+    row_index = {i: at for at, i in reversed(list(enumerate(index)))}  # of several the first, never padding
 
     def tensor(values, dtype=torch.int64):
         return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
     return MicroBatch(list(range(len(sequences))) if rows is None else rows, tensor(ids), tensor(positions),
                       tensor(predictors), tensor(targets), tensor([len(r) for _, r in sequences] or [0]),
-                      tensor(document_index), tensor([row_index[i] for i in range(len(ids))]),
+                      tensor(index), tensor([row_index[i] for i in range(len(ids))]),
                       tensor([0, *accumulate(map(len, documents))], torch.int32), max(map(len, documents)))
 
 
-# ----- The model ---------------------------------------------------------------------------------------------
+# ----- The model --------------------------------------------------------------------------------------------
 
-# where its files lie; room for a prompt and its response, or None; token ids are below `vocabulary`; shape by name
+# where its files lie; room for prompt and response, or None; token ids are below vocabulary; shapes by name
 Model = namedtuple("Model", "folder positions parameters vocabulary shapes")
 
 
@@ -315,11 +291,8 @@ def open_model(name):
     """A folder that save_pretrained wrote, or a hub name -> Model, before a weight is loaded.
 
     All ranks call it, one of each node downloads. RankError on all of them, with the cause, if one cannot."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    folder = together(f"model {name}", lambda: find_folder(name) if first else None)
-    folder = together(f"model {name}", lambda: folder or find_folder(name))  # which now has what was downloaded
-
     def read():
+        folder = find_folder(name)
         config = AutoConfig.from_pretrained(folder).get_text_config()
         with torch.device("meta"):
             shell = AutoModelForCausalLM.from_config(config)
@@ -327,6 +300,7 @@ def open_model(name):
                      sum(p.numel() for p in shell.parameters()), len(shell.get_input_embeddings().weight),
                      {k: tuple(v.shape) for k, v in shell.state_dict().items()})
 
+    together(f"model {name}", lambda: os.environ.get("LOCAL_RANK", "0") == "0" and find_folder(name))
     return together(f"model {name}", read)
 
 
@@ -336,31 +310,32 @@ def find_folder(name):
     if os.path.exists(os.path.join(name, "config.json")):
         return name
     if os.path.exists(name):
-        raise ValueError("there is no config.json in it, so it is no folder that save_pretrained wrote")
+        raise ValueError("it has no config.json: not a folder that save_pretrained wrote")
     parent, base = os.path.split(name.rstrip("/"))
-    close = difflib.get_close_matches(base, os.listdir(parent or ".") if os.path.isdir(parent or ".") else [], 1)
-    missing = "there is no such folder" + (f", did you mean {os.path.join(parent, close[0])}?" if close else "")
+    siblings = os.listdir(parent or ".") if os.path.isdir(parent or ".") else []
+    close = [os.path.join(parent, s) for s in difflib.get_close_matches(base, siblings, 1)]
+    missing = "there is no such folder" + "".join(f", did you mean {path}?" for path in close)
     if name[:1] in ("/", ".", "") or name.endswith("/") or name.count("/") > 1:
         raise ValueError(missing)
     try:  # what transformers and vLLM read: no other formats, no second copies of the weights
-        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
-                                 ignore_patterns=["*/*", "consolidated*"], etag_timeout=5)
+        files = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        return snapshot_download(name, allow_patterns=files, ignore_patterns=["*/*", "consolidated*"])
     except Exception as e:  # no such name, no permission, no network
-        said = f", and the hub cannot give one of that name: {' '.join(str(e).split())}"
-        raise ValueError(missing + ("" if close else said)) from e
+        said = f", and the hub does not give it (a folder needs no network): {' '.join(str(e).split())}"
+        raise ValueError(missing if close else missing + said) from e
 
 
-class Policy(nn.Module):
+class Policy(torch.nn.Module):
     """A causal LM whose forward returns log-probabilities, so that FSDP's hooks cover the head as well."""
 
     def __init__(self, model, recompute=False, chunk=0):
-        """model: a folder, a hub name, or a transformers causal LM in fp32. recompute: activation checkpointing.
-        chunk: see `token_logprobs`. ValueError for a model that could not be trained or saved."""
+        """model: a folder, or a causal LM in fp32. recompute: activation checkpointing. ValueError for a
+        model that cannot be trained here. chunk: see `token_logprobs`."""
         super().__init__()
         if isinstance(model, (str, os.PathLike)):
             model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         for module in model.modules():
-            if isinstance(module, nn.Dropout):
+            if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0  # old, new and engine log-probs must be those of one function
         self.model, self.chunk, self.device = model, chunk, torch.device("cpu")
         self.grad_divisor = 1  # by what data parallelism divides the sum of the ranks' gradients
@@ -372,17 +347,16 @@ class Policy(nn.Module):
 
     def forward(self, batch, temperature=1.0, entropy_grad=False):
         """MicroBatch -> logp [R], entropy [R] of its response tokens, at `temperature`."""
-        # use_cache=False: with a cache transformers does not see the packing, and documents attend to each other
+        # use_cache=False: with a cache transformers does not see the packing: documents attend to each other
         hidden = self.model.base_model(input_ids=batch.ids[None], position_ids=batch.positions[None],
-                                       attention_mask=None, use_cache=False, packing=batch).last_hidden_state[0]
+                                       use_cache=False, packing=batch).last_hidden_state[0, batch.predictors]
         head = self.model.get_output_embeddings().weight
-        return token_logprobs(hidden[batch.predictors], head, batch.targets, temperature, self.chunk, entropy_grad)
+        return token_logprobs(hidden, head, batch.targets, temperature, self.chunk, entropy_grad)
 
     @torch.no_grad()
     def _check_logprobs(self):
-        """Refuse a model whose own attention and logits are not those of `forward`, which then has `varlen`."""
-        vocabulary = len(self.model.get_output_embeddings().weight)
-        ids = [i % vocabulary for i in range(2, 10)]
+        """Refuse a model whose own attention and logits are not those of `forward`; then make it `varlen`."""
+        ids = [i % len(self.model.get_output_embeddings().weight) for i in range(2, 10)]
         logits = self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, 1:-1].float()
         if not torch.isfinite(logits).all():
             raise ValueError("the model computes non-finite logits: its weights are damaged")
@@ -390,96 +364,100 @@ class Policy(nn.Module):
         self.model.set_attn_implementation("varlen")
         ours = self(pack_row([(ids[:2], ids[2:])] * 2))[0]  # two that share their prompt
         if not torch.allclose(theirs, ours, atol=1e-3, rtol=1e-3):
-            raise ValueError(f"{type(self.model).__name__} does more to its logits than hidden @ head.T (soft-capping, "
-                             f"scaling or a bias), or more in attention, than is computed here")
+            raise ValueError(f"{type(self.model).__name__} does more to its logits than hidden @ head.T "
+                             f"(soft-capping, scaling, a bias), or more in attention, than is computed here")
 
     def _check_saving(self):
-        """Save all but the weights, as every checkpoint will. A generation_config that save_pretrained refuses
-        (do_sample false beside a temperature) is reduced to its token ids."""
+        """A generation_config that save_pretrained would refuse at every checkpoint (do_sample false beside a
+        temperature) is reduced to its token ids."""
+        config = self.model.generation_config
         try:
-            self.model.generation_config.validate(strict=True)
+            config.validate(strict=True)
         except ValueError as e:
-            ids = {k: v for k, v in self.model.generation_config.to_dict().items() if k.endswith("token_id")}
-            self.model.generation_config = GenerationConfig(**{k: v for k, v in ids.items() if v not in (None, -1)})
-            say(f"checkpoints keep only token ids of the generation_config, which is not valid: {e}")
-        with tempfile.TemporaryDirectory() as folder:
-            self.model.save_pretrained(folder, state_dict={})
+            ids = {k: v for k, v in config.to_dict().items() if k.endswith("token_id") and v != -1}
+            self.model.generation_config = GenerationConfig(**ids)
+            say(f"checkpoints keep only the token ids of the generation_config: {' '.join(str(e).split())}")
 
     def shard(self, dtype=torch.bfloat16, device="cpu"):
-        """FSDP2 over all ranks: each decoder layer is gathered, used and freed in turn; embedding and head with
-        the root. Masters and gradient reduction stay fp32, compute runs in `dtype`. Returns self."""
+        """FSDP2 over all ranks: each layer is gathered, used and freed in turn, embedding and head with the
+        root. Masters and gradient reduction stay fp32, compute runs in `dtype`. Returns self."""
         self.device, self.grad_divisor = torch.device(device), dist.get_world_size()
-        mesh = torch.distributed.device_mesh.init_device_mesh(self.device.type, (dist.get_world_size(),))
+        mesh = dist.device_mesh.init_device_mesh(self.device.type, (dist.get_world_size(),))
         # inputs are positions and masks: casting them to bf16 would round position 257 to 256
         mixed = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype,
                                      reduce_dtype=torch.float32, cast_forward_inputs=False)
-        for layer in self.model.base_model.layers:
-            fully_shard(layer, mesh=mesh, mp_policy=mixed)
-        fully_shard(self, mesh=mesh, mp_policy=mixed)
+        for module in [*self.model.base_model.layers, self]:
+            fully_shard(module, mesh=mesh, mp_policy=mixed)
         return self.to(self.device)  # buffers; parameters are there already
 
     def reshard(self):
-        """Free the gathered embedding and head, which FSDP2 keeps after a forward without backward: call it after
-        scoring. `shard` puts FSDP's own method in place of this one, which has nothing to free."""
+        """Call it after scoring: FSDP2 keeps embedding and head gathered after a forward without backward.
+        `shard` puts FSDP's own method in place of this one, which has nothing to free."""
 
     @torch.no_grad()
     def is_finite(self):
         """Whether every weight is finite, on every rank."""
-        weights = (p.to_local() if isinstance(p, DTensor) else p for p in self.parameters())
+        weights = (p.to_local() if hasattr(p, "to_local") else p for p in self.parameters())
         return not any_rank(not torch.stack([torch.isfinite(w).all() for w in weights]).all())
 
     @torch.no_grad()
     def full_weights(self):
-        """Yield (name, full tensor) under the checkpoint's names, a tied head included, one gathered at a time.
+        """Yield (name, full tensor) under the checkpoint's names, a tied head included, gathered one by one.
         A collective: every rank must exhaust the generator."""
         for name, p in self.model.state_dict().items():
-            yield name, p.full_tensor() if isinstance(p, DTensor) else p
+            yield name, p.full_tensor() if hasattr(p, "full_tensor") else p
 
 
-# ----- Checkpoints -------------------------------------------------------------------------------------------
+# ----- Checkpoints ------------------------------------------------------------------------------------------
 
 def save_checkpoint(folder, step, policy, optimizer, tokenizer, state, keep=2):
-    """Write folder/000STEP: sharded model and optimizer, `state` as trainer.json, hf/ (fp32, for transformers).
+    """Write folder/000STEP: sharded model and optimizer, `state` as trainer.json, hf/ in fp32.
 
-    All ranks call it, and it succeeds or fails on all of them. One rename publishes it and older ones go last, so
-    that a kill at any moment leaves the newest whole. keep: how many stay; 0: hf/ of all, the rest of two.
-    OSError (a full disk) after removing what was written; FloatingPointError, with nothing written, if a weight
-    is not finite.
+    All ranks call it, and it succeeds or fails on all. One rename publishes it and old ones go last: a kill
+    at any moment leaves the newest whole. keep: how many stay; 0: hf/ of all, the rest of two. OSError (a
+    full disk) after removing what was written; FloatingPointError, before, if a weight is not finite.
     """
     if not policy.is_finite():
         raise FloatingPointError(f"a weight is not finite at step {step}: no checkpoint is written")
     final, first = os.path.join(folder, f"{step:06d}"), not dist.is_initialized() or dist.get_rank() == 0
-    tmp, what = final + ".tmp", f"checkpoint {final} is not written"
-
-    def start():
-        if first:
-            remove_leftovers(folder)
-            os.makedirs(tmp)
+    tmp, what = final + ".tmp", f"checkpoint {final} not written"
 
     def write():
-        model, optim = get_state_dict(policy, optimizer)
-        dcp.save({"model": model, "optim": optim}, checkpoint_id=tmp)  # fails on all ranks, or on none
-        full = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        if not first:
-            return
-        policy.model.save_pretrained(tmp + "/hf", state_dict={k.removeprefix("model."): v for k, v in full.items()})
-        tokenizer.save_pretrained(tmp + "/hf")
-        write_atomic(tmp + "/trainer.json", json.dumps(state, indent=1))
-        for name in os.listdir(tmp + "/hf"):  # on the disk before the rename that declares it complete
-            with open(os.path.join(tmp, "hf", name)) as f:
-                os.fsync(f.fileno())
-        if os.path.exists(final):
-            os.rename(final, final + ".old.tmp")  # hf/ that was left of it, at most
-        os.rename(tmp, final)
+        model, optim = states.get_state_dict(policy, optimizer)
+        run_dcp(dcp.save, {"model": model, "optim": optim}, tmp)
+        whole = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = states.get_model_state_dict(policy, options=whole)  # on rank 0 alone
+        if first:
+            hf = os.path.join(tmp, "hf")
+            weights = {k.removeprefix("model."): v for k, v in weights.items()}
+            policy.model.save_pretrained(hf, state_dict=weights)
+            tokenizer.save_pretrained(hf)
+            write_atomic(os.path.join(tmp, "trainer.json"), json.dumps(state, indent=1))
+            for file in filter(os.path.isfile, os.scandir(hf)):  # on the disk before the rename
+                with open(file) as f:
+                    os.fsync(f.fileno())
+            if os.path.exists(final):  # hf/ that was left of it, at most
+                os.rename(final, final + ".old.tmp")
+            os.rename(tmp, final)
 
     try:
-        together(what, start)
+        together(what, lambda: first and remove_leftovers(folder))
+        together(what, lambda: first and os.makedirs(tmp))
         together(what, write)
-        together(f"checkpoint {final} is written, older ones not removed", lambda: first and prune(folder, keep))
-    except (RankError, CheckpointException) as e:  # the second is no Exception
+    except RankError as e:
         if first:
             shutil.rmtree(tmp, ignore_errors=True)
-        raise OSError(str(e) if isinstance(e, RankError) else f"{what}: {str(e).strip().splitlines()[-1]}") from e
+        raise OSError(str(e)) from e
+    with suppress(OSError):  # what cannot be removed today is tried again at the next save
+        if first:
+            prune(folder, keep)
+
+
+def run_dcp(function, content, path):
+    try:
+        function(content, checkpoint_id=path)
+    except CheckpointException as e:  # no Exception; the same on all ranks
+        raise OSError(str(e).strip().splitlines()[-1]) from None
 
 
 def remove_leftovers(folder):
@@ -490,30 +468,30 @@ def remove_leftovers(folder):
 
 
 def prune(folder, keep):
-    """Remove old checkpoints, or with keep=0 all but their hf/. What makes one whole goes first: none is ever half."""
+    """Remove old checkpoints, with keep=0 all but their hf/. What makes one count goes first."""
     for name in checkpoints(folder, "trainer.json" if keep else "hf")[:-(keep or 2)]:
         path = os.path.join(folder, name)
         if keep:
             os.rename(path, path + ".old.tmp")
-        for file in [] if keep else sorted(os.listdir(path), reverse=True):  # trainer.json is the last in order
+        for file in [] if keep else sorted(os.listdir(path), reverse=True):  # trainer.json comes first
             if file != "hf":
                 os.remove(os.path.join(path, file))
     remove_leftovers(folder)
 
 
 def checkpoints(folder, part="trainer.json"):
-    """Names of the checkpoints one can resume from, oldest first; part="hf": of all whose weights are there."""
+    """Names of the checkpoints to resume from, oldest first; part="hf": of all whose weights are there."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    return sorted((n for n in names if n.isdigit() and os.path.exists(os.path.join(folder, n, part))), key=int)
+    return sorted((n for n in names if n.isdigit() and os.path.exists(f"{folder}/{n}/{part}")), key=int)
 
 
 def check_checkpoint(path, shapes):
-    """Refuse a checkpoint of another model (ValueError) or a damaged one (OSError) before anything is loaded or
-    written. shapes: those of `open_model`."""
-    if not os.path.exists(os.path.join(path, "trainer.json")):
-        hf = ", only hf/ is left of it" if os.path.isdir(os.path.join(path, "hf")) else ""
-        raise OSError(f"{path} is no checkpoint to go on from: it has no trainer.json{hf}")
-    read_json(os.path.join(path, "trainer.json"))
+    """Before anything is loaded or written, refuse a checkpoint of another model (ValueError) or a damaged
+    one (OSError). shapes: see `Model`."""
+    state = os.path.join(path, "trainer.json")
+    if not os.path.exists(state):
+        raise OSError(f"{path} is nothing to go on from: it has no trainer.json (--keep 0 leaves hf/ alone)")
+    read_json(state)
     try:
         metadata = dcp.FileSystemReader(path).read_metadata()
     except Exception as e:  # whatever a damaged pickle does
@@ -531,14 +509,13 @@ def check_checkpoint(path, shapes):
 
 
 def load_checkpoint(path, policy, optimizer):
-    """Restore model and optimizer in place, on the same or another number of ranks -> `state`. All ranks call it;
-    RankError on all of them, with the cause."""
+    """Restore model and optimizer in place, on any number of ranks -> `state`. RankError, with the cause."""
+    def load():
+        model, optim = states.get_state_dict(policy, optimizer)
+        run_dcp(dcp.load, {"model": model, "optim": optim}, path)
+        states.set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim)
+        return read_json(os.path.join(path, "trainer.json"))
+
     shapes = {k: tuple(v.shape) for k, v in policy.model.state_dict().items()}
-    together("resume", lambda: check_checkpoint(path, shapes))
-    model, optim = get_state_dict(policy, optimizer)
-    try:
-        dcp.load({"model": model, "optim": optim}, checkpoint_id=path)  # fails on all ranks, or on none
-    except CheckpointException as e:  # no Exception
-        raise RankError(f"resume: {path} is damaged: {str(e).strip().splitlines()[-1]}") from None
-    set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim)
-    return read_json(os.path.join(path, "trainer.json"))
+    together("checkpoint", lambda: check_checkpoint(path, shapes))
+    return together(f"checkpoint {path} is damaged", load)

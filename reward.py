@@ -245,38 +245,41 @@ def clock_time(m):
     return f'"{m[1]}:{m[2] or "00"}{m[3] or ""}{half}"' if m[2] or half else m[0]
 
 
-# Spellings of one number or sign, rewritten in the source text in this order.  Every repetition is bounded or
-# begins where the one before cannot go on, so that no input makes these patterns backtrack for long.
-REWRITES = [(re.compile(pattern), new) for pattern, new in (
+# Spellings of one number or sign, rewritten in the source text, in this order.  Every repetition is bounded
+# or begins where the one before cannot go on, so that no input makes these patterns backtrack for long.
+# The last text of a row saves time: without one of its characters there is nothing to rewrite.
+REWRITES = [(re.compile(pattern), *new) for pattern, *new in (
     (r"\\(?:mathrm|text)\s*\{\s*C\s*\}\s*_\s*\{?([0-9a-z]{1,9})\}?\s*\^\s*\{?([0-9a-z]{1,9})\}?",
-     r"\\binom{\1}{\2}"),
+     r"\\binom{\1}{\2}", "C"),
     (r"\\mathbb\s*\{?\s*([RZNQC])\s*\}?|\\math(?:bf|rm)\s*\{\s*([RZNQ])\s*\}",
      lambda m: {"R": "\\reals ", "Z": "\\integers ", "N": "\\naturals ", "Q": "\\rationals ",
-                "C": "\\complexes "}[m[1] or m[2]]),
+                "C": "\\complexes "}[m[1] or m[2]], "RZNQC"),
     (r"\\(?:vec|overrightarrow|mathbf)\s*\{?\s*([A-Za-z]{1,2})\s*\}?\s*\\times\s*"
-     r"\\(?:vec|overrightarrow|mathbf)\s*\{?\s*([A-Za-z]{1,2})\s*\}?", r"\\cross{\1}{\2}"),
+     r"\\(?:vec|overrightarrow|mathbf)\s*\{?\s*([A-Za-z]{1,2})\s*\}?", r"\\cross{\1}{\2}", "vb"),
     *[(TEXT, quoted)] * 4,                                                     # a \text in a \text: 4 levels
-    (r"(?<=[0-9 \"(~])([aApP])\. ?[mM]\b\.?", r" \1m"),                                        # 5 p.m.
-    (r"\{:\}|\\!:\\!|\":\"", ":"), (CLOCK, clock_time),
-    (r"\^\s*\{?\s*\"?\s*(?:st|nd|rd|th)\s*\"?\s*\}?(?![A-Za-z])", ""),                          # 12^{th}
+    (r"(?<=[0-9 \"(~])([aApP])\. ?[mM]\b\.?", r" \1m", "mM"),                                        # 5 p.m.
+    (r"\{:\}|\\!:\\!|\":\"", ":", ":"), (CLOCK, clock_time, ":mM"),
+    (r"\^\s*\{?\s*\"?\s*(?:st|nd|rd|th)\s*\"?\s*\}?(?![A-Za-z])", "", "hds"),                    # 12^{th}
     (r"(?<=[0-9])(?:\s*\"\s*(?:st|nd|rd|th)\s*\"|(?:(?<=1)st|(?<=2)nd|(?<=3)rd|(?<=[04-9])th|(?<=1[1-3])th)"
-     r"(?![A-Za-z]))", ""),
-    (r"(?<=[0-9])\s+([kc]?m/(?:s|h|min|hr)(?:\^2|\^\{2\})?)(?=\W*$)", r'"\1"'),                # 6 m/s
-    (r"\^\s*\{((?:\s*(?:'|\\prime))+)\s*\}|\^\s*(?='|\\prime)", r"\1"),                        # y^{\prime}
-    (r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})", r"\\degree "),
-    (r"\(\s*\"?\s*\\?[pb]?mod\s*\"?\s*\{?([^{}()\"]{1,40})\}?\s*\"?\s*\)", r"\\pmod{\1}"),
-    (r"<\s*=", r"\\le "), (r">\s*=", r"\\ge "), (r"(?:!|\\not)\s*=", r"\\ne "), (r"\*\*", "^"),
-    (r"\.\.\.", r"\\ldots "), (r"^\s*\\approx", ""), (r"(?<=[0-9])\s*x\s*10\s*(?=\^)", "*10"),  # 8.7 x 10^8
-    (r"([0-9]{0,200})\.([0-9]{0,200})\\(?:overline|bar|dot)\s*\{?([0-9]{1,200})\}?", repeating_decimal),
-    (r"(?<![0-9])([0-9]{1,200})\.([0-9]{0,200})\(([0-9]{1,200})\)", repeating_decimal),        # 0.(3)
-    (r"(?<![0-9.,])([0-9]{1,200})\{,\}([0-9]{1,2}|[0-9]{4,200})(?![0-9{,])", r"\1.\2"),        # 0{,}5
+     r"(?![A-Za-z]))", "", "hds"),
+    (r"(?<=[0-9])\s+([kc]?m/(?:s|h|min|hr)(?:\^2|\^\{2\})?)(?=\W*$)", r'"\1"', "m"),                # 6 m/s
+    (r"\^\s*\{((?:\s*(?:'|\\prime))+)\s*\}|\^\s*(?='|\\prime)", r"\1", "'p"),                  # y^{\prime}
+    (r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})", r"\\degree ", "i"),
+    (r"\(\s*\"?\s*\\?[pb]?mod\s*\"?\s*\{?([^{}()\"]{1,40})\}?\s*\"?\s*\)", r"\\pmod{\1}", "m"),
+    (r"<\s*=", r"\\le ", "<"), (r">\s*=", r"\\ge ", ">"), (r"(?:!|\\not)\s*=", r"\\ne ", "="),
+    (r"\*\*", "^", "*"),
+    (r"\.\.\.", r"\\ldots ", "."), (r"^\s*\\approx", "", "x"),
+    (r"(?<=[0-9])\s*x\s*10\s*(?=\^)", "*10", "x"),  # 8.7 x 10^8
+    (r"([0-9]{0,200})\.([0-9]{0,200})\\(?:overline|bar|dot)\s*\{?([0-9]{1,200})\}?", repeating_decimal, "."),
+    (r"(?<![0-9])([0-9]{1,200})\.([0-9]{0,200})\(([0-9]{1,200})\)", repeating_decimal, "."),        # 0.(3)
+    (r"(?<![0-9.,])([0-9]{1,200})\{,\}([0-9]{1,2}|[0-9]{4,200})(?![0-9{,])", r"\1.\2", ","),        # 0{,}5
     # 1\,000 and 1{,}000; then 1,000; then 1 4/5; then 1\frac{4}{5}
     (r"(?<![0-9.,])[1-9][0-9]{0,2}(?:(?:\{,\}|,?\\[,!;: ]|,\\!\s+| )[0-9]{3})+(?![0-9])",
-     lambda m: re.sub(r"[^0-9]", "", m[0])),
-    (r"(?<![0-9.,}])[1-9][0-9]{0,2}(?:,[0-9]{3}){1,7}(?![0-9])(?!,[0-9])", join_thousands),
-    (r"(?<![0-9./^_a-zA-Z})])([0-9]{1,9}) +([0-9]{1,9})/([0-9]{1,9})(?![0-9./^])", mixed_number),
+     lambda m: re.sub(r"[^0-9]", "", m[0]), ",!;: "),
+    (r"(?<![0-9.,}])[1-9][0-9]{0,2}(?:,[0-9]{3}){1,7}(?![0-9])(?!,[0-9])", join_thousands, ","),
+    (r"(?<![0-9./^_a-zA-Z})])([0-9]{1,9}) +([0-9]{1,9})/([0-9]{1,9})(?![0-9./^])", mixed_number, "/"),
     (r"(?<![0-9.^_])(?<![0-9] )(?<!frac)(?<!sqrt)(?<!binom)([0-9]{1,9})\s*\\?[dtc]?frac\s*"
-     r"(?:\{\s*([0-9]{1,9})\s*\}|([0-9]))\s*(?:\{\s*([0-9]{1,9})\s*\}|([0-9]))(?!\s*\^)", mixed_number),
+     r"(?:\{\s*([0-9]{1,9})\s*\}|([0-9]))\s*(?:\{\s*([0-9]{1,9})\s*\}|([0-9]))(?!\s*\^)", mixed_number, "f"),
     (r"(\([^(),]*,[^()]*\))(?=\s*(?:\\left\s*)?\([^(),]*,[^()]*\))", r"\1,"),                  # (2,3)(2,7)
 )]
 # 1e-5 and 3.61e-10 are numbers, 24e-32 is 24e - 32.
@@ -328,8 +331,9 @@ def lexed(source):
     source = source.translate(UNICODE).strip()
     if "\\begin" not in source:                          # elsewhere `\\frac` was escaped twice in the data
         source = re.sub(r"\\\\(?=[A-Za-z])", r"\\", source)
-    for pattern, new in REWRITES:
-        source = pattern.sub(new, source)
+    for pattern, new, *needs in REWRITES:
+        if not needs or any(c in source for c in needs[0]):
+            source = pattern.sub(new, source)
     wordy, tokens = bool(WORDY.search(source)), []
     for m in TOKEN.finditer(source):
         kind, t = m.lastgroup, m[0]
@@ -730,6 +734,8 @@ def relation(ops, sides):
         if abs(inexact(value(sides[-2], {})) - inexact(decimal)) > mp().mpf(10) ** -digits:
             raise Unparsed("not a rounding")
         ops, sides = ops[:-1], sides[:-1]
+    if ops == ["in"] and not (is_name(sides[0]) and sides[1][0] in STRUCTURES):
+        raise Unparsed("element of what is no set")
     if ops in (["in"], ["~"]):
         return ("assign", *sides)
     if set(ops) - {"="}:
@@ -796,7 +802,7 @@ def signs_chosen(tree, tied):
 
 # One lock for everything that evaluates: mpmath's precision and its constants are not safe between threads.
 _lock = threading.RLock()
-_deadline = math.inf                             # of the comparison that holds the lock
+_deadline, _ticks = math.inf, 0                  # of the comparison that holds the lock
 
 
 @functools.cache
@@ -809,12 +815,18 @@ def mp():
 
 
 def tick():
-    if time.monotonic() > _deadline:
+    """Time is up only after some work: a busy machine may stall the first steps for a second."""
+    global _ticks
+    _ticks += 1
+    if _ticks > 300 and time.monotonic() > _deadline:
         raise Undecided("out of time")
 
 
 def exact(*values):
-    return all(isinstance(v, Fraction) for v in values)
+    for v in values:                             # a loop, for this is asked more often than anything else
+        if not isinstance(v, Fraction):
+            return False
+    return True
 
 
 def bits(x):
@@ -823,9 +835,11 @@ def bits(x):
 
 def inexact(x):
     """As an mpmath number; a Fraction with too many digits would be cut, and what is cut could matter."""
-    if exact(x) and bits(x) > SEEN_BITS:
+    if not isinstance(x, Fraction):
+        return x
+    if bits(x) > SEEN_BITS:
         raise Undecided("too many digits")
-    return mp().mpf(x.numerator) / x.denominator if exact(x) else x
+    return mp().mpf(x.numerator) / x.denominator
 
 
 def real(x):
@@ -921,6 +935,8 @@ def value(tree, point):
     if kind == "num":
         return parts[0]
     if kind == "var":
+        if parts[0] not in point:
+            raise Unparsed("a variable")
         return point[parts[0]]
     if kind == "const":
         return {"pi": mp().pi, "e": mp().e, "i": mp().j, "inf": mp().inf}[parts[0]] * 1
@@ -977,7 +993,7 @@ def sample(names, kinds, constants):
 
 
 def sampled(b, a):
-    """[(value of b, point)], where b is real first: off the real domain the branches of roots differ."""
+    """[(value of b, point)], where b is real first: elsewhere the branches of roots differ."""
     parts = [*nodes(a), *nodes(b)]
     names = tuple(sorted({t[1] for t in parts if t[0] == "var"}))
     if not names or len(names) > 40:
@@ -989,10 +1005,11 @@ def sampled(b, a):
     for point in sample(names, JUMPS & kinds, tuple(large[:6]) if JUMPS & kinds else ()):
         try:
             found.append((value(b, point), point))
-        except (ArithmeticError, ValueError):
+        except (ArithmeticError, ValueError) as error:
             tick()
-    if not found:
-        raise Undecided("no point where the gold is defined")
+            reason = str(error)
+    if not found:                                        # the gold is defined nowhere, or too large there
+        raise Undecided(reason)
     found.sort(key=lambda pair: not exact(pair[0]) and mp().im(pair[0]) != 0)
     return found if JUMPS & kinds else found[:3]
 
@@ -1058,7 +1075,7 @@ def equal_labelled(a, b):
             return a[2] == b[2] and equal(x, y)
         return (x[1] - y[1]) % b[2][1] == 0
     if "clock" in (a[0], b[0]):                          # am or pm may be missing, but not differ
-        (x, half), (y, gold_half) = (t[1:] if t[0] == "clock" else (str(t[1]) + ":00", "") for t in (a, b))
+        (x, half), (y, gold_half) = (t[1:] if t[0] == "clock" else (f"{t[-1]}:00", "") for t in (a, b))
         return x == y and (not half or not gold_half or half == gold_half)
     if a[0] == b[0] == "ratio":
         return len(a) == len(b) and all(map(equal, a[1:], b[1:]))
@@ -1085,12 +1102,16 @@ def equal_values(a, b):
         in_degrees(a, True), in_degrees(b, True))
 
 
+PROVABLE = ("digits lost", "too many digits", "sum, product, integral or limit")
+
+
 def agree(a, b):
     """The same value at every sample point where the gold b is defined; sympy where digits do not decide."""
     try:
         points = [] if a == b else sampled(b, a)
-    except Undecided:
-        tick()
+    except Undecided as error:
+        if str(error) not in PROVABLE:           # of a tower of powers sympy knows no more
+            raise
         return ask_sympy(a, b)
     try:
         return all(same(value(a, point), y) for y, point in points)
@@ -1111,13 +1132,14 @@ def unfinished(a, b):
     >>> unfinished(("+", ONE, ONE), TWO), unfinished(("^", TWO, TEN), ("num", Fraction(1024)))
     (True, False)
     """
-    return not variables(b) and is_finished(b, False) and not is_finished(a, is_literal(b))
+    rational = is_literal(b) and all(t[0] != "deg" for t in nodes(b))
+    return not variables(b) and is_finished(b, False) and not is_finished(a, rational)
 
 
 def is_finished(tree, rational, depth=0):
     r"""No sums, functions or nested operations: 2^{10}, \binom{25}2, 3 \cdot 10^5, \frac{\sqrt3}2, 2^6 3^5.
 
-    For a `rational` gold the product of two plain numbers is unfinished, too; for a root it is not.
+    For a `rational` gold a product of two plain numbers or anything with e, i, \pi is unfinished, too.
     """
     literals, bases, counts, stack = 0, [], 0, [tree]
     while stack:
@@ -1126,10 +1148,12 @@ def is_finished(tree, rational, depth=0):
             literals += t not in (ONE, MINUS_ONE)
         elif t[0] in "*/" or t[0] == "deg":
             stack += [t[1]] if t[0] == "/" and is_literal(t[2]) else t[1:]
-        elif t[0] in ("^", "!", "binom") and not depth and all(is_finished(part, True, 1) for part in t[1:]):
+        elif t[0] in ("^", "!", "binom") and not depth:
+            if not all(is_finished(part, rational, 1) for part in t[1:]):
+                return False
             counts += t[0] != "^"
             bases += [t[1]] if t[0] == "^" else []
-        elif t[0] != "const":
+        elif t[0] != "const" or rational:        # e^{i\pi} for -1
             return False
     return (literals < 2 or not rational) and counts < 2 and len(set(bases)) == len(bases)
 
@@ -1284,6 +1308,8 @@ def contains(tree, x):
     if kind == "rel":
         return all(holds(*side, x) for side in zip(parts[1:], parts[0].split(), parts[2:]))
     if kind != "tuple":
+        if variables(tree):
+            raise Unparsed("a name is no set")
         return holds(tree, "=", ("var", ""), x)
     if len(parts) != 3 or STRUCTURES & {parts[1][0], parts[2][0]}:
         raise Unparsed("not an interval")
@@ -1486,7 +1512,7 @@ def compare(answer, gold, problem=None):
     option = re.fullmatch(r'\( "?([A-H]) \) [^A-H"]+', " ".join(a.tokens or ()))
     if option and spelled(b.tokens) in [*"abcdefgh"]:
         return "equal" if spelled(b.tokens) == option[1].lower() else "different"             # (B) 12
-    name, tokens = spelled(b.tokens), [*(a.tokens or ()), *b.tokens]
+    name, tokens = spelled(b.tokens), [*(a.tokens or ()), *(b.tokens or ())]
     choice = any(r.tokens in map(list, "ABCDEFGH") for r in (a, b))
     if name and (choice or any(t[0] == '"' or len(t) > 3 and t.isalpha() for t in tokens)):
         return "equal" if name == spelled(a.tokens) else "different"
@@ -1572,8 +1598,9 @@ def restates(a, b, problem):
     values, own = [x[2] if x[0] == "assign" else x for x in items(a.tree)], {*nodes(b.tree)}
     if any(x in trees and x not in own for x in values):
         return True
-    return bare(a.tokens) in run and bare(a.tokens) != bare(b.tokens) and any(
-        map(is_operation, nodes(a.tree))) and not any(x in own and is_operation(x) for x in values)
+    text, gold = bare(a.tokens), bare(b.tokens)
+    in_gold = text in gold or text.endswith(gold)        # x^2 for f(x) = x^2, AB = 5 for 5
+    return text in run and not in_gold and any(map(is_operation, nodes(a.tree)))
 
 
 # ---- public interface
@@ -1598,11 +1625,11 @@ def judge(found, gold, problem=None):
     The last box is the answer; but boxes in a row, one for each part, together answer a gold that is a list.
     Bad input is refused further in; what is caught here is a fault of this file, and it is said aloud.
     """
-    global _deadline
+    global _deadline, _ticks
     verdicts = [Verdict(0.0, "unparsed_gold", found[-1], gold)]
     with _lock:
         for text in gold_texts(gold):
-            _deadline, answer = time.monotonic() + SECONDS, found[-1]
+            _deadline, _ticks, answer = time.monotonic() + SECONDS, 0, found[-1]
             try:
                 if len(found) > 1 and is_list(text) and not any(map(is_list, found)):
                     answer = ", ".join(found)

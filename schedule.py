@@ -652,8 +652,8 @@ def update_bytes(m, tokens, width, recompute, chunk):
     # two fp32 tiles of logits and their gradient; the head's gradient in fp32 and in the compute type; final
     # hidden states before and after their norm, those that are scored, and the gradients of all three
     in_head = chunk * m["vocab"] * (8 + width) + head * (4 + width) + 6 * stream
-    # the layer once more, gradients of two MLP-sized vectors, and the head's, which waits to be reduced
-    in_layer = recompute * layer + 2 * tokens * width * m["mlp"] + head * width
+    # the layer once more, gradients of two MLP-sized vectors and of attention's inputs, the head's gradient
+    in_layer = recompute * layer + 2 * tokens * width * m["mlp"] + 6 * stream + head * width
     return kept + gathered + max(in_head, in_layer)
 
 

@@ -248,7 +248,8 @@ class Child:
 def run(name, cases, hostile):
     with tempfile.TemporaryDirectory() as folder:
         child = Child(name, folder)
-        for case in cases[:50]:                 # imports and first calls are not the speed we ask for
+        sums = [case for case in cases if "\\sum" in case["gold"]][-2:]                # start sympy
+        for case in cases[:50] + sums:          # imports and first calls are not the speed we ask for
             child({**case})
         results = [child(case) for case in cases]
         attacks = [child(case) for case in hostile]
@@ -302,8 +303,8 @@ def restating(path, every):
     for row in rows(path)[::every]:
         problem, gold = row["problem"], row["answer"]
         first = gold[0] if isinstance(gold, list) else gold
-        parts = [f for f in own_formulas(problem) if reward.bare(reward.read(f).tokens) != reward.bare(
-            reward.read(first).tokens or [])]
+        said = reward.bare(reward.read(first).tokens or [])          # AC = 5 says the gold 5 token for token
+        parts = [f for f in own_formulas(problem) if not reward.bare(reward.read(f).tokens).endswith(said)]
         counts["problems"] += 1
         counts["pay"] += any(reward.grade(f, gold, problem) for f in parts)
         counts["pay without the problem"] += any(reward.grade(f, gold) for f in parts)

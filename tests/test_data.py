@@ -46,7 +46,7 @@ def row(problem, answer, source="s", where="f, line 1, row 0", solutions=()):
             "solutions": list(solutions)}
 
 
-# --- Reading files -------------------------------------------------------------------------------------------
+# --- Reading files ----------------------------------------------------------------------------------------
 
 ROWS = [{"problem": "1+1?", "answer": "2"}, {"problem": "2+2 = ?", "answer": "4"}]
 LINES = "\r\n".join(map(json.dumps, ROWS)).encode() + b"\r\n\r\n"
@@ -68,14 +68,11 @@ def as_parquet(path):
 
 WRITERS = {
     "a.json": lambda p: p.write_text(json.dumps(ROWS, indent=1)),
-    "oneline.json": lambda p: p.write_text(json.dumps(ROWS)),
-    "lines.json": lambda p: write_jsonl(p, ROWS),
+    "oneline.json": lambda p: p.write_text(json.dumps(ROWS)), "lines.json": lambda p: write_jsonl(p, ROWS),
     "windows.jsonl": lambda p: p.write_bytes(b"\xef\xbb\xbf" + LINES),
     "a.json.gz": lambda p: p.write_bytes(gzip.compress(json.dumps(ROWS).encode())),
-    "a.jsonl.gz": lambda p: p.write_bytes(gzip.compress(LINES)),
-    "a.csv": as_csv,
-    "a.csv.gz": lambda p: p.write_bytes(gzip.compress(as_csv(p))),
-    "a.parquet": as_parquet,
+    "a.jsonl.gz": lambda p: p.write_bytes(gzip.compress(LINES)), "a.csv": as_csv,
+    "a.csv.gz": lambda p: p.write_bytes(gzip.compress(as_csv(p))), "a.parquet": as_parquet,
 }
 
 
@@ -148,10 +145,11 @@ def test_hundred_megabyte_row_is_reported_and_passed_over(tmp_path):
 def test_binary_and_invalid_text_are_reported_and_passed_over(tmp_path):
     good = b'{"problem": "a", "answer": "1"}\n'
     noise = random.Random(0).randbytes(50_000).replace(b"\n", b"\xff") + b"\n"
-    (tmp_path / "b.jsonl").write_bytes(noise + good + b'{"problem": "\xff", "answer": "1"}\n' + good.replace(b"a", b"c", 1))
+    broken = b'{"problem": "\xff", "answer": "1"}'
+    (tmp_path / "b.jsonl").write_bytes(noise + good + broken + b"\n" + good.replace(b"a", b"c", 1))
     texts, bad = outcomes(tmp_path / "b.jsonl")
     assert texts[0] == "a" and len(bad) >= 2
-    (tmp_path / "l.json").write_bytes(b'[{"problem": "\xff", "answer": "1"},\n {"problem": "b", "answer": "2"}]')
+    (tmp_path / "l.json").write_bytes(b"[" + broken + b', {"problem": "b", "answer": "2"}]')
     texts, bad = outcomes(tmp_path / "l.json")
     assert texts == ["b"] and "not UTF-8" in bad[0]
     (tmp_path / "z.jsonl.gz").write_bytes(gzip.compress(good * 5000)[:-20])
@@ -210,7 +208,7 @@ def test_hub_names_work_in_training_and_in_a_build(tmp_path, monkeypatch):
         data.load_problems("someone/maths")
 
 
-# --- Rows of other people's data -----------------------------------------------------------------------------
+# --- Rows of other people's data --------------------------------------------------------------------------
 
 CHAT = [{"role": "user", "content": "p"}]
 
@@ -240,8 +238,7 @@ CHAT = [{"role": "user", "content": "p"}]
     ({"messages": [*CHAT, {"role": "assistant", "content": "It is \\boxed{7}."}]}, "p", "7"),
     ({"conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "Answer: 7"}]}, "p", "7"),
     # ShareGPT
-    ({"prompt": [CHAT], "answer": "7"}, "p", "7"),
-    ({"prompt": {"messages": CHAT}, "answer": "7"}, "p", "7"),
+    ({"prompt": [CHAT], "answer": "7"}, "p", "7"), ({"prompt": {"messages": CHAT}, "answer": "7"}, "p", "7"),
     ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "p"}]}], "answer": "7"}, "p", "7"),
     ({"prompt": [*CHAT, {"role": "assistant", "content": "Let me think."}], "answer": "7"}, "p", "7"),
     # a prefix
@@ -254,7 +251,8 @@ def test_rows_of_known_shapes(tmp_path, given_row, problem, answer):
 
 
 @pytest.mark.parametrize("text, gold", [
-    ("so\n#### 1,080", "1,080"), ("#### -3.5\n", "-3.5"), ("The answer is 2.", "2"),
+    ("so\n#### 1,080", "1,080"), ("#### The answer is 72", "72"), ("#### Final Answer\n5", "5"),
+    ("#### -3.5\n", "-3.5"), ("The answer is 2.", "2"),
     ("The answer is 3.5. Nice.", "3.5"),
     ("So the final answer is: $\\frac{3}{4}$.", "\\frac{3}{4}"), ("answer: 5", "5"), ("**Answer:** 7", "7"),
     ("\\text{Answer: } 13", "13"), ("Answer: x = 2, y = 3", "x = 2, y = 3"),
@@ -335,7 +333,7 @@ def test_golds_are_read_once_before_training():
 
 
 @pytest.mark.parametrize("text, told", [
-    ("Solve it. The last line of your response should be of the form Answer: $Answer (without quotes) where $Answer is.", 1),
+    ("The last line of your response should be of the form Answer: $Answer where $Answer is it. 1+1?", 1),
     ('Find x. Remember to put your answer on its own line after "Answer:".', 1),
     ("Find x. Put it in <answer></answer> tags", 1),
     ("Find x. End with #### and the number.", 1), ("Find x. Respond in JSON.", 1),
@@ -358,7 +356,7 @@ def test_hostile_texts_stay_cheap():
     assert time.process_time() - start < 8
 
 
-# --- Prompts and batches -------------------------------------------------------------------------------------
+# --- Prompts and batches ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -380,7 +378,7 @@ def test_prompt_is_problem_space_instruction_in_the_chat_format(tokenizer):
     ids = data.encode_prompt(tokenizer, "What is 1 + 2")
     words = tokenizer.convert_ids_to_tokens(ids)
     assert words == ["<s>", "<u>", *("What is 1 + 2 " + data.INSTRUCTION).split(), "<a>"]
-    assert ids.count(tokenizer.bos_token_id) == 1  # the template writes it, the tokenizer must not add another
+    assert ids.count(tokenizer.bos_token_id) == 1  # the template writes it, the tokenizer adds no other
     plain = data.encode_prompt(tokenizer, "What is 1 + 2", chat=False)
     assert tokenizer.convert_ids_to_tokens(plain) == ["<s>", *("What is 1 + 2 " + data.INSTRUCTION).split()]
     shown = data.encode_prompt(tokenizer, "1 + 2", "", examples=[Problem("e", "2 + 2", ["4", "four"])])
@@ -427,7 +425,7 @@ def test_the_order_is_the_one_that_older_runs_have_seen():
     assert len({tuple(data.batch_indices(50, step, 50, seed)) for seed in (0, 1) for step in (0, 1)}) == 4
 
 
-# --- Answers out of solutions --------------------------------------------------------------------------------
+# --- Answers out of solutions -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("solution, expected", [
@@ -439,8 +437,7 @@ def test_the_order_is_the_one_that_older_runs_have_seen():
     ("\\boxed{\\textbf{(051)}}", "051"), ("open \\boxed{3 and the answer is 4.", "4"),
     ("Hence the answer is $17$.", "17"),
     ("The final answer is: \\(x+1\\)", "x+1"), ("#### 72", "72"), ("We are done.", None), ("", None),
-    ("\\boxed{}", None),
-    ("The sum is $8$, choice (C).\n\n\\boxed{C}", "8"),
+    ("\\boxed{}", None), ("The sum is $8$, choice (C).\n\n\\boxed{C}", "8"),
     ("So the value equals 12. Thus \\boxed{\\textbf{(B)}}.", "12"),
     ("\\boxed{B}", None), ("The answer is N/A.", None)])
 def test_read_answer(solution, expected):
@@ -450,13 +447,12 @@ def test_read_answer(solution, expected):
 def test_solutions_vote_and_given_answers_are_tidied(tmp_path):
     assert data.vote(["\\frac12", "3", "0.5", None]) == "\\frac12"
     rows = [{"problem": "p", "solutions": ["\\boxed{1}", "\\boxed{2}", "\\boxed{2}"]},
-            {"problem": "q", "solution": "abc"},
-            {"problem": "r", "answer": "$\\frac12$."}]
+            {"problem": "q", "solution": "abc"}, {"problem": "r", "answer": "$\\frac12$."}]
     kept, dropped = data.collect([write_jsonl(tmp_path / "f.jsonl", rows)])
     assert [r["answer"] for r in kept] == ["2", "\\frac12"] and "can be read" in dropped[0]["reason"]
 
 
-# --- Duplicates and benchmarks -------------------------------------------------------------------------------
+# --- Duplicates and benchmarks ----------------------------------------------------------------------------
 
 RANK = {"aime": 0, "math": 1, "still": 2, "s": 3}
 
@@ -483,14 +479,12 @@ def test_near_duplicates_and_conflicts():
             # other numbers: another problem, not a conflict
             row("alone", "1")]
     place = {r["problem"]: k // 2 for k, r in enumerate(rows)}
-    kept, dropped = data.merge_duplicates(rows, RANK,
-                                          lambda texts: np.eye(5,
+    kept, dropped = data.merge_duplicates(rows, RANK, lambda texts: np.eye(5,
                                                                dtype=np.float32)[[place[t] for t in texts]])
     assert [r["problem"] for r in kept] == ["seven: 7", "two 2", "9 nuts", "alone"]
     assert sorted((d["problem"], d["reason"]) for d in dropped) == [
         ("2 cats", "conflict, other source kept"), ("5 pears", "conflict unresolved"),
-        ("7 apples", "near duplicate"),
-        ("8 nuts", "near duplicate"), ("five 5", "conflict unresolved")]
+        ("7 apples", "near duplicate"), ("8 nuts", "near duplicate"), ("five 5", "conflict unresolved")]
     assert next(d for d in dropped if d["problem"] == "2 cats")["match"]["cosine"] == 1.0
 
 
@@ -528,7 +522,7 @@ def test_minilm_finds_a_reworded_problem_and_no_other(tmp_path, monkeypatch):
 
 
 def test_benchmark_problems_are_removed_and_their_match_listed():
-    text = "A train leaves the station at noon and travels at sixty miles per hour toward the coast until sunset"
+    text = "A train leaves the station at noon and travels at sixty miles per hour toward the coast all day"
     tests = [Problem("b1", text + ". How far?", "1", "bench"),
              Problem("b2", "Evaluate $\\sin 60$.", "2", "bench")]
     rows = [row("Yesterday, " + text.upper() + "! Where does it stop?", "7"),
@@ -545,13 +539,12 @@ def test_benchmark_problems_are_removed_and_their_match_listed():
     assert dropped[0]["match"]["problem"] == tests[0].problem
 
 
-# --- What can be graded --------------------------------------------------------------------------------------
+# --- What can be graded -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("problem, answer, reason", [
     ("Find x.", "", "no answer in it"), ("Find x.", [], "no answer in it"),
-    ("Find x.", "see solution", "no answer in it"),
-    ("Find x.", "\\text{Proof omitted}", "no answer in it"),
+    ("Find x.", "see solution", "no answer in it"), ("Find x.", "\\text{Proof omitted}", "no answer in it"),
     ("Find x.", "Answers may vary", "no answer in it"),
     ("Find x.", "(a) 3; (b) 4", "several parts"), ("Find x.", "1) 3 2) 4", "several parts"),
     ("Find x.", "(i) yes (ii) no", "several parts"), ("Show that 1 < 2.", "1", "proof"),
@@ -560,8 +553,7 @@ def test_benchmark_problems_are_removed_and_their_match_listed():
     ("How many? Answer: 28182.", "28182", "gives its answer away"),
     ("Find the key $\\boxed{x^2}$.", "4", None),
     ("Prove or find x.", "(a, b)", None), ("Find x.", "\\text{no solution}", None),
-    ("Find x.", "(1, 2), (2, 1)", None),
-    ("Find x.", ["1", "2"], None)])
+    ("Find x.", "(1, 2), (2, 1)", None), ("Find x.", ["1", "2"], None)])
 def test_rules_for_answers_nobody_can_grade(problem, answer, reason):
     found = data.why_not_gradable(problem, answer)
     assert found is None if reason is None else reason in found
@@ -569,8 +561,7 @@ def test_rules_for_answers_nobody_can_grade(problem, answer, reason):
 
 def test_the_real_grader_is_asked_and_known_errors_are_corrected():
     rows = [row("a", "\\frac{1}{2}"), row("b", "\\frac{1}{2"), row("c", "(3, \\frac{\\pi}{2})"),
-            row("d", ["1", "one"]),
-            row("e", "3 \\mid a_0"), row("f", "3/2"), row("g", "1.5"), row("h", "")]
+            row("d", ["1", "one"]), row("e", "3 \\mid a_0"), row("f", "3/2"), row("g", "1.5"), row("h", "")]
     mends = {"f": {"answer": None, "why": "a count"}, "g": {"answer": ["3:30 PM", "3:30"], "why": "clock"},
              "h": {"answer": "7", "why": "known"}}
     kept, dropped = data.keep_gradable(rows, {data.text_id(k): mend for k, mend in mends.items()})
@@ -581,7 +572,7 @@ def test_the_real_grader_is_asked_and_known_errors_are_corrected():
         "b": "the grader cannot parse it", "e": "the grader cannot parse it", "f": "a count"}
 
 
-# --- The whole build -----------------------------------------------------------------------------------------
+# --- The whole build --------------------------------------------------------------------------------------
 
 
 def small_world(folder):
@@ -591,11 +582,11 @@ def small_world(folder):
     good = [{"problem": f"A {w} of weight {k + 3} costs twice its {w[::-1]}. Find the {w * 2} price.",
              "answer": str(k)}
             for k, w in enumerate(nouns)]
-    test = {"problem": "Nine knights sit at a round table and each of them shakes hands with both neighbours once", "answer": "9"}
+    test = {"problem": "Nine knights sit at a round table and each of them shakes hands with both neighbours",
+            "answer": "9"}
     aime = good[:10] + [{"problem": "Seven sages solve it", "solution": "So \\boxed{12}."}]
     still = good[10:] + [good[0] | {"answer": "999"}, good[12], test,
-                         {"problem": "Say why", "answer": "as required"},
-                         {"problem": "x"}, 7]
+                         {"problem": "Say why", "answer": "as required"}, {"problem": "x"}, 7]
     write_jsonl(folder / "aime.jsonl", aime)
     (folder / "still.json").write_text(json.dumps(still))
     write_jsonl(folder / "bench.jsonl", [test])
@@ -607,8 +598,7 @@ BUILD = ["aime.jsonl", "still.json", "--out", "out/train.jsonl.gz", "--against",
 
 def build_in(folder, *args, check=True):
     return subprocess.run([sys.executable, str(ROOT / "data.py"), "build", *args], cwd=folder,
-                          capture_output=True,
-                          text=True, check=check)
+                          capture_output=True, text=True, check=check)
 
 
 def contents(folder):
@@ -691,7 +681,7 @@ def test_strict_labels_ranges_and_builds_that_cannot_be(tmp_path):
     assert not (tmp_path / "o/u.jsonl").exists()
 
 
-# --- Selection, and what is committed ------------------------------------------------------------------------
+# --- Selection, and what is committed ---------------------------------------------------------------------
 
 
 def test_select_by_solve_rates_of_an_evaluation(tmp_path, capsys):

@@ -11,7 +11,7 @@ import grpo
 
 README = (ROOT / "README.md").read_text()
 # strict: once the README is rewritten these marks must go
-OLD = pytest.mark.xfail(strict=True, reason="the README still names commands and tests of before the redesign")
+OLD = pytest.mark.xfail(strict=True, reason="the README names commands and tests of before the redesign")
 
 
 def block(name):

