@@ -1,5 +1,6 @@
 """The README's commands are executable documentation: what it tells a stranger to type is what runs here."""
 import re
+import shlex
 import shutil
 import subprocess
 
@@ -10,15 +11,12 @@ import evaluate
 import grpo
 
 README = (ROOT / "README.md").read_text()
-# strict: once the README is rewritten these marks must go
-OLD = pytest.mark.xfail(strict=True, reason="the README names commands and tests of before the redesign")
 
 
 def block(name):
     return re.search(rf"<!-- {name} -->\n```bash\n(.*?)```", README, re.DOTALL).group(1)
 
 
-@OLD
 @pytest.mark.slow
 def test_the_first_training_as_written(tmp_path):
     """All after the installation, in a copy of the repository: real model, real problems, vLLM on the CPU."""
@@ -36,7 +34,7 @@ def test_the_first_training_as_written(tmp_path):
 
 
 def lines(program):
-    found = [line.split("#")[0] for line in README.splitlines()
+    found = [line for line in README.splitlines()
              if re.match(rf"(torchrun|python) .*{program}\.py --|torchrun .*{program}\.py", line)]
     return [line for line in found if "--help" not in line]
 
@@ -44,10 +42,9 @@ def lines(program):
 @pytest.mark.parametrize("program, line", [(p, x) for p in (grpo, evaluate) for x in lines(p.__name__)])
 def test_commands_parse(program, line):
     """Every grpo.py and evaluate.py line in the README names options that exist."""
-    program.parse_args(line.split(f"{program.__name__}.py", 1)[1].split())
+    program.parse_args(shlex.split(line.split(f"{program.__name__}.py", 1)[1], comments=True))
 
 
-@OLD
 def test_tests_named_in_the_readme_exist():
     tests = "".join(p.read_text() for p in (ROOT / "tests").glob("test_*.py"))
     named = set(re.findall(r"`(test_\w+)`", README))
