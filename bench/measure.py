@@ -22,6 +22,7 @@ import string
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -103,6 +104,13 @@ def finish_kernels():
     """A GPU works behind Python's back: let it end before a clock is read."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def free_memory():
+    """Give a card's unused memory back, and forget its peak."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def reset_peak():
@@ -450,18 +458,23 @@ def leave():
         os.environ.pop(name, None)
 
 
-def run_grpo(options):
+def run_grpo(options, seconds=None):
     """grpo.py in this process, as a command would run it, without checkpoints -> its lines of metrics.jsonl.
 
-    options: {name: value}, True for a flag. At the end of a run grpo.py always saves: 16 bytes a parameter,
-    which say nothing about a step and may not fit a rented disk."""
+    options: {name: value}, True for a flag. seconds: then a file asks it to stop. At the end of a run grpo.py
+    always saves: 16 bytes a parameter, which say nothing about a step and may not fit a rented disk."""
     import grpo
     words = [w for k, v in options.items() for w in ((f"--{k}",) if v is True else (f"--{k}", str(v)))]
     leave()
     grpo.check_disk, grpo.Learner.save = (lambda *_: None), (lambda *_: None)
+    timer = threading.Timer(seconds or 1e6, Path(options["out"], "stop").touch)
+    timer.daemon = True
+    timer.start()
     try:
         grpo.main(words)
     except SystemExit as e:
         if e.code:
             raise RuntimeError(f"grpo.py ended with {e.code}: see above") from None
+    finally:
+        timer.cancel()
     return list(common.read_lines(f"{options['out']}/metrics.jsonl"))
