@@ -107,7 +107,8 @@ def catch_signals():
 def is_out_of_memory(error):
     """True for torch's own error, Python's, and the RuntimeErrors of allocators such as vLLM's."""
     words = str(error).lower()
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in words or "memoryerror" in words
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or "out of memory" in words or "memoryerror" in words
 
 
 class lock:

@@ -367,6 +367,7 @@ class TorchEngine(Engine):
         length = max(map(len, prompts), default=0) + sampling.max_tokens
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         cache = head.new_zeros(config.num_hidden_layers, 2, slots, config.num_key_value_heads, length, width)
+        wide = head.float().t()
         while waiting or running:
             # new prompts come first, a few at once: their mask grows with the square of the length
             new = [waiting.pop() for _ in range(min(16, slots - len(running), len(waiting)))]
@@ -383,7 +384,7 @@ class TorchEngine(Engine):
                 cache=cache[:, :, len(running) - len(rows):len(running)],
                 distance=positions[..., None] - seen).last_hidden_state
             hidden = hidden[range(len(rows)), [len(x) - 1 for x in fed]]
-            logits = hidden.float() @ head.float().t()  # in fp32, as the trainer's and vLLM's
+            logits = hidden.float() @ wide  # in fp32, as the trainer's and vLLM's
             tokens, logps = sample_tokens(logits, [seeds[i] for i in rows], [len(logprobs[i]) for i in rows],
                                           sampling.temperature, sampling.top_p)
             for i, token, logp in zip(rows, tokens.tolist(), logps.tolist()):
