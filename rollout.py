@@ -363,11 +363,10 @@ class TorchEngine(Engine):
         ids, logprobs = [list(prompt) for prompt in prompts], [[] for _ in prompts]
         waiting, running = list(range(len(prompts)))[::-1], []  # prompt running[r] is row r of the cache
         config, head = self.model.config, self.model.get_output_embeddings().weight
-        slots = min(self.max_seqs, len(prompts))
+        wide, slots = head.float().t(), min(self.max_seqs, len(prompts))
         length = max(map(len, prompts), default=0) + sampling.max_tokens
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         cache = head.new_zeros(config.num_hidden_layers, 2, slots, config.num_key_value_heads, length, width)
-        wide = head.float().t()
         while waiting or running:
             # new prompts come first, a few at once: their mask grows with the square of the length
             new = [waiting.pop() for _ in range(min(16, slots - len(running), len(waiting)))]
