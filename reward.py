@@ -24,6 +24,7 @@ import argparse
 import atexit
 import collections
 import concurrent.futures
+import contextlib
 import faulthandler
 import functools
 import itertools
@@ -33,6 +34,7 @@ import numbers
 import os
 import random
 import re
+import resource
 import subprocess
 import sys
 import threading
@@ -1112,7 +1114,9 @@ def agree(a, b):
     except Undecided as error:
         if str(error) not in PROVABLE:           # of a tower of powers sympy knows no more
             raise
-        return ask_sympy(a, b)
+        if (verdict := _sympy.ask([a, b], SYMPY_SECONDS)) is None:
+            raise Undecided("out of time") from None
+        return verdict
     try:
         return all(same(value(a, point), y) for y, point in points)
     except ArithmeticError:
@@ -1320,11 +1324,10 @@ def contains(tree, x):
 # ---- sympy: a worker process that can be killed
 
 class Worker:
-    """`python reward.py --worker KIND`, one JSON line in, one out.
+    """`python reward.py --worker KIND`: one JSON line in, one out, killed when it takes too long.
 
-    A fresh interpreter, not a fork: forking a process with torch, CUDA or threads is unsafe, and spawn would
-    import the caller's __main__ again.  SIGALRM would only work in the main thread and not inside a long C
-    call: so time is kept here and the process killed.  It ends by itself when its parent does.
+    A fresh interpreter: forking a process with torch, CUDA or threads is unsafe, spawn would import the
+    caller's __main__ again, SIGALRM works only in the main thread and not inside a long C call.
     """
 
     def __init__(self, kind):
@@ -1344,7 +1347,6 @@ class Worker:
                 return json.loads(self.read(seconds))
             except (OSError, ValueError):
                 self.stop()
-                return None
 
     def read(self, seconds):
         """One line, or nothing when time is up: then the process is killed and its output ends."""
@@ -1363,24 +1365,8 @@ class Worker:
 
 _sympy = Worker("sympy")
 atexit.register(lambda: _sympy.stop())
-
-
-def _after_fork():
-    """A fork may happen while another thread holds the lock; the child must not share the worker's pipes."""
-    global _lock, _sympy
-    _lock, _sympy = threading.RLock(), Worker("sympy")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
-def ask_sympy(a, b):
-    """Does sympy prove two values equal?"""
-    verdict = _sympy.ask([a, b], SYMPY_SECONDS)
-    if verdict is None:
-        raise Undecided("out of time")
-    return verdict
+# A fork may happen while another thread holds the lock; the child must not share the worker's pipes.
+os.register_at_fork(after_in_child=lambda: globals().update(_lock=threading.RLock(), _sympy=Worker("sympy")))
 
 
 SYMPY_NAMES = table("""!=factorial ceil=ceiling binom=binomial abs=Abs ln=log max=Max min=Min +=Add *=Mul
@@ -1397,14 +1383,14 @@ def sympy_tree(node, sp):
     if kind == "const":
         return {"pi": sp.pi, "e": sp.E, "i": sp.I, "inf": sp.oo}[node[1]]
     parts = [sympy_tree(t, sp) for t in node[1:] if isinstance(t, list)]
-    if kind == "big":
-        name, low, high, body = parts
-        if node[1] == "lim":
-            return sp.Limit(body, name, low).doit()
-        return getattr(sp, SYMPY_NAMES[node[1]])(body, name if low == high else (name, low, high)).doit()
     if kind in ("/", "deg"):
         return parts[0] / parts[1] if kind == "/" else parts[0]
-    return getattr(sp, SYMPY_NAMES.get(kind) or kind.replace("arc", "a"))(*parts)
+    if kind != "big":
+        return getattr(sp, SYMPY_NAMES.get(kind) or kind.replace("arc", "a"))(*parts)
+    name, low, high, body = parts
+    if node[1] == "lim":
+        return sp.Limit(body, name, low).doit()
+    return getattr(sp, SYMPY_NAMES[node[1]])(body, name if low == high else (name, low, high)).doit()
 
 
 def prove_equal(job):
@@ -1415,13 +1401,21 @@ def prove_equal(job):
 
 
 def worker_main(kind):
-    """Serve jobs until the input closes."""
+    """Serve jobs until the input closes, or until the parent is gone: a forked sibling may keep the pipe."""
     sys.path.pop(0)                    # a random.py next to this file must not shadow the library
+    parent = os.getppid()
+
+    def follow_parent():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
     serve = {"sympy": prove_equal, "grade": lambda row: explain(*row)}[kind]
-    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     if kind == "sympy":
         __import__("sympy")            # slow, so it happens before `ready`, outside any job's time
-    limit_memory()
+    with contextlib.suppress(ValueError, OSError):       # a number may grow faster than a clock can stop it
+        resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, WORKER_BYTES))
     print("ready", flush=True)
     for line in sys.stdin:
         faulthandler.dump_traceback_later(ROW_SECONDS, exit=True)    # should nobody be left to kill it
@@ -1431,22 +1425,6 @@ def worker_main(kind):
             result = False
         faulthandler.cancel_dump_traceback_later()
         print(json.dumps(result), flush=True)
-
-
-def end_with(parent):
-    """A forked sibling may keep the pipe open: the end of the input does not tell that the parent is gone."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
-def limit_memory():
-    """The kernel's limit, where there is one: a number may grow faster than a clock can stop it."""
-    try:
-        import resource
-        resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, WORKER_BYTES))
-    except (ImportError, ValueError, OSError):
-        pass
 
 
 # ---- reading and comparing two texts
@@ -1606,15 +1584,15 @@ def restates(a, b, problem):
 # ---- public interface
 
 def gold_texts(gold):
-    """The accepted texts of a gold: a text, a number, or a list of them (any counts)."""
+    r"""The accepted texts of a gold: a text (its forms separated by \text{OR}), a number, or a list of them."""
     if isinstance(gold, str):
-        forms = re.split(r"\\text\s*\{\s*OR\s*\}", gold)             # the data's way to list accepted forms
+        forms = re.split(r"\\text\s*\{\s*OR\s*\}", gold)
         return [gold, *forms] if len(forms) > 1 else [gold]
     if isinstance(gold, (list, tuple)):
         return [text for g in gold if not isinstance(g, (list, tuple)) for text in gold_texts(g)]
     try:
-        real_number = isinstance(gold, numbers.Real) and not isinstance(gold, bool) and math.isfinite(gold)
-        return [str(gold)] if real_number else []
+        is_number = isinstance(gold, numbers.Real) and not isinstance(gold, bool) and math.isfinite(gold)
+        return [str(gold)] if is_number else []
     except (ValueError, OverflowError):          # more digits than Python converts
         return []
 
@@ -1631,7 +1609,8 @@ def judge(found, gold, problem=None):
         for text in gold_texts(gold):
             _deadline, _ticks, answer = time.monotonic() + SECONDS, 0, found[-1]
             try:
-                if len(found) > 1 and is_list(text) and not any(map(is_list, found)):
+                lists = [(read(part).tree or " ")[0] in LISTS for part in (text, *found)]
+                if len(found) > 1 and lists[0] and not any(lists[1:]):
                     answer = ", ".join(found)
                 reason = compare(answer, text, problem)
             except Exception as error:
@@ -1639,11 +1618,6 @@ def judge(found, gold, problem=None):
                 warnings.warn(f"grading {answer[:200]!r} against {text[:200]!r}: {reason}", RuntimeWarning)
             verdicts.append(Verdict(float(reason == "equal"), reason, answer, gold))
     return max(verdicts, key=lambda v: (v.reward, v.reason != "unparsed_gold"))
-
-
-def is_list(text):
-    tree = read(text).tree
-    return tree is not None and tree[0] in LISTS
 
 
 def grade(answer, gold, problem=None):
@@ -1678,22 +1652,17 @@ def explain_answer(answer, gold, problem=None):
 
 
 def explain(response, gold, problem=None, require_think=True):
-    r"""The `Verdict` on a whole response: reward, why, the answer found, the gold.
-
-    With the problem's text, an answer that only repeats a formula of the problem earns nothing.
+    r"""The `Verdict` on a whole response; with the problem, repeating a formula of it earns nothing.
 
     >>> explain(r"<think>...</think> \boxed{x+1}", r"1+x")
     Verdict(reward=1.0, reason='equal', answer='x+1', gold='1+x')
-    >>> explain(r"the answer is 5", "5").reason, explain("</think> 5", "5").reason
-    ('no_close', 'no_box')
-    >>> explain(r"</think> \boxed{1}, \boxed{2} and \boxed{3}", "3, 2, 1").answer
-    '1, 2, 3'
+    >>> explain(r"</think> \boxed{1}, \boxed{2} and \boxed{3}", "3, 2, 1").answer, explain("5", "5").reason
+    ('1, 2, 3', 'no_close')
     """
-    found = last_boxes(response, require_think)
-    if not found:
-        closed = isinstance(response, str) and ("</think>" in response or not require_think)
-        return Verdict(0.0, "no_box" if closed else "no_close", None, gold)
-    return judge(found, gold, problem)
+    if found := last_boxes(response, require_think):
+        return judge(found, gold, problem)
+    closed = isinstance(response, str) and ("</think>" in response or not require_think)
+    return Verdict(0.0, "no_box" if closed else "no_close", None, gold)
 
 
 def compute_reward(response, gold, problem=None, require_think=True):
@@ -1726,23 +1695,20 @@ def explain_all(rows, workers=0):
     >>> [v.reason for v in explain_all([(r"</think>\boxed{1}", "1"), (r"</think>\boxed{2}", "1")])]
     ['equal', 'different']
     """
-    if not workers:
-        return [explain(*row) for row in rows]
-    with concurrent.futures.ThreadPoolExecutor(workers) as threads:
-        graded = list(threads.map(explain_remotely, [rows[i::workers] for i in range(workers)]))
-    return [graded[i % workers][i // workers] for i in range(len(rows))]
-
-
-def explain_remotely(rows):
-    """Verdicts from a worker of our own; what cannot be sent (a gold that is no JSON) is graded here."""
-    worker, verdicts = Worker("grade"), []
-    for row in rows:
+    def remotely(row, worker):
         try:
             verdict = worker.ask(json.loads(json.dumps(row)), ROW_SECONDS)
-            verdicts.append(Verdict(*(verdict or (0.0, "timeout", None))[:3], row[1]))
-        except (TypeError, ValueError, RecursionError):
-            verdicts.append(explain(*row))
-    worker.stop()
+        except (TypeError, ValueError, RecursionError):                      # a gold that is no JSON
+            return explain(*row)
+        return Verdict(*(verdict or (0.0, "timeout", None))[:3], row[1])
+
+    if not workers:
+        return [explain(*row) for row in rows]
+    pool = [Worker("grade") for _ in range(workers)]
+    with concurrent.futures.ThreadPoolExecutor(workers) as threads:
+        verdicts = list(threads.map(remotely, rows, itertools.cycle(pool)))
+    for worker in pool:
+        worker.stop()
     return verdicts
 
 
