@@ -403,6 +403,9 @@ ATOMS = (GREEK | FUNCTIONS | MARKS | CONSTANTS.keys() | OPEN.keys() | BIG.keys()
     r"\frac \binom \cross \sqrt \begin")) - {"|"}
 
 
+DOTS, RADIAN = CONSTANTS["\\ldots"], ("/", CONSTANTS["\\pi"], HALF_TURN)
+
+
 def is_number(token):
     return token[:1] in DIGITS or token[:1] == "." and len(token) > 1
 
@@ -420,6 +423,11 @@ def times(a, b):
 
 def negative(tree):
     return times(MINUS_ONE, tree)
+
+
+def signed(sign, tree):
+    tree = negative(tree) if sign in ("-", "\\mp") else tree
+    return ("pm", tree) if sign[0] == "\\" else tree
 
 
 def is_power(tree):
@@ -459,11 +467,8 @@ class Parser:
         self.depth += 1                          # every recursion passes here: nothing exceeds Python's stack
         if self.depth > MAX_DEPTH:
             raise Unparsed("too deep")
-        if sign := self.accept("+", "-") if level < ATOM else "":
-            tree = self.tree(max(level, POWER))
-            tree = negative(tree) if sign == "-" else tree
-        elif sign := self.accept("\\pm", "\\mp"):
-            tree = self.both_signs(sign)
+        if sign := self.accept("+", "-", "\\pm", "\\mp") if level < ATOM else "":
+            tree = signed(sign, self.tree(PRODUCT if sign[0] == "\\" else max(level, POWER)))
         else:
             tree = self.primary()
         while (longer := self.extended(tree, level)) is not None:
@@ -471,22 +476,15 @@ class Parser:
         self.depth -= 1
         return tree
 
-    def both_signs(self, sign):
-        tree = self.tree(PRODUCT)
-        return ("pm", tree if sign == "\\pm" else negative(tree))
-
     def extended(self, left, level):
         """`left` with the operator that follows it, or None.  Juxtaposition multiplies."""
         t = self.peek()
-        factor = t[:1].isalnum() or t in ATOMS or is_number(t) or t == "|" and not self.in_bars
-        factor = factor or t[:1] == '"'
+        factor = t[:1].isalnum() or t in ATOMS or is_number(t) or t[:1] == '"' or t == "|" and not self.in_bars
         binding = INFIX.get(t, PRODUCT if factor else -1)
         if binding < level or t == ":" and self.in_set:
             return None
         if binding == LIST:
             return self.elements(left)
-        if binding == RELATION and t != "\\pmod":
-            return self.relation(left)
         if t[0] == '"':
             return self.with_word(left)
         if t not in INFIX:
@@ -494,20 +492,23 @@ class Parser:
                 raise Unparsed("two numbers side by side")
             return times(left, self.tree(POWER))
         self.at += 1
-        if binding == UNION:
-            return (t[1:], left, self.tree(RELATION))
-        if binding == RELATION:
-            return ("mod", left, self.tree(PRODUCT))
+        if t in RELATIONS:
+            ops, sides = [RELATIONS[t]], [left, self.tree(RATIO)]
+            while op := self.accept(*RELATIONS):
+                ops.append(RELATIONS[op])
+                sides.append(self.tree(RATIO))
+            return relation(ops, sides)
+        if t == "\\pmod" or binding == UNION:
+            return ("mod", left, self.tree(PRODUCT)) if t == "\\pmod" else (t[1:], left, self.tree(RELATION))
         if binding == RATIO:
             return ("ratio", *(left[1:] if left[0] == "ratio" else [left]), self.tree(SUM))
         if binding == SUM:
-            term = self.both_signs(t) if t[0] == "\\" else self.tree(PRODUCT)
-            term = negative(term) if t == "-" else term
+            term = signed(t, self.tree(PRODUCT))
             return term if left == ZERO else ("+", *(left[1:] if left[0] == "+" else [left]), term)
         if binding == PRODUCT:
             return ("/", left, self.tree(POWER)) if t == "/" else times(left, self.tree(POWER))
         if t == "\\degree":
-            return ("*", left, ("/", CONSTANTS["\\pi"], HALF_TURN)) if self.in_trig else ("deg", left)
+            return ("*", left, RADIAN) if self.in_trig else ("deg", left)
         if t in "!'":                            # behind a number, a prime is minutes, dropped as units are
             return ("!", left) if t == "!" else left
         if t == "^":
@@ -543,14 +544,11 @@ class Parser:
         last = items[-1]
         if last[0] == "mod" and last[1][0] not in ("assign", "rel"):                # n = 0, 2 (mod 6)
             items = [item if item[0] == "mod" else ("mod", item, last[2]) for item in items]
-        return progression(kind, items)
-
-    def relation(self, left):
-        ops, sides = [], [left]
-        while op := self.accept(*RELATIONS):
-            ops.append(RELATIONS[op])
-            sides.append(self.tree(RATIO))
-        return relation(ops, sides)
+        at = items.index(DOTS) if DOTS in items else 0   # 1, 2, \ldots, 9 as first, step and last
+        steps = {y[1] - x[1] for x, y in zip(items[:at], items[1:at]) if x[0] == y[0] == "num"}
+        if len(steps) != 1 or any(t[0] != "num" for t in items[:at]) or len(items) > at + 2:
+            return (kind, *items)
+        return ("steps", items[0], ("num", steps.pop()), *items[at + 1:])
 
     def group(self, opening):
         """What stands in brackets, whose opening token was just taken: a group, tuple or set."""
@@ -571,14 +569,6 @@ class Parser:
             return ("set", *(tree[1:] if tree[0] == "list" else [tree]))
         return {"|": ("abs", tree), "\\lfloor": ("floor", tree), "\\lceil": ("ceil", tree)}.get(opening, tree)
 
-    def argument(self):
-        r"""Of \frac and \binom: a group, else one digit or symbol as TeX reads it."""
-        t = self.peek()
-        if t.isdigit() and len(t) > 1:
-            self.tokens[self.at] = t[1:]
-            return number(t[0])
-        return self.tree(ATOM)
-
     def primary(self):
         """What needs no operator: a number, name, word, bracket, function, fraction, root or matrix."""
         t = self.take()
@@ -587,11 +577,11 @@ class Parser:
         if t in CONSTANTS and self.peek() != "_":
             return CONSTANTS[t]
         if t[0] == '"':
-            name = [t[1:]]
+            name = t[1:]
             while self.peek()[:1] == '"':
-                name.append(self.take()[1:])
-            clock = re.fullmatch(r"0?(\d+[:\d]*)(am|pm|)", " ".join(name))
-            return ("clock", *clock.groups()) if clock else ("word", " ".join(name))
+                name += " " + self.take()[1:]
+            clock = re.fullmatch(r"0?(\d+[:\d]*)(am|pm|)", name)
+            return ("clock", *clock.groups()) if clock else ("word", name)
         if t[0].isalpha() or t in GREEK:
             return self.symbol(t)
         if t in OPEN:
@@ -613,6 +603,14 @@ class Parser:
         if t in BIG:
             return self.big(BIG[t])
         return self.environment(self.subscript()) if t == "\\begin" else self.take("factor")
+
+    def argument(self):
+        r"""Of \frac and \binom: a group, else one digit or symbol as TeX reads it."""
+        t = self.peek()
+        if t.isdigit() and len(t) > 1:
+            self.tokens[self.at] = t[1:]
+            return number(t[0])
+        return self.tree(ATOM)
 
     def symbol(self, name):
         """x, a_1, y', and f(2): a value of a function, not f times 2."""
@@ -642,34 +640,31 @@ class Parser:
             base = self.tree(ATOM) if self.accept("_") else base
             power = self.tree(EXPONENT) if self.accept("^") else power
         outer, self.in_trig = self.in_trig, name in TRIG
-        if bracket := self.accept("(", "[", "{"):
-            tree = self.group(bracket)
-        else:
-            tree = self.tree(POWER)
-            while (self.peek() in ATOMS - FUNCTIONS - OPEN.keys() or self.peek()[:1].isalnum()):
-                tree = times(tree, self.tree(POWER))
+        bracket = self.accept("(", "[", "{")
+        tree = self.group(bracket) if bracket else self.tree(POWER)
+        while not bracket and (self.peek() in ATOMS - FUNCTIONS - OPEN.keys() or self.peek()[:1].isalnum()):
+            tree = times(tree, self.tree(POWER))
         self.in_trig = outer
         if power == MINUS_ONE:
             name, power = "arc" + name, None     # \sin^{-1} is the inverse
-        name, base = ("ln", base or TEN) if name == "lg" else ("ln" if name == "log" else name, base)
-        arguments = tree[2:] if tree[0] == "tuple" else [tree]
-        tree = ("^", CONSTANTS["e"], tree) if name == "exp" else (name, *arguments)
+        base = TEN if name == "lg" else base
+        name = "ln" if name in ("lg", "log") else name
+        tree = (name, *(tree[2:] if tree[0] == "tuple" else [tree]))
+        tree = ("^", CONSTANTS["e"], *tree[1:]) if name == "exp" else tree
         tree = ("/", tree, ("ln", base)) if base else tree
         return tree if power is None else ("^", tree, power)
 
     def big(self, kind):
         r"""\sum_{k=a}^{b} body, \int_a^b body dx, \lim_{x \to a} body.  Only built: sympy evaluates it."""
-        name = low = high = ZERO
+        name = low = ZERO
         if self.accept("_"):
             if kind == "int":
                 low = self.tree(EXPONENT)
-            else:
+            else:                                # \to is read as =
                 self.take("{")
-                name = self.primary()
-                self.take("=")                   # as \to is read, too
-                low = self.tree(SUM)
+                name, _, low = self.primary(), self.take("="), self.tree(SUM)
                 self.take("}")
-        high = self.tree(EXPONENT) if self.accept("^") else high
+        high = self.tree(EXPONENT) if self.accept("^") else ZERO
         if kind == "int":
             end = max((i for i in range(self.at, len(self.tokens) - 1) if self.tokens[i] == "d"), default=0)
             body, self.at = Parser(self.tokens[self.at:end], self.depth).whole(), end + 1
@@ -689,34 +684,22 @@ class Parser:
         while not self.accept("\\end"):
             if self.accept("\\\\"):
                 rows.append([])
-            elif not self.accept("&", *([",", '"if', '"for', '"when', ";", "."] if is_cases else [])):
-                rows[-1].append(self.condition() if is_cases and rows[-1] else self.tree(RATIO - is_cases))
+            elif self.accept("&", *([",", '"if', '"for', '"when', ";", "."] if is_cases else [])):
+                continue
+            elif is_cases and rows[-1]:          # a relation, or words up to the end of the line: n is even
+                end = next(i for i in range(self.at, len(self.tokens)) if self.tokens[i] in ("\\\\", "\\end", ""))
+                line, self.at = self.tokens[self.at:end], end
+                words = " ".join(t.strip('".') for t in line) if '"' in "".join(line) else ""
+                rows[-1].append(("word", words) if words else Parser(trimmed(line), self.depth).whole())
+            else:
+                rows[-1].append(self.tree(RATIO - is_cases))
         self.subscript()
         rows = [row for row in rows if row]
         if len({len(row) for row in rows}) != 1:
             raise Unparsed("ragged")
         if is_cases:                             # one column: a system, x = 1, y = 2
-            pairs = [("pair", *row) for row in rows]
-            return ("list", *sum(rows, [])) if len(rows[0]) == 1 else ("cases", *pairs)
+            return ("list", *sum(rows, [])) if len(rows[0]) == 1 else ("cases", *(("pair", *row) for row in rows))
         return ("matrix", str(len(rows)), *itertools.chain(*rows))
-
-    def condition(self):
-        """A relation, or words up to the end of the line: n is even."""
-        end = next(i for i in range(self.at, len(self.tokens)) if self.tokens[i] in ("\\\\", "\\end", ""))
-        line, self.at = self.tokens[self.at:end], end
-        if any(t[0] == '"' for t in line):
-            return ("word", " ".join(t.strip('".') for t in line))
-        return Parser(trimmed(line), self.depth).whole()
-
-
-def progression(kind, items):
-    r"""1, 2, \ldots, 9 as first, step and last, however many terms are written; any other list as it is."""
-    dots = CONSTANTS["\\ldots"]
-    at = items.index(dots) if dots in items else 0
-    steps = {y[1] - x[1] for x, y in zip(items[:at], items[1:at]) if x[0] == y[0] == "num"}
-    if len(steps) != 1 or any(t[0] != "num" for t in items[:at]) or len(items) > at + 2:
-        return (kind, *items)
-    return ("steps", items[0], ("num", steps.pop()), *items[at + 1:])
 
 
 def is_name(tree):
@@ -736,9 +719,9 @@ def relation(ops, sides):
         if abs(inexact(value(sides[-2], {})) - inexact(decimal)) > mp().mpf(10) ** -digits:
             raise Unparsed("not a rounding")
         ops, sides = ops[:-1], sides[:-1]
-    if ops == ["in"] and not (is_name(sides[0]) and sides[1][0] in STRUCTURES):
-        raise Unparsed("element of what is no set")
     if ops in (["in"], ["~"]):
+        if ops == ["in"] and not (is_name(sides[0]) and sides[1][0] in STRUCTURES):
+            raise Unparsed("element of what is no set")
         return ("assign", *sides)
     if set(ops) - {"="}:
         return ("rel", " ".join(ops), *sides)
@@ -1053,20 +1036,16 @@ def equal(a, b):
         return equal_unordered(a[1:], b[1:])
     if "pair" not in kinds and {a[0], b[0], *(t[0] for t in (*a[1:], *b[1:]) if isinstance(t, tuple))} & SETS:
         return equal_sets(a, b)
-    if kinds <= {"matrix", "tuple"} and a[:2] != b[:2]:
-        xs, ys = as_vector(a, ("()", "[]") if b[0] == "matrix" else ("()",)), as_vector(b, ("()",))
-        return bool(xs) and bool(ys) and len(xs) == len(ys) and all(map(equal, xs, ys))
+    if kinds <= {"matrix", "tuple"} and a[:2] != b[:2]:              # a column, a row, a tuple as vectors
+        vectors = all(t[1] in ("()", "1", str(len(t) - 2)) for t in (a, b)) or a[1] == "[]" and b[0] == "matrix"
+        return vectors and b[1] in ("()", "1", str(len(b) - 2)) and all_equal(a[2:], b[2:])
     if kinds & STRUCTURES:
-        return a[0] == b[0] != "base" and not kinds & LISTS and len(a) == len(b) and all(
-            equal(x, y) if isinstance(x, tuple) else x == y for x, y in zip(a[1:], b[1:]))
+        return a[0] == b[0] != "base" and not kinds & LISTS and all_equal(a[1:], b[1:])
     return equal_values(a, b)
 
 
-def as_vector(tree, brackets):
-    """The entries of a column, a row or a tuple in such brackets, else None."""
-    if tree[0] == "matrix":
-        return tree[2:] if tree[1] in ("1", str(len(tree) - 2)) else None
-    return tree[2:] if tree[1] in brackets else None
+def all_equal(xs, ys):
+    return len(xs) == len(ys) and all(equal(x, y) if isinstance(x, tuple) else x == y for x, y in zip(xs, ys))
 
 
 def equal_labelled(a, b):
@@ -1080,28 +1059,27 @@ def equal_labelled(a, b):
         (x, half), (y, gold_half) = (t[1:] if t[0] == "clock" else (f"{t[-1]}:00", "") for t in (a, b))
         return x == y and (not half or not gold_half or half == gold_half)
     if a[0] == b[0] == "ratio":
-        return len(a) == len(b) and all(map(equal, a[1:], b[1:]))
+        return all_equal(a[1:], b[1:])
     x, y = (("/", *t[1:]) if t[0] == "ratio" and len(t) == 3 else t for t in (a, b))
     return STRUCTURES.isdisjoint((x[0], y[0])) and equal_values(x, y)
 
 
-def in_degrees(tree, radians=False):
-    if tree[0] != "deg":
-        return mapped(lambda part: in_degrees(part, radians), tree)
-    return ("*", tree[1], ("/", CONSTANTS["\\pi"], HALF_TURN)) if radians else tree[1]
+def in_degrees(tree, unit=ONE):
+    return ("*", tree[1], unit) if tree[0] == "deg" else mapped(lambda part: in_degrees(part, unit), tree)
 
 
 def equal_values(a, b):
     r"""Two values, where 30^\circ is 30 and also \pi/6."""
     if is_literal(a) and is_literal(b):
         return value(a, {}) == value(b, {})
-    kinds = [{t[0] for t in nodes(tree)} for tree in (a, b)]
-    if CONSTANTS["\\infty"] in (*nodes(a), *nodes(b)) or unfinished(a, b):
+    ours, theirs = [*nodes(a)], [*nodes(b)]
+    if CONSTANTS["\\infty"] in ours + theirs or unfinished(a, b):
         return False                                     # of infinities, only the same tree is equal
-    if "deg" not in kinds[0] | kinds[1]:
+    degrees = [any(t[0] == "deg" for t in parts) for parts in (ours, theirs)]
+    if not any(degrees):
         return agree(a, b)
-    return agree(in_degrees(a), in_degrees(b)) or "deg" not in kinds[0] & kinds[1] and agree(
-        in_degrees(a, True), in_degrees(b, True))
+    return agree(in_degrees(a), in_degrees(b)) or not all(degrees) and agree(
+        in_degrees(a, RADIAN), in_degrees(b, RADIAN))
 
 
 PROVABLE = ("digits lost", "too many digits", "sum, product, integral or limit")
@@ -1171,20 +1149,14 @@ def items(tree):
     return [x for part in tree[1:] for x in items(part)] if tree[0] in LISTS else [tree]
 
 
-def named(tree):
-    """(x,y)=(1,2) as x=1, y=2; any other list as its elements."""
-    if tree[0] == "assign" and tree[1][0] == tree[2][0] == "tuple" and len(tree[1]) == len(tree[2]):
-        return [("assign", name, v) for name, v in zip(tree[1][2:], tree[2][2:])]
-    return items(tree)
-
-
 def equal_lists(a, b):
-    """Unordered elements; names that differ (x=2, y=3) belong to their values."""
-    xs, ys = named(a), named(b)
+    """Unordered elements; names that differ (x=2, y=3) belong to their values; (x,y)=(1,2) is x=1, y=2."""
+    xs, ys = ([("assign", *pair) for pair in zip(t[1][2:], t[2][2:])] if t[0] == "assign" and
+              t[1][0] == t[2][0] == "tuple" and len(t[1]) == len(t[2]) else items(t) for t in (a, b))
     names = {y[1] for y in ys if y[0] == "assign" and y[1][0] == "var"}
     xs = a[2:] if len(names) > 1 and a[0] == "tuple" and a[1] == "()" else xs
     if len(names) == len(ys) > 1 and not any(x[0] == "assign" for x in xs):    # 2, 3 for x=2, y=3; not 3, 2
-        return len(xs) == len(ys) and all(equal(x, y[2]) for x, y in zip(xs, ys))
+        return all_equal(xs, [y[2] for y in ys])
     return equal_unordered(xs, ys)
 
 
@@ -1192,25 +1164,22 @@ def equal_unordered(xs, ys):
     """Every element of the gold once, none extra."""
     rest = list(ys)
     for x in xs if len(xs) == len(ys) else ():
-        found = next((i for i, y in enumerate(rest) if equal(x, y)), None)
-        if found is None:
+        if not (found := [i for i, y in enumerate(rest) if equal(x, y)][:1]):
             return False
-        del rest[found]
+        del rest[found[0]]
     return not rest and len(xs) == len(ys)
 
 
 # ---- equations and inequalities
 
-def zero_form(tree):
-    """left - right of an equation between values, else None."""
-    sides = tree[1:] if tree[0] == "assign" else tree[2:] if tree[:2] == ("rel", "=") else ()
-    values = sides and STRUCTURES.isdisjoint(t[0] for side in sides for t in nodes(side))
-    return ("+", sides[0], negative(sides[1])) if values else None
-
 
 def ratio(a, b):
-    """The constant factor between two expressions that must be zero, or None."""
-    if not a or not b or not variables(a) or variables(a) != variables(b):
+    """The constant factor between left - right of two equations between values, or None."""
+    forms = [t[-2:] for t in (a, b) if t[0] == "assign" or t[0] == "rel" and len(t) == 4]
+    if len(forms) < 2 or not STRUCTURES.isdisjoint(t[0] for sides in forms for side in sides for t in nodes(side)):
+        return None
+    a, b = (("+", left, negative(right)) for left, right in forms)
+    if not variables(a) or variables(a) != variables(b):
         return None
     ratios = [value(("/", a, b), point) for y, point in sampled(b, a) if y]
     return ratios[0] if ratios and ratios[0] and all(same(r, ratios[0]) for r in ratios) else None
@@ -1229,9 +1198,9 @@ def equal_assign(a, b):
         return equal_sets(a, b)                  # x in (0,1)
     elif "rel" not in (a[0], b[0]):
         return equal(*(t[2] if t[0] == "assign" else t for t in (a, b)))
-    if b[0] == "assign" and not variables(b[2]):
+    if b[0] == "assign" and not variables(b[2]) or any(t[0] == "rel" and t[1] != "=" for t in (a, b)):
         return False                             # 2x = 10 restates the problem whose answer is x = 5
-    return ratio(zero_form(a), zero_form(b)) is not None
+    return ratio(a, b) is not None
 
 
 def equal_relation(a, b):
@@ -1242,7 +1211,7 @@ def equal_relation(a, b):
             return True
     if len(ops) != 1 or len(gold_ops) != 1 or ops[0] not in FLIP or solved(b):
         return False                             # x < 2 is asked for: 3x - 6 < 0 is the problem, no answer
-    factor = ratio(*(zero_form(("rel", "=", *t[2:])) for t in (a, b)))
+    factor = ratio(a, b)
     if factor is None or ops[0] in ("=", "!="):
         return factor is not None and ops == gold_ops
     return (ops[0] if real(factor) > 0 else FLIP[ops[0]]) == gold_ops[0]
@@ -1267,7 +1236,6 @@ def places(*trees):
     """Every end point of sets, places between them and beyond: numbers that show how the sets differ."""
     points = {t for tree in trees for t in ends(tree) if t[0] != "var" and not infinite(t)}
     points = sorted(real(value(in_degrees(t), {})) for t in points) or [mp().mpf(0)]
-    points = [x for i, x in enumerate(points) if i == 0 or not same(x, points[i - 1])]
     return points + [(x + y) / 2 for x, y in zip(points, points[1:])] + [points[0] - 1, points[-1] + 1]
 
 
@@ -1298,8 +1266,6 @@ def holds(left, op, right, x):
 def contains(tree, x):
     """Is the number x in a set?"""
     kind, *parts = tree
-    if kind == "reals":
-        return True
     if kind == "assign":
         return contains(parts[1], x)
     if kind == "list" and all(part[0] == "rel" for part in parts):   # x > 2, x < 5, unless nothing is left
@@ -1311,14 +1277,12 @@ def contains(tree, x):
         return contains(parts[0], x) and contains(parts[1], x) == (kind == "cap")
     if kind == "rel":
         return all(holds(*side, x) for side in zip(parts[1:], parts[0].split(), parts[2:]))
-    if kind != "tuple":
-        if variables(tree):
-            raise Unparsed("a name is no set")
-        return holds(tree, "=", ("var", ""), x)
-    if len(parts) != 3 or STRUCTURES & {parts[1][0], parts[2][0]}:
-        raise Unparsed("not an interval")
-    low, high = ("<=" if bracket in "[]" else "<" for bracket in parts[0])
-    return holds(parts[1], low, ("var", ""), x) and holds(("var", ""), high, parts[2], x)
+    if kind == "tuple" and len(parts) == 3 and not STRUCTURES & {parts[1][0], parts[2][0]}:
+        low, high = ("<=" if bracket in "[]" else "<" for bracket in parts[0])
+        return holds(parts[1], low, ("var", ""), x) and holds(("var", ""), high, parts[2], x)
+    if kind == "tuple" or variables(tree):
+        raise Unparsed("no set")
+    return kind == "reals" or holds(tree, "=", ("var", ""), x)
 
 
 # ---- sympy: a worker process that can be killed
