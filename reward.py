@@ -3,8 +3,7 @@ r"""reward.py: is the last \boxed{} after </think> the right answer?  1.0 or 0.0
     python reward.py --answer '\frac{2}{4}x' --gold 'x/2'    explain one verdict
     python reward.py FILE.jsonl                              grade rows of response or answer, gold, problem
 
-The reward decides what the policy becomes, so three things matter, in this order: it must not be exploitable,
-it must be right, it must be fast.  The file follows the way of an answer:
+The reward must not be exploitable, must be right and must be fast, in this order.  The way of an answer:
 
     extract    the last \boxed{...} after the last </think>      no fallback to free text: that pays hedging
     tokens     one spelling for everything LaTeX has many for    formatting never matters
@@ -21,7 +20,6 @@ Model output is hostile: every operation is bounded BEFORE it is done; what cann
 """
 
 import argparse
-import atexit
 import collections
 import concurrent.futures
 import contextlib
@@ -49,9 +47,7 @@ MAX_BITS = 60_000        # of any exact integer: 9^{9^9} would otherwise fill me
 PRECISION = 300          # digits of inexact numbers; what agrees to 200 of them is equal
 SEEN_BITS = 600          # longer integers would lose digits among inexact numbers
 SECONDS = 0.8            # for one comparison, sympy apart
-SYMPY_SECONDS = 1.0
-ROW_SECONDS = 10.0       # for one row in a worker of explain_all
-WORKER_BYTES = 2 << 30
+SYMPY_SECONDS, ROW_SECONDS, WORKER_BYTES = 1.0, 10.0, 2 << 30          # of the workers
 
 # What `explain` returns.  reason: equal, different, restated, no_close, no_box, unparsed_answer,
 # unparsed_gold, too_large, timeout, or "error: ...", which is a fault of this file and should alarm.
@@ -78,37 +74,29 @@ BOX = re.compile(r"\\boxed[ \t\n]*(?=\{)")
 GLUE = re.compile(r"(?:[\s,;.:$*&]|\\[,;:! \[\]()\\]|\\q?quad\b|\\text\{[\s,]*(?:and)?[\s,]*\}|\band\b)*")
 
 
-def box_at(text, start):
-    r"""(content, end) of the \boxed{...} at `start`; content is None if it is empty or not closed."""
-    box, depth = BOX.match(text, max(start, 0)), 0
-    for m in BRACE.finditer(text, box.end(), box.end() + MAX_CHARS + 2) if box else ():
-        depth += (m[0] == "{") - (m[0] == "}")
-        if depth == 0:
-            return text[box.end() + 1:m.start()].strip() or None, m.end()
-    return None, 0
-
-
 def last_boxes(response, require_think=True):
     r"""The boxes that end a response, one after another with only punctuation and "and" between them.
 
-    Only what follows the last </think> counts; the opening tag may sit in the prompt.  An unclosed or empty
-    last box is no answer, whatever stands before it: falling back would pay a model for hedging.
+    Only what follows the last </think> counts.  An unclosed or empty last box is no answer, whatever stands
+    before it: falling back would pay a model for hedging.
 
     >>> last_boxes(r"<think>\boxed{0}</think> \boxed{1}? So $\boxed{2}$, $\boxed{3}$ and $\boxed {4}$.")
     ['2', '3', '4']
-    >>> last_boxes(r"\boxed{2}"), last_boxes(r"</think> \boxed{2} \boxed{3")
-    ([], [])
     """
     _, close, text = response.rpartition("</think>") if isinstance(response, str) else ("", "", "")
-    start, contents = text.rfind("\\boxed"), []
-    content, _ = box_at(text, start) if close or not require_think else (None, 0)
-    while content is not None and len(contents) < 20:
-        contents.insert(0, content)
-        before = text.rfind("\\boxed", 0, start)
-        content, end = box_at(text, before)
-        if start - end > 40 or not GLUE.fullmatch(text, end, start):
+    start, contents, end = text.rfind("\\boxed"), [], len(text)
+    while (close or not require_think) and len(contents) < 20:
+        box, depth, after = BOX.match(text, max(start, 0)), 0, 0
+        for m in BRACE.finditer(text, box.end(), box.end() + MAX_CHARS + 2) if box else ():
+            depth += (m[0] == "{") - (m[0] == "}")
+            if depth == 0:
+                after = m.end()
+                break
+        content = text[box.end() + 1:after - 1].strip() if after else ""
+        if not content or contents and (end - after > 40 or not GLUE.fullmatch(text, after, end)):
             break
-        start = before
+        contents.insert(0, content)
+        start, end = text.rfind("\\boxed", 0, start), start
     return contents
 
 
@@ -118,7 +106,7 @@ def extract_answer(response, require_think=True):
     >>> extract_answer(r"<think>\boxed{1}</think> so \boxed{2}, no: \boxed {\frac{1}{2}}.")
     '\\frac{1}{2}'
     """
-    return next(reversed(last_boxes(response, require_think)), None)
+    return (last_boxes(response, require_think) or [None])[-1]
 
 
 # ---- tokens: strings, '12.5' number, '\\frac' command, 'a' letter, '"cm' word, or one other character
@@ -1328,11 +1316,8 @@ class Worker:
 
 
 _sympy = Worker("sympy")
-atexit.register(lambda: _sympy.stop())
 # A fork may happen while another thread holds the lock; the child must not share the worker's pipes.
 os.register_at_fork(after_in_child=lambda: globals().update(_lock=threading.RLock(), _sympy=Worker("sympy")))
-
-
 SYMPY_NAMES = table("""!=factorial ceil=ceiling binom=binomial abs=Abs ln=log max=Max min=Min +=Add *=Mul
     ^=Pow sum=Sum prod=Product int=Integral""")
 
@@ -1342,10 +1327,9 @@ def sympy_tree(node, sp):
     kind = node[0]
     if kind == "num":
         return sp.Rational(*map(int, node[1].split("/")))
-    if kind == "var":
-        return sp.Symbol(node[1], positive=True)
-    if kind == "const":
-        return {"pi": sp.pi, "e": sp.E, "i": sp.I, "inf": sp.oo}[node[1]]
+    if kind in ("var", "const"):
+        constants = {"pi": sp.pi, "e": sp.E, "i": sp.I, "inf": sp.oo}
+        return constants[node[1]] if kind == "const" else sp.Symbol(node[1], positive=True)
     parts = [sympy_tree(t, sp) for t in node[1:] if isinstance(t, list)]
     if kind in ("/", "deg"):
         return parts[0] / parts[1] if kind == "/" else parts[0]
@@ -1554,11 +1538,10 @@ def gold_texts(gold):
         return [gold, *forms] if len(forms) > 1 else [gold]
     if isinstance(gold, (list, tuple)):
         return [text for g in gold if not isinstance(g, (list, tuple)) for text in gold_texts(g)]
-    try:
-        is_number = isinstance(gold, numbers.Real) and not isinstance(gold, bool) and math.isfinite(gold)
-        return [str(gold)] if is_number else []
-    except (ValueError, OverflowError):          # more digits than Python converts
-        return []
+    with contextlib.suppress(ValueError, OverflowError):             # more digits than Python converts
+        if isinstance(gold, numbers.Real) and not isinstance(gold, bool) and math.isfinite(gold):
+            return [str(gold)]
+    return []
 
 
 def judge(found, gold, problem=None):
@@ -1569,8 +1552,8 @@ def judge(found, gold, problem=None):
     """
     global _deadline, _ticks
     verdicts = [Verdict(0.0, "unparsed_gold", found[-1], gold)]
-    with _lock:
-        for text in gold_texts(gold):
+    for text in gold_texts(gold):
+        with _lock:
             _deadline, _ticks, answer = time.monotonic() + SECONDS, 0, found[-1]
             try:
                 lists = [(read(part).tree or " ")[0] in LISTS for part in (text, *found)]
@@ -1580,14 +1563,14 @@ def judge(found, gold, problem=None):
             except Exception as error:
                 reason = f"error: {type(error).__name__}: {error}"
                 warnings.warn(f"grading {answer[:200]!r} against {text[:200]!r}: {reason}", RuntimeWarning)
-            verdicts.append(Verdict(float(reason == "equal"), reason, answer, gold))
+        verdicts.append(Verdict(float(reason == "equal"), reason, answer, gold))
     return max(verdicts, key=lambda v: (v.reward, v.reason != "unparsed_gold"))
 
 
 def grade(answer, gold, problem=None):
-    r"""Does `answer` (the text inside the box) equal `gold`?  What cannot be read is wrong.
+    r"""Does `answer` (the text inside the box) equal `gold`, a text, a number, or a list of which any counts?
 
-    `gold` is a text, a number, or a list of which any element counts.  The conventions, by example:
+    What cannot be read is wrong.  The conventions, by example:
 
     >>> def check(right, *pairs):
     ...     assert all(grade(*pair) is right for pair in pairs)
@@ -1604,15 +1587,13 @@ def grade(answer, gold, problem=None):
     >>> check(True, (r"\textbf{(C)}", "C"), ("yes", r"\text{Yes}"), ("52_{8}", "52_8"), ("5/8", "5:8"))
     >>> check(False, ("52_9", "52_8"), ("4:1", "1:4"), ("2:8", "1:4"), ("B", r"\text{(C)}"), ("3/30", "3:30"))
     >>> check(False, ("3+4", "7"), (r"\log_2 8", "3"), ("45x+30", "15(3x+2)", "Factor $45x+30$."))
-    >>> grade("6", ["5", "6"]), grade("6", None), grade("6", float("nan"))
-    (True, False, False)
     """
-    return isinstance(answer, str) and judge([answer], gold, problem).reward == 1.0
+    return explain_answer(answer, gold, problem).reward == 1.0
 
 
 def explain_answer(answer, gold, problem=None):
     """`explain` for the text inside the box."""
-    return judge([answer], gold, problem)
+    return judge([answer if isinstance(answer, str) else ""], gold, problem)
 
 
 def explain(response, gold, problem=None, require_think=True):
@@ -1632,8 +1613,6 @@ def explain(response, gold, problem=None, require_think=True):
 def compute_reward(response, gold, problem=None, require_think=True):
     r"""1.0 if the last box after the last </think> holds the gold, else 0.0.
 
-    >>> compute_reward(r"<think>hm</think> \boxed{\frac{2}{4}x}", r"x/2")
-    1.0
     >>> compute_reward(r"</think> \boxed{8!-7!}", "35280", problem="Find $8!-7!$.")
     0.0
     """
@@ -1651,13 +1630,10 @@ def compute_rewards(responses, golds, problems=None, workers=0, require_think=Tr
 
 
 def explain_all(rows, workers=0):
-    r"""The Verdicts on rows of `explain`'s arguments, in order.
+    """The Verdicts on rows of `explain`'s arguments, in order.
 
     One process grades thousands a second and bounds the time of each answer by itself, so `workers`,
     processes that are killed when an answer takes ROW_SECONDS, pay only for large files.
-
-    >>> [v.reason for v in explain_all([(r"</think>\boxed{1}", "1"), (r"</think>\boxed{2}", "1")])]
-    ['equal', 'different']
     """
     def remotely(row, worker):
         try:
@@ -1675,8 +1651,6 @@ def explain_all(rows, workers=0):
         worker.stop()
     return verdicts
 
-
-# ---- command line
 
 def grade_file(path):
     """Grade the rows of a file; print how many got which reason."""
@@ -1702,17 +1676,16 @@ def main():
     parser.add_argument("--worker", choices=["sympy", "grade"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        worker_main(args.worker)
-    elif args.file:
-        try:
-            grade_file(args.file)
-        except (OSError, ValueError) as error:
-            parser.exit(1, f"{parser.prog}: {error}\n")
-    elif args.answer is not None and args.gold is not None:
+        return worker_main(args.worker)
+    if not args.file and (args.answer is None or args.gold is None):
+        parser.error("give FILE.jsonl, or --answer and --gold")
+    try:
+        if args.file:
+            return grade_file(args.file)
         for name, shown in explain_answer(args.answer, args.gold, args.problem)._asdict().items():
             print(f"{name:8s} {shown}")
-    else:
-        parser.error("give FILE.jsonl, or --answer and --gold")
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
 
 
 if __name__ == "__main__":
