@@ -62,6 +62,11 @@ class Undecided(ValueError):
     """The value exists perhaps, but computing it would break a bound, or its digits do not decide."""
 
 
+def refuse(when, why, error=Unparsed):
+    if when:
+        raise error(why)
+
+
 # What reading or comparing raises on bad input, and nothing else: a name misspelt in this file shall surface.
 REFUSALS = (ArithmeticError, ValueError, RecursionError)
 
@@ -299,8 +304,7 @@ def tokenize(source):
     >>> tokenize(r"\left( \dfrac12\,\text{ cm}\right), 2cosx.")
     ['(', '\\frac', '12', '"cm', ')', ',', '2', '\\cos', 'x']
     """
-    if len(source) > MAX_CHARS:
-        raise Unparsed("too long")
+    refuse(len(source) > MAX_CHARS, "too long")
     tokens = lexed(extract_answer(source, False) or "" if "\\boxed" in source else source)
     if any(t[0] == '"' or t == "\\approx" for t in tokens):
         joined = " ".join(tokens)
@@ -453,8 +457,7 @@ class Parser:
     def tree(self, level=LIST):
         """The longest expression whose operators all bind at least as tightly as `level`."""
         self.depth += 1                          # every recursion passes here: nothing exceeds Python's stack
-        if self.depth > MAX_DEPTH:
-            raise Unparsed("too deep")
+        refuse(self.depth > MAX_DEPTH, "too deep")
         if sign := self.accept("+", "-", "\\pm", "\\mp") if level < ATOM else "":
             tree = signed(sign, self.tree(PRODUCT if sign[0] == "\\" else max(level, POWER)))
         else:
@@ -501,8 +504,7 @@ class Parser:
             return ("!", left) if t == "!" else left
         if t == "^":
             return ("^", left, self.tree(EXPONENT))
-        if left[0] != "num" or left[1].denominator != 1:
-            raise Unparsed("subscript")
+        refuse(left[0] != "num" or left[1].denominator != 1, "subscript")
         return ("base", str(left[1]), self.subscript())
 
     def with_word(self, left):
@@ -527,8 +529,7 @@ class Parser:
             second = self.accept("\\and", "\\or")                    # 1, 2, and 3
             kind = "or" if "\\or" in (separator, second) else kind
             items.append(self.tree(UNION))
-            if len(items) > MAX_ITEMS:
-                raise Unparsed("too many elements")
+            refuse(len(items) > MAX_ITEMS, "too many elements")
         last = items[-1]
         if last[0] == "mod" and last[1][0] not in ("assign", "rel"):                # n = 0, 2 (mod 6)
             items = [item if item[0] == "mod" else ("mod", item, last[2]) for item in items]
@@ -551,8 +552,7 @@ class Parser:
         closing = self.take()
         if opening in ("(", "[") and closing in (")", "]") and tree[0] == "list":
             return ("tuple", opening + closing, *tree[1:])
-        if closing != OPEN[opening]:
-            raise Unparsed("brackets")
+        refuse(closing != OPEN[opening], "brackets")
         if opening == "\\{" and tree[0] not in ("rel", "builder", "set", "or", "steps"):
             return ("set", *(tree[1:] if tree[0] == "list" else [tree]))
         return {"|": ("abs", tree), "\\lfloor": ("floor", tree), "\\lceil": ("ceil", tree)}.get(opening, tree)
@@ -683,8 +683,7 @@ class Parser:
                 rows[-1].append(self.tree(RATIO - is_cases))
         self.subscript()
         rows = [row for row in rows if row]
-        if len({len(row) for row in rows}) != 1:
-            raise Unparsed("ragged")
+        refuse(len({len(row) for row in rows}) != 1, "ragged")
         if is_cases:                             # one column: a system, x = 1, y = 2
             return ("list", *sum(rows, [])) if len(rows[0]) == 1 else ("cases", *(("pair", *row) for row in rows))
         return ("matrix", str(len(rows)), *itertools.chain(*rows))
@@ -758,8 +757,7 @@ def signs_chosen(tree, tied):
     if tree[0] in ("list", "or", "set", "assign"):
         return mapped(lambda part: signs_chosen(part, tied), tree)
     count = sum(t[0] == "pm" for t in nodes(tree))
-    if count > 3 and not tied:
-        raise Unparsed("too many signs")
+    refuse(count > 3 and not tied, "too many signs")
 
     def chosen(t, signs):
         t = times(next(signs), chosen(t[1], signs)) if t[0] == "pm" else mapped(lambda p: chosen(p, signs), t)
@@ -791,15 +789,11 @@ def tick():
     """Time is up only after some work: a busy machine may stall the first steps for a second."""
     global _ticks
     _ticks += 1
-    if _ticks > 300 and time.monotonic() > _deadline:
-        raise Undecided("out of time")
+    refuse(_ticks > 300 and time.monotonic() > _deadline, "out of time", Undecided)
 
 
 def exact(*values):
-    for v in values:                             # a loop, for this is asked more often than anything else
-        if not isinstance(v, Fraction):
-            return False
-    return True
+    return all([type(v) is Fraction for v in values])
 
 
 def bits(x):
@@ -810,30 +804,26 @@ def inexact(x):
     """As an mpmath number; a Fraction with too many digits would be cut, and what is cut could matter."""
     if not isinstance(x, Fraction):
         return x
-    if bits(x) > SEEN_BITS:
-        raise Undecided("too many digits")
+    refuse(bits(x) > SEEN_BITS, "too many digits", Undecided)
     return mp().mpf(x.numerator) / x.denominator
 
 
 def real(x):
     x = inexact(x)
-    if mp().im(x) and mp().mag(mp().im(x)) > mp().mag(x) - 800:
-        raise Unparsed("not real")
+    refuse(mp().im(x) and mp().mag(mp().im(x)) > mp().mag(x) - 800, "not real")
     return mp().re(x)
 
 
 def natural(x, limit):
-    if not exact(x) or x.denominator != 1 or x < 0:
-        raise Unparsed("not a natural number")
-    if x > limit:
-        raise Undecided("argument")
+    refuse(not exact(x) or x.denominator != 1 or x < 0, "not a natural number")
+    refuse(x > limit, "argument", Undecided)
     return int(x)
 
 
 def binomial(n, k):
-    n, k = natural(n, 10 ** 9), natural(k, 10 ** 9)
-    if natural(Fraction(n - k), n) and min(k, n - k) * n.bit_length() > MAX_BITS:      # k > n is undefined
-        raise Undecided("binomial")
+    n, k = natural(n, 10 ** 9), natural(k, 10 ** 9)      # k > n is undefined
+    rest = natural(Fraction(n - k), n)
+    refuse(rest and min(k, rest) * n.bit_length() > MAX_BITS, "binomial", Undecided)
     return math.comb(n, k)
 
 
@@ -844,23 +834,21 @@ def add(*terms):
     terms = [inexact(t) for t in terms if t]
     total, sizes = sum(terms), [mp().mag(t) for t in terms]
     size = mp().mag(total) - max(sizes) if total else -math.inf
-    if min(sizes) < max(sizes) - 200 or -930 < size < -330:
-        raise Undecided("digits lost")
+    refuse(min(sizes) < max(sizes) - 200 or -930 < size < -330, "digits lost", Undecided)
     return total if size > -930 else Fraction(0)
 
 
 def power(x, n):
     if exact(n) and n.denominator == 1:
-        if abs(n) * (bits(x) if exact(x) else 1) > MAX_BITS and x not in (0, 1, -1):
-            raise Undecided("power")
+        large = abs(n) * (bits(x) if exact(x) else 1) > MAX_BITS
+        refuse(large and x not in (0, 1, -1), "power", Undecided)
         return x ** n.numerator
     if x == 0:
         return 0 if mp().re(inexact(n)) > 0 else 1 / Fraction(0)
     if exact(n) and n.denominator % 2 and not mp().im(inexact(x)) and x < 0:
         return power(-x, n) * (-1) ** n.numerator        # odd roots of negatives are real, as at school
     exponent = inexact(n) * mp().ln(inexact(x))
-    if exponent and not -200 < mp().mag(exponent) < 20:
-        raise Undecided("exponent")
+    refuse(exponent and not -200 < mp().mag(exponent) < 20, "exponent", Undecided)
     return mp().exp(exponent)
 
 
@@ -868,8 +856,7 @@ def floor(x):
     if exact(x):
         return math.floor(x)
     x = real(x)
-    if mp().mag(x) > 300:
-        raise Undecided("floor of a large number")
+    refuse(mp().mag(x) > 300, "floor of a large number", Undecided)
     near = mp().nint(x)                                  # log_2 8 comes out a hair below 3
     return int(near if abs(x - near) < mp().mpf(10) ** -100 else mp().floor(x))
 
@@ -877,16 +864,14 @@ def floor(x):
 def elementary(name, x):
     """A function of mpmath, where 300 digits show what it does: sin x is x for a tiny x."""
     x = inexact(x)
-    limit = 7 if name in HYPERBOLIC else 200 if name.startswith("arc") else 40
-    if name != "ln" and x and not -200 < mp().mag(x) < limit:
-        raise Undecided("argument")
+    limit = 7 if name[-1] == "h" else 200 if name.startswith("arc") else 40
+    refuse(name != "ln" and x and not -200 < mp().mag(x) < limit, "argument", Undecided)
     result = getattr(mp(), name.replace("arc", "a"))(x)
     if not mp().isfinite(result) or result and mp().mag(result) > 900:
         raise ZeroDivisionError                          # tan 90 degrees, ln 0
     return result if result and mp().mag(result) > -900 else Fraction(0)                # sin pi
 
 
-HYPERBOLIC = words("sinh cosh tanh coth sech csch")
 COUNTING = {"!": lambda n: math.factorial(natural(n, 4_000)), "binom": binomial}       # of whole numbers only
 DIVISORS = {"gcd": lambda *xs: math.gcd(*(natural(abs(x), 10 ** 100) for x in xs)),
             "lcm": lambda *xs: math.lcm(*(natural(abs(x), 10 ** 100) for x in xs))}
@@ -894,7 +879,6 @@ STEPS = {"floor": floor, "ceil": lambda x: -floor(-x)}             # agree at so
 SIGNED = {"abs": abs, "max": lambda *xs: max(xs, key=real), "min": lambda *xs: min(xs, key=real)}
 OPERATIONS = COUNTING | DIVISORS | STEPS | SIGNED | {
     "+": add, "*": lambda x, y: x * y, "/": lambda x, y: x / y, "^": power, "deg": lambda x: x}
-UNARY = COUNTING.keys() - {"binom"} | STEPS.keys() | {"abs", "deg"}
 JUMPS = frozenset((*COUNTING, *DIVISORS, *STEPS, *SIGNED, "alternating"))
 
 
@@ -908,23 +892,19 @@ def value(tree, point):
     if kind == "num":
         return parts[0]
     if kind == "var":
-        if parts[0] not in point:
-            raise Unparsed("a variable")
+        refuse(parts[0] not in point, "a variable")
         return point[parts[0]]
     if kind == "const":
         return {"pi": mp().pi, "e": mp().e, "i": mp().j, "inf": mp().inf}[parts[0]] * 1
     tick()
-    if kind == "big":
-        raise Undecided("sum, product, integral or limit")
-    known = kind in OPERATIONS or "\\" + kind in FUNCTIONS
-    if not known or len(parts) > 1 and (kind in UNARY or kind not in OPERATIONS):
-        raise Unparsed("no value: " + kind)
+    refuse(kind == "big", "sum, product, integral or limit", Undecided)
+    several = kind in ("+", "*", "/", "^", "binom", "gcd", "lcm", "max", "min")
+    refuse(kind not in OPERATIONS and "\\" + kind not in FUNCTIONS or len(parts) > 1 and not several, "no value")
     values = [value(part, point) for part in parts]
     values = [inexact(v) for v in values] if kind in "*/" and not exact(*values) else values
     result = OPERATIONS[kind](*values) if kind in OPERATIONS else elementary(kind, *values)
     result = Fraction(result) if isinstance(result, int) else result
-    if exact(result) and bits(result) > MAX_BITS:
-        raise Undecided("number")
+    refuse(exact(result) and bits(result) > MAX_BITS, "number", Undecided)
     if not exact(result) and not mp().isfinite(result):
         raise ZeroDivisionError
     return result
@@ -940,16 +920,12 @@ def same(x, y):
 
 @functools.lru_cache(maxsize=500)
 def sample(names, kinds, constants):
-    """Points at which two expressions are compared: positive unless signs matter, of several magnitudes.
-
-    Functions that jump are asked at whole numbers, too: small ones, the neighbours of the constants in the
-    expressions, and large ones with many divisors.
-    """
+    """Points at which to compare: positive unless signs matter; whole numbers, too, for functions that jump."""
     rng = random.Random(0)
     tops = (2000, 9000, 30000, 400, 5000, 90000)
     rows = [[Fraction(rng.randrange(1, top), 1013) for _ in names] for top in tops]
     whole = [[rng.randrange(1, top) for _ in names] for top in (6, 9, 14, 24, 40, 80, 200, 999) * 2]
-    if kinds - COUNTING.keys() - {"alternating"}:
+    if kinds - COUNTING.keys() - {"alternating"}:        # large ones, of many divisors, beside the constants
         smooth = math.prod((64, 81, 125, 49, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47))
         bases = [(smooth, smooth), (smooth * 53 * 59 * 61 * 67 * 71, 1), (10 ** 4, 7), (10 ** 6 - 1, 1)]
         bases += [(max(c + d, 1), c) for c in (123456, *constants) for d in (-1, 0, 1)]
@@ -971,20 +947,19 @@ def sampled(b, a):
     names = tuple(sorted({t[1] for t in parts if t[0] == "var"}))
     if not names or len(names) > 40:
         return [(value(b, {}), {})]
-    kinds = {t[0] for t in parts}
+    kinds = JUMPS & {t[0] for t in parts}
     if any(t[0] == "^" and t[1][0] == "num" and t[1][1] < 0 and variables(t[2]) for t in parts):
-        kinds.add("alternating")                         # (-1)^n has a meaning for whole numbers only
+        kinds |= {"alternating"}                         # (-1)^n has a meaning for whole numbers only
     large, found = sorted({int(t[1]) for t in parts if t[0] == "num" and 4 < t[1] < 10 ** 9}), []
-    for point in sample(names, JUMPS & kinds, tuple(large[:6]) if JUMPS & kinds else ()):
+    for point in sample(names, kinds, tuple(large[:6]) if kinds else ()):
         try:
             found.append((value(b, point), point))
         except (ArithmeticError, ValueError) as error:
             tick()
             reason = str(error)
-    if not found:                                        # the gold is defined nowhere, or too large there
-        raise Undecided(reason)
+    refuse(not found, "" if found else reason, Undecided)        # defined nowhere, or too large there
     found.sort(key=lambda pair: not exact(pair[0]) and mp().im(pair[0]) != 0)
-    return found if JUMPS & kinds else found[:3]
+    return found if kinds else found[:3]
 
 
 # ---- equality by kind: a is always the answer, b the gold
@@ -1268,8 +1243,7 @@ def contains(tree, x):
     if kind == "tuple" and len(parts) == 3 and not STRUCTURES & {parts[1][0], parts[2][0]}:
         low, high = ("<=" if bracket in "[]" else "<" for bracket in parts[0])
         return holds(parts[1], low, ("var", ""), x) and holds(("var", ""), high, parts[2], x)
-    if kind == "tuple" or variables(tree):
-        raise Unparsed("no set")
+    refuse(kind == "tuple" or variables(tree), "no set")
     return kind == "reals" or holds(tree, "=", ("var", ""), x)
 
 
