@@ -1032,32 +1032,29 @@ def in_degrees(tree, unit=ONE):
 
 
 def equal_values(a, b):
-    r"""Two values, where 30^\circ is 30 and also \pi/6."""
+    r"""Two values, where 30^\circ is 30 and also \pi/6.  A plain gold wants a finished answer."""
     if is_literal(a) and is_literal(b):
         return value(a, {}) == value(b, {})
     ours, theirs = [*nodes(a)], [*nodes(b)]
-    if CONSTANTS["\\infty"] in ours + theirs or unfinished(a, b):
-        return False                                     # of infinities, only the same tree is equal
     degrees = [any(t[0] == "deg" for t in parts) for parts in (ours, theirs)]
+    plain = is_finished(b, False) and not any(t[0] == "var" for t in theirs)
+    if CONSTANTS["\\infty"] in ours + theirs or plain and not is_finished(a, is_literal(b) and not degrees[1]):
+        return False                                     # of infinities, only the same tree is equal
     if not any(degrees):
         return agree(a, b)
     return agree(in_degrees(a), in_degrees(b)) or not all(degrees) and agree(
         in_degrees(a, RADIAN), in_degrees(b, RADIAN))
 
 
-PROVABLE = ("digits lost", "too many digits", "sum, product, integral or limit")
-
-
 def agree(a, b):
     """The same value at every sample point where the gold b is defined; sympy where digits do not decide."""
     try:
         points = [] if a == b else sampled(b, a)
-    except Undecided as error:
-        if str(error) not in PROVABLE:           # of a tower of powers sympy knows no more
-            raise
-        if (verdict := _sympy.ask([a, b], SYMPY_SECONDS)) is None:
-            raise Undecided("out of time") from None
-        return verdict
+    except Undecided as error:                   # of a tower of powers sympy knows no more
+        provable = str(error) in ("digits lost", "too many digits", "sum, product, integral or limit")
+        proved = _sympy.ask([a, b], SYMPY_SECONDS) if provable else None
+        refuse(proved is None, "out of time" if provable else str(error), Undecided)
+        return proved
     try:
         return all(same(value(a, point), y) for y, point in points)
     except ArithmeticError:
@@ -1071,20 +1068,13 @@ def is_literal(tree):
     return tree[0] == "num" or tree[0] == "/" and is_literal(tree[1]) and is_literal(tree[2])
 
 
-def unfinished(a, b):
-    r"""Is the gold b plain (number, fraction, root, multiple of \pi) and the answer still to be calculated?
-
-    >>> unfinished(("+", ONE, ONE), TWO), unfinished(("^", TWO, TEN), ("num", Fraction(1024)))
-    (True, False)
-    """
-    rational = is_literal(b) and all(t[0] != "deg" for t in nodes(b))
-    return not variables(b) and is_finished(b, False) and not is_finished(a, rational)
-
-
 def is_finished(tree, rational, depth=0):
     r"""No sums, functions or nested operations: 2^{10}, \binom{25}2, 3 \cdot 10^5, \frac{\sqrt3}2, 2^6 3^5.
 
     For a `rational` gold a product of two plain numbers or anything with e, i, \pi is unfinished, too.
+
+    >>> is_finished(("+", ONE, ONE), True), is_finished(("^", TWO, TEN), True)
+    (False, True)
     """
     literals, bases, counts, stack = 0, [], 0, [tree]
     while stack:
@@ -1093,9 +1083,7 @@ def is_finished(tree, rational, depth=0):
             literals += t not in (ONE, MINUS_ONE)
         elif t[0] in "*/" or t[0] == "deg":
             stack += [t[1]] if t[0] == "/" and is_literal(t[2]) else t[1:]
-        elif t[0] in ("^", "!", "binom") and not depth:
-            if not all(is_finished(part, rational, 1) for part in t[1:]):
-                return False
+        elif t[0] in ("^", "!", "binom") and not depth and all(is_finished(p, rational, 1) for p in t[1:]):
             counts += t[0] != "^"
             bases += [t[1]] if t[0] == "^" else []
         elif t[0] != "const" or rational:        # e^{i\pi} for -1
@@ -1182,11 +1170,11 @@ def equal_relation(a, b):
 
 # ---- sets of real numbers
 
+
 def ends(tree):
     """The values in a structure: ends of intervals, elements, sides of relations."""
-    if tree[0] not in STRUCTURES:
-        return [tree]
-    return [end for part in tree[1:] if isinstance(part, tuple) for end in ends(part)]
+    parts = [part for part in tree[1:] if isinstance(part, tuple)]
+    return [end for part in parts for end in ends(part)] if tree[0] in STRUCTURES else [tree]
 
 
 def solved(tree):
@@ -1354,50 +1342,36 @@ def worker_main(kind):
 # What a text says.  tree: None outside the grammar; tied: the tree with every \pm of a tuple the same sign;
 # domain: what the qualifier behind the answer says of its parameters (Z, R, +, ...).
 Reading = collections.namedtuple("Reading", "tokens tree tied domain parameters")
-NOTHING = Reading(None, None, None, frozenset(), frozenset())
-_readings, _cached_characters = {}, 0
-
-
 DECLARING = words(r"\in is an any integer constant arbitrary")
 
 
-def unqualified(tokens):
-    r"""(tokens, domain, parameters) without `for all real x`, `where c is any constant`, `, k \in Z`."""
-    start = len(tokens)
-    while start > 1 and ((t := tokens[start - 1].strip('"')) in QUALIFIERS or len(t) == 1 and t.isalpha()):
-        start -= 1
-    for i in range(max(start, 1), len(tokens) - 1):
-        ahead = tokens[i + 2].strip('"') if tokens[i] in (",", "(") and tokens[i + 2:] else ""
-        if tokens[i] in ('"where', '"with', '"for', "\\forall") or ahead in DECLARING:
-            tail = [t.strip('"') for t in tokens[i:]]
-            return trimmed(tokens[:i]), frozenset(DOMAINS[t] for t in tail if t in DOMAINS), frozenset(tail)
-    return tokens, frozenset(), frozenset()
+@functools.lru_cache(maxsize=400)
+def parsed(text):
+    r"""The Reading of a text; a qualifier (`for all real x`, `where c is any constant`) is no part of its tree."""
+    tokens, domain, words = None, (), ()
+    try:
+        body = tokens = tokenize(text)
+        start = len(tokens)
+        while start > 1 and ((t := tokens[start - 1].strip('"')) in QUALIFIERS or len(t) == 1 and t.isalpha()):
+            start -= 1
+        for i in range(max(start, 1), len(tokens) - 1):
+            ahead = tokens[i + 2].strip('"') if tokens[i] in (",", "(") and tokens[i + 2:] else ""
+            if tokens[i] in ('"where', '"with', '"for', "\\forall") or ahead in DECLARING:
+                words = [t.strip('"') for t in tokens[i:]]
+                body, domain = trimmed(tokens[:i]), [DOMAINS[t] for t in words if t in DOMAINS]
+                break
+        tree, tied = Parser(body).whole(), None
+        if "\\pm" in body or "\\mp" in body:
+            tied = signs_chosen(tree, True) if tree[0] == "tuple" else None
+            tree = signs_chosen(tree, "\\mp" in body)
+        return Reading(tokens, tree, tied, frozenset(domain), frozenset(words))
+    except REFUSALS:
+        return Reading(tokens, None, None, frozenset(), frozenset())
 
 
 def read(text):
-    """The Reading of a text.  Remembered, for a gold is read often: at most 400 bytes a character."""
-    global _cached_characters
-    if text in _readings:
-        return _readings[text]
-    found = NOTHING
-    try:
-        found = NOTHING._replace(tokens=tokenize(text))
-        body, domain, parameters = unqualified(found.tokens)
-        tree, tied = Parser(body).whole(), None
-        if "\\pm" in body or "\\mp" in body:
-            tied = signs_chosen(tree, True)
-            independent = signs_chosen(tree, "\\mp" in body)
-            tree, tied = independent, tied if tree[0] == "tuple" else None
-        found = Reading(found.tokens, tree, tied, domain, parameters)
-    except REFUSALS:
-        pass
-    if _cached_characters > 100_000:
-        _readings.clear()
-        _cached_characters = 0
-    if len(text) <= 300:
-        _readings[text] = found
-        _cached_characters += len(text)
-    return found
+    """A gold is read often, so Readings are remembered: 400 of at most 300 characters, 400 bytes for each."""
+    return parsed(text) if len(text) <= 300 else parsed.__wrapped__(text)
 
 
 def compare(answer, gold, problem=None):
@@ -1407,15 +1381,15 @@ def compare(answer, gold, problem=None):
         digits, gold_digits = m[2].lstrip("0"), g[2].lstrip("0")
         return "equal" if digits == gold_digits and (m[1] == g[1] or not digits) else "different"
     a, b = read(answer), read(gold)
+    tokens, name, given = [*(a.tokens or ()), *(b.tokens or ())], spelled(b.tokens), spelled(a.tokens)
+    option = re.fullmatch(r'\( "?([A-H]) \) [^A-H"]+', " ".join(a.tokens or ()))          # (B) 12
+    if option and len(name) == 1 and name < "i":
+        given = option[1].lower()
+    choice = option or any(r.tokens in map(list, "ABCDEFGH") for r in (a, b))
     if a.tokens and a.tokens == b.tokens:
         return "equal"
-    option = re.fullmatch(r'\( "?([A-H]) \) [^A-H"]+', " ".join(a.tokens or ()))
-    if option and spelled(b.tokens) in [*"abcdefgh"]:
-        return "equal" if spelled(b.tokens) == option[1].lower() else "different"             # (B) 12
-    name, tokens = spelled(b.tokens), [*(a.tokens or ()), *(b.tokens or ())]
-    choice = any(r.tokens in map(list, "ABCDEFGH") for r in (a, b))
     if name and (choice or any(t[0] == '"' or len(t) > 3 and t.isalpha() for t in tokens)):
-        return "equal" if name == spelled(a.tokens) else "different"
+        return "equal" if name == given else "different"
     if a.tree is None or b.tree is None:
         return "unparsed_gold" if b.tree is None else "unparsed_answer"
     try:
@@ -1430,15 +1404,15 @@ def compare(answer, gold, problem=None):
 
 def matches(a, b, answer, problem):
     """Are two Readings equal under one of their interpretations?"""
+    x, y = a.tree, b.tree
     if a.domain and b.domain and a.domain != b.domain or not a.domain ^ b.domain <= {"Z", "R"}:
         return False
-    x, y = a.tree, b.tree
     if y[0] == "or" and STRUCTURES.isdisjoint(t[0] for t in y[1:]) and all(agree(t, y[1]) for t in y[2:]):
         y = y[1]                                     # the gold gives one value in two forms: 30.4 or 152/5
+    if x[0] == "num" and y[0] in LISTS and re.fullmatch(r"[1-9][0-9]{0,2}(,[1-9][0-9]{2})+", answer):
+        x = ("list", *map(number, answer.split(",")))
     if equal(x, y) or a.tied and not b.tied and equal(a.tied, y):
         return True
-    if x[0] == "num" and y[0] in LISTS and re.fullmatch(r"[1-9][0-9]{0,2}(,[1-9][0-9]{2})+", answer):
-        return equal(("list", *map(number, answer.split(","))), y)
     x, y = bound_renamed(x), bound_renamed(y)
     ours, theirs = variables(x) - variables(y), variables(y) - variables(x)
     if len(ours) == len(theirs) == 1:                # k\pi, k \in \mathbb{Z} for n\pi: another name
@@ -1475,9 +1449,9 @@ def bare(tokens):
 def formulas(problem):
     """The problem's tokens in one string, and every tree that stands in one of its formulas."""
     found = [read(next(filter(None, m.groups()))).tree for m in FORMULA.finditer(problem[:20_000])]
-    trees = {t for tree in found if tree for t in nodes(tree) if is_operation(t)}
     pieces = re.split(r"\n\s*\n", problem[:20_000])
-    return bare(t for piece in pieces for t in lexed(piece[:MAX_CHARS])), trees
+    return bare(t for piece in pieces for t in lexed(piece[:MAX_CHARS])), {
+        t for tree in found if tree for t in nodes(tree) if is_operation(t)}
 
 
 def is_operation(tree):
