@@ -117,7 +117,6 @@ def extract_answer(response, require_think=True):
 # ---- tokens: strings, '12.5' number, '\\frac' command, 'a' letter, '"cm' word, or one other character
 
 def table(text):
-    """`a=b c=d` as a dict."""
     return dict(pair.split("=", 1) for pair in text.split())
 
 
@@ -321,7 +320,6 @@ def trimmed(tokens):
 
 
 def lexed(source):
-    """The tokens as they stand there."""
     source = source.translate(UNICODE).strip()
     if "\\begin" not in source:                          # elsewhere `\\frac` was escaped twice in the data
         source = re.sub(r"\\\\(?=[A-Za-z])", r"\\", source)
@@ -393,8 +391,6 @@ CONSTANTS |= {name: ("word", name) for name in ("\\integers", "\\naturals", "\\r
 BIG = {"\\sum": "sum", "\\prod": "prod", "\\int": "int", "\\lim": "lim"}
 ATOMS = (GREEK | FUNCTIONS | MARKS | CONSTANTS.keys() | OPEN.keys() | BIG.keys() | words(
     r"\frac \binom \cross \sqrt \begin")) - {"|"}
-
-
 DOTS, RADIAN = CONSTANTS["\\ldots"], ("/", CONSTANTS["\\pi"], HALF_TURN)
 
 
@@ -470,7 +466,8 @@ class Parser:
     def extended(self, left, level):
         """`left` with the operator that follows it, or None.  Juxtaposition multiplies."""
         t = self.peek()
-        factor = t[:1].isalnum() or t in ATOMS or is_number(t) or t[:1] == '"' or t == "|" and not self.in_bars
+        factor = t[:1].isalnum() or t[:1] == '"' or t in ATOMS or is_number(t)
+        factor = factor or t == "|" and not self.in_bars
         binding = INFIX.get(t, PRODUCT if factor else -1)
         if binding < level or t == ":" and self.in_set:
             return None
@@ -515,8 +512,7 @@ class Parser:
             return ("num", left[1] * factor[1]) if left[0] == "num" else times(left, factor)
         if word in ("degree", "degrees", "deg") and left[0] != "deg":
             return ("deg", left)
-        if word not in UNITS or word in ("C", "F") and left[0] != "deg":
-            raise Unparsed("a word that changes the value")
+        refuse(word not in UNITS or word in ("C", "F") and left[0] != "deg", "a word that changes the value")
         if self.accept("^"):
             self.tree(ATOM)
         self.at += self.peek() in ("/", "*") and self.peek(1)[:1] == '"'
@@ -613,7 +609,6 @@ class Parser:
         return ("var", name)
 
     def subscript(self):
-        """The text behind `_`, without its brackets."""
         start, depth = self.at, 0
         while self.take() in ("{", "(") or depth:
             depth += (self.peek(-1) in ("{", "(")) - (self.peek(-1) in ("}", ")"))
@@ -675,8 +670,8 @@ class Parser:
             elif self.accept("&", *([",", '"if', '"for', '"when', ";", "."] if is_cases else [])):
                 continue
             elif is_cases and rows[-1]:          # a relation, or words up to the end of the line: n is even
-                end = next(i for i in range(self.at, len(self.tokens)) if self.tokens[i] in ("\\\\", "\\end", ""))
-                line, self.at = self.tokens[self.at:end], end
+                line = [*itertools.takewhile(lambda t: t not in ("\\\\", "\\end", ""), self.tokens[self.at:])]
+                self.at += len(line)
                 words = " ".join(t.strip('".') for t in line) if '"' in "".join(line) else ""
                 rows[-1].append(("word", words) if words else Parser(trimmed(line), self.depth).whole())
             else:
@@ -685,7 +680,8 @@ class Parser:
         rows = [row for row in rows if row]
         refuse(len({len(row) for row in rows}) != 1, "ragged")
         if is_cases:                             # one column: a system, x = 1, y = 2
-            return ("list", *sum(rows, [])) if len(rows[0]) == 1 else ("cases", *(("pair", *row) for row in rows))
+            cells = [row[0] if len(row) == 1 else ("pair", *row) for row in rows]
+            return ("list" if len(rows[0]) == 1 else "cases", *cells)
         return ("matrix", str(len(rows)), *itertools.chain(*rows))
 
 
@@ -703,12 +699,12 @@ def relation(ops, sides):
     if ops[-1] == "~" and not is_name(sides[-2]):        # x = 1/3 \approx 0.33 says 1/3
         decimal = sides[-1][1] if sides[-1][0] == "num" else Fraction(1, 3)
         digits = next((k for k in range(20) if (decimal * 10 ** k).denominator == 1), math.inf)
-        if abs(inexact(value(sides[-2], {})) - inexact(decimal)) > mp().mpf(10) ** -digits:
-            raise Unparsed("not a rounding")
+        error = abs(inexact(value(sides[-2], {})) - inexact(decimal))
+        refuse(error > mp().mpf(10) ** -digits, "not a rounding")
         ops, sides = ops[:-1], sides[:-1]
+    is_set = ops != ["in"] or is_name(sides[0]) and sides[1][0] in STRUCTURES
+    refuse(not is_set, "element of what is no set")
     if ops in (["in"], ["~"]):
-        if ops == ["in"] and not (is_name(sides[0]) and sides[1][0] in STRUCTURES):
-            raise Unparsed("element of what is no set")
         return ("assign", *sides)
     if set(ops) - {"="}:
         return ("rel", " ".join(ops), *sides)
@@ -733,7 +729,6 @@ def builder(left, condition):
 
 
 def nodes(tree):
-    """The tree and everything in it."""
     stack = [tree]
     while stack:
         yield (node := stack.pop())
@@ -764,8 +759,8 @@ def signs_chosen(tree, tied):
         rational = {part[0] for part in nodes(t)} <= {"num", "+", "*", "/"}
         return ("num", value(t, {})) if rational else t              # 3 \pm 1 is finished
 
-    choices = itertools.product((ONE, MINUS_ONE), repeat=count)
-    choices = [[sign] * count for sign in (ONE, MINUS_ONE)] if tied else choices
+    both = (ONE, MINUS_ONE)
+    choices = [[sign] * count for sign in both] if tied else itertools.product(both, repeat=count)
     return ("list", *(chosen(tree, iter(signs)) for signs in choices)) if count else tree
 
 
@@ -899,7 +894,8 @@ def value(tree, point):
     tick()
     refuse(kind == "big", "sum, product, integral or limit", Undecided)
     several = kind in ("+", "*", "/", "^", "binom", "gcd", "lcm", "max", "min")
-    refuse(kind not in OPERATIONS and "\\" + kind not in FUNCTIONS or len(parts) > 1 and not several, "no value")
+    refuse(kind not in OPERATIONS and "\\" + kind not in FUNCTIONS, "no value")
+    refuse(len(parts) > 1 and not several, "arguments")
     values = [value(part, point) for part in parts]
     values = [inexact(v) for v in values] if kind in "*/" and not exact(*values) else values
     result = OPERATIONS[kind](*values) if kind in OPERATIONS else elementary(kind, *values)
@@ -911,7 +907,6 @@ def value(tree, point):
 
 
 def same(x, y):
-    """Are two values equal?  Inexact ones to 200 digits."""
     if exact(x, y):
         return x == y
     x, y = inexact(x), inexact(y)
@@ -920,7 +915,7 @@ def same(x, y):
 
 @functools.lru_cache(maxsize=500)
 def sample(names, kinds, constants):
-    """Points at which to compare: positive unless signs matter; whole numbers, too, for functions that jump."""
+    """Points at which to compare: positive unless signs matter; whole numbers for functions that jump."""
     rng = random.Random(0)
     tops = (2000, 9000, 30000, 400, 5000, 90000)
     rows = [[Fraction(rng.randrange(1, top), 1013) for _ in names] for top in tops]
@@ -1000,8 +995,9 @@ def equal(a, b):
     if "pair" not in kinds and {a[0], b[0], *(t[0] for t in (*a[1:], *b[1:]) if isinstance(t, tuple))} & SETS:
         return equal_sets(a, b)
     if kinds <= {"matrix", "tuple"} and a[:2] != b[:2]:              # a column, a row, a tuple as vectors
-        vectors = all(t[1] in ("()", "1", str(len(t) - 2)) for t in (a, b)) or a[1] == "[]" and b[0] == "matrix"
-        return vectors and b[1] in ("()", "1", str(len(b) - 2)) and all_equal(a[2:], b[2:])
+        vectors = [t[1] in ("()", "1", str(len(t) - 2)) for t in (a, b)]
+        row = a[1] == "[]" and b[0] == "matrix"
+        return (vectors[0] or row) and vectors[1] and all_equal(a[2:], b[2:])
     if kinds & STRUCTURES:
         return a[0] == b[0] != "base" and not kinds & LISTS and all_equal(a[1:], b[1:])
     return equal_values(a, b)
@@ -1012,7 +1008,6 @@ def all_equal(xs, ys):
 
 
 def equal_labelled(a, b):
-    """Congruences, clock times and ratios."""
     if a[0] == b[0] == "mod":
         x, y = (t[1][2] if t[1][0] == "assign" else t[1] for t in (a, b))
         if {x[0], y[0], a[2][0]} != {"num"} or a[2] != b[2]:
@@ -1021,9 +1016,9 @@ def equal_labelled(a, b):
     if "clock" in (a[0], b[0]):                          # am or pm may be missing, but not differ
         (x, half), (y, gold_half) = (t[1:] if t[0] == "clock" else (f"{t[-1]}:00", "") for t in (a, b))
         return x == y and (not half or not gold_half or half == gold_half)
-    if a[0] == b[0] == "ratio":
+    if a[0] == b[0]:
         return all_equal(a[1:], b[1:])
-    x, y = (("/", *t[1:]) if t[0] == "ratio" and len(t) == 3 else t for t in (a, b))
+    x, y = (("/", *t[1:]) if t[0] == "ratio" and len(t) == 3 else t for t in (a, b))     # 5:8 is 5/8
     return STRUCTURES.isdisjoint((x[0], y[0])) and equal_values(x, y)
 
 
@@ -1038,7 +1033,7 @@ def equal_values(a, b):
     ours, theirs = [*nodes(a)], [*nodes(b)]
     degrees = [any(t[0] == "deg" for t in parts) for parts in (ours, theirs)]
     plain = is_finished(b, False) and not any(t[0] == "var" for t in theirs)
-    if CONSTANTS["\\infty"] in ours + theirs or plain and not is_finished(a, is_literal(b) and not degrees[1]):
+    if plain and not is_finished(a, is_literal(b) and not degrees[1]) or CONSTANTS["\\infty"] in ours + theirs:
         return False                                     # of infinities, only the same tree is equal
     if not any(degrees):
         return agree(a, b)
@@ -1112,27 +1107,23 @@ def equal_lists(a, b):
 
 
 def equal_unordered(xs, ys):
-    """Every element of the gold once, none extra."""
-    rest = list(ys)
+    rest = list(ys)                                      # every element of the gold once, none extra
     for x in xs if len(xs) == len(ys) else ():
-        if not (found := [i for i, y in enumerate(rest) if equal(x, y)][:1]):
-            return False
-        del rest[found[0]]
+        i = next((i for i, y in enumerate(rest) if equal(x, y)), len(rest))
+        del rest[i:i + 1]
     return not rest and len(xs) == len(ys)
 
 
 # ---- equations and inequalities
 
-
 def ratio(a, b):
     """The constant factor between left - right of two equations between values, or None."""
-    forms = [t[-2:] for t in (a, b) if t[0] == "assign" or t[0] == "rel" and len(t) == 4]
-    if len(forms) < 2 or not STRUCTURES.isdisjoint(t[0] for sides in forms for side in sides for t in nodes(side)):
+    forms = [("+", t[-2], negative(t[-1])) for t in (a, b) if (t[0], len(t)) in (("assign", 3), ("rel", 4))]
+    if len(forms) < 2 or STRUCTURES & {t[0] for form in forms for t in nodes(form)}:
         return None
-    a, b = (("+", left, negative(right)) for left, right in forms)
-    if not variables(a) or variables(a) != variables(b):
-        return None
-    ratios = [value(("/", a, b), point) for y, point in sampled(b, a) if y]
+    a, b = forms
+    points = sampled(b, a) if variables(a) == variables(b) != set() else ()
+    ratios = [value(("/", a, b), point) for y, point in points if y]
     return ratios[0] if ratios and ratios[0] and all(same(r, ratios[0]) for r in ratios) else None
 
 
@@ -1170,7 +1161,6 @@ def equal_relation(a, b):
 
 # ---- sets of real numbers
 
-
 def ends(tree):
     """The values in a structure: ends of intervals, elements, sides of relations."""
     parts = [part for part in tree[1:] if isinstance(part, tuple)]
@@ -1191,12 +1181,10 @@ def places(*trees):
 
 
 def equal_sets(a, b):
-    """Do two sets hold the same numbers?"""
-    names = variables(a), variables(b)
-    kinds = {t[0] for tree in (a, b) for t in nodes(tree)} & STRUCTURES
-    if not (solved(a) and solved(b)) or max(map(len, names)) > 1 or all(names) and names[0] != names[1] or \
-            not kinds <= LISTS | SETS | {"tuple", "assign"}:
-        return False                             # x > 2 is (2,oo), but not y > 2
+    names, kinds = (variables(a), variables(b)), {t[0] for tree in (a, b) for t in nodes(tree)} & STRUCTURES
+    one_name = len(names[0] | names[1]) < 2              # x > 2 is (2,oo), but not y > 2
+    if not (solved(a) and solved(b) and one_name and kinds <= LISTS | SETS | {"tuple", "assign"}):
+        return False
     finished = [all(is_finished(t, False) for t in ends(tree) if t[0] != "var") for tree in (a, b)]
     return finished != [False, True] and all(contains(a, x) == contains(b, x) for x in places(a, b))
 
@@ -1207,7 +1195,6 @@ def infinite(tree):
 
 
 def holds(left, op, right, x):
-    """Is `left op right` true where the variable is x?"""
     u, v = (mp().inf * infinite(t) if infinite(t) else x if t[0] == "var" else real(value(in_degrees(t), {}))
             for t in (left, right))
     order = 0 if mp().isfinite(u) and mp().isfinite(v) and same(u, v) else -1 if u < v else 1
@@ -1215,10 +1202,7 @@ def holds(left, op, right, x):
 
 
 def contains(tree, x):
-    """Is the number x in a set?"""
     kind, *parts = tree
-    if kind == "assign":
-        return contains(parts[1], x)
     if kind == "list" and all(part[0] == "rel" for part in parts):   # x > 2, x < 5, unless nothing is left
         together = any(all(contains(part, y) for part in parts) for y in places(tree))
         return (all if together else any)(contains(part, x) for part in parts)
@@ -1226,13 +1210,15 @@ def contains(tree, x):
         return any(contains(part, x) for part in parts)
     if kind in ("cap", "setminus"):
         return contains(parts[0], x) and contains(parts[1], x) == (kind == "cap")
-    if kind == "rel":
-        return all(holds(*side, x) for side in zip(parts[1:], parts[0].split(), parts[2:]))
+    if kind == "assign":
+        return contains(parts[1], x)
     if kind == "tuple" and len(parts) == 3 and not STRUCTURES & {parts[1][0], parts[2][0]}:
-        low, high = ("<=" if bracket in "[]" else "<" for bracket in parts[0])
-        return holds(parts[1], low, ("var", ""), x) and holds(("var", ""), high, parts[2], x)
-    refuse(kind == "tuple" or variables(tree), "no set")
-    return kind == "reals" or holds(tree, "=", ("var", ""), x)
+        ops = " ".join("<=" if bracket in "[]" else "<" for bracket in parts[0])
+        parts = [ops, parts[1], ("var", ""), parts[2]]
+    elif kind != "rel":
+        refuse(kind == "tuple" or variables(tree), "no set")
+        return kind == "reals" or holds(tree, "=", ("var", ""), x)
+    return all(holds(*side, x) for side in zip(parts[1:], parts[0].split(), parts[2:]))
 
 
 # ---- sympy: a worker process that can be killed
@@ -1347,12 +1333,12 @@ DECLARING = words(r"\in is an any integer constant arbitrary")
 
 @functools.lru_cache(maxsize=400)
 def parsed(text):
-    r"""The Reading of a text; a qualifier (`for all real x`, `where c is any constant`) is no part of its tree."""
+    r"""The Reading of a text; a qualifier (`for all real x`, `where c is a constant`) is no part of its tree."""
     tokens, domain, words = None, (), ()
     try:
         body = tokens = tokenize(text)
         start = len(tokens)
-        while start > 1 and ((t := tokens[start - 1].strip('"')) in QUALIFIERS or len(t) == 1 and t.isalpha()):
+        while start > 1 and ((t := tokens[start - 1].strip('"')) in QUALIFIERS or t.isalpha() and len(t) == 1):
             start -= 1
         for i in range(max(start, 1), len(tokens) - 1):
             ahead = tokens[i + 2].strip('"') if tokens[i] in (",", "(") and tokens[i + 2:] else ""
@@ -1375,7 +1361,6 @@ def read(text):
 
 
 def compare(answer, gold, problem=None):
-    """The reason of the verdict on two texts."""
     m, g = (re.fullmatch("(-?)([0-9]+)", text.strip()) for text in (answer, gold))
     if m and g:
         digits, gold_digits = m[2].lstrip("0"), g[2].lstrip("0")
@@ -1403,7 +1388,6 @@ def compare(answer, gold, problem=None):
 
 
 def matches(a, b, answer, problem):
-    """Are two Readings equal under one of their interpretations?"""
     x, y = a.tree, b.tree
     if a.domain and b.domain and a.domain != b.domain or not a.domain ^ b.domain <= {"Z", "R"}:
         return False
@@ -1455,7 +1439,6 @@ def formulas(problem):
 
 
 def is_operation(tree):
-    """Something to be calculated: more than a number, a name, or a number times a name."""
     if tree[0] == "*":
         scaled = is_literal(tree[1]) and tree[2][0] in ("var", "const", "num")
         return not (scaled or is_literal(tree) or is_name(tree))
@@ -1480,7 +1463,7 @@ def restates(a, b, problem):
 # ---- public interface
 
 def gold_texts(gold):
-    r"""The accepted texts of a gold: a text (its forms separated by \text{OR}), a number, or a list of them."""
+    r"""The accepted texts of a gold: a text (forms separated by \text{OR}), a number, or a list of them."""
     if isinstance(gold, str):
         forms = re.split(r"\\text\s*\{\s*OR\s*\}", gold)
         return [gold, *forms] if len(forms) > 1 else [gold]
