@@ -170,8 +170,7 @@ SHORT_UNITS = words("""cm mm km kg mg ml mL ft yd yds mi lb lbs oz hr hrs min mi
     kW inch feet foot yards miles meters hours days weeks months years cents percent pct""")
 COUNTS = {word: n for n, word in enumerate("""zero one two three four five six seven eight nine ten eleven
     twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen""".split())}
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-COUNTS |= {word: 10 * n for n, word in enumerate(TENS, 2)}
+COUNTS |= table("twenty=20 thirty=30 forty=40 fifty=50 sixty=60 seventy=70 eighty=80 ninety=90")
 FACTORS = {word: Fraction(text) for word, text in table("""hundred=100 thousand=1000 million=1e6 billion=1e9
     dozen=12 trillion=1e12 half=1/2 halve=1/2 third=1/3 quarter=1/4 fourth=1/4 fifth=1/5 sixth=1/6 seventh=1/7
     eighth=1/8 ninth=1/9 tenth=1/10 hundredth=1/100 thousandth=1/1000 millionth=1e-6 十=10 百=100 千=1000
@@ -345,7 +344,7 @@ def spoken(word):
     word = word.replace(".", "").lower() if len(word) > 1 else word
     tens, _, ones = word.partition("-")
     if tens in COUNTS and COUNTS.get(ones or "zero", 10) < 10:
-        return [str(COUNTS[tens] + COUNTS.get(ones, 0))]
+        return [str(int(COUNTS[tens]) + COUNTS.get(ones, 0))]
     if word[0] in FACTORS and word[1:] in UNITS:                       # 万元
         return ['"' + word[0], '"' + word[1:]]
     return [("\\" if word in ("and", "or") else '"') + word]
@@ -788,7 +787,7 @@ def tick():
 
 
 def exact(*values):
-    return all([type(v) is Fraction for v in values])
+    return {Fraction}.issuperset(map(type, values))
 
 
 def bits(x):
@@ -1412,9 +1411,8 @@ def bound_renamed(tree):
     """f(z) = z as f(x) = x."""
     if tree[0] in LISTS:
         return mapped(bound_renamed, tree)
-    is_definition = tree[0] in ("assign", "rel") and tree[-2][0] == "var"
-    m = re.fullmatch(r"(.+)\(([a-z])\)", tree[-2][1]) if is_definition else None
-    if not m or "x" in variables(tree[-1]):
+    name = tree[-2][1] if tree[0] in ("assign", "rel") and tree[-2][0] == "var" else ""
+    if not (m := re.fullmatch(r"(.+)\(([a-z])\)", name)) or "x" in variables(tree[-1]):
         return tree
     return (*tree[:-2], ("var", m[1] + "(x)"), substituted(tree[-1], ("var", m[2]), ("var", "x")))
 
@@ -1563,8 +1561,8 @@ def compute_rewards(responses, golds, problems=None, workers=0, require_think=Tr
 def explain_all(rows, workers=0):
     """The Verdicts on rows of `explain`'s arguments, in order.
 
-    One process grades thousands a second and bounds the time of each answer by itself, so `workers`,
-    processes that are killed when an answer takes ROW_SECONDS, pay only for large files.
+    One process grades thousands a second and bounds its time, so `workers` pay only for large files; they
+    are killed when an answer takes ROW_SECONDS.
     """
     def remotely(row, worker):
         try:
@@ -1583,21 +1581,6 @@ def explain_all(rows, workers=0):
     return verdicts
 
 
-def grade_file(path):
-    """Grade the rows of a file; print how many got which reason."""
-    verdicts = []
-    with open(path) as file:
-        for n, line in enumerate(file, 1):
-            row = json.loads(line)
-            if not isinstance(row, dict) or "gold" not in row or not row.keys() & {"response", "answer"}:
-                raise ValueError(f'line {n} of {path} needs "gold", and "response" or "answer"')
-            explained, text = (explain, "response") if "response" in row else (explain_answer, "answer")
-            verdicts.append(explained(row[text], row["gold"], row.get("problem")))
-    for reason, n in collections.Counter(v.reason for v in verdicts).most_common():
-        print(f"{n:8d}  {reason}")
-    print(f"{sum(v.reward for v in verdicts):.0f} of {len(verdicts)} right")
-
-
 def main():
     parser = argparse.ArgumentParser(description="Grade one answer, or a file of JSON lines.")
     parser.add_argument("file", nargs="?", help='rows {"response" or "answer", "gold", "problem"}')
@@ -1608,15 +1591,24 @@ def main():
     args = parser.parse_args()
     if args.worker:
         return worker_main(args.worker)
-    if not args.file and (args.answer is None or args.gold is None):
-        parser.error("give FILE.jsonl, or --answer and --gold")
+    if not args.file:
+        if args.answer is None or args.gold is None:
+            parser.error("give FILE.jsonl, or --answer and --gold")
+        verdict = explain_answer(args.answer, args.gold, args.problem)
+        return print("\n".join(f"{name:8s} {shown}" for name, shown in verdict._asdict().items()))
+    verdicts = []
     try:
-        if args.file:
-            return grade_file(args.file)
-        for name, shown in explain_answer(args.answer, args.gold, args.problem)._asdict().items():
-            print(f"{name:8s} {shown}")
+        for n, line in enumerate(open(args.file), 1):
+            row = json.loads(line)
+            if not isinstance(row, dict) or "gold" not in row or not row.keys() & {"response", "answer"}:
+                parser.exit(1, f'line {n} of {args.file} needs "gold", and "response" or "answer"\n')
+            explained, text = (explain, "response") if "response" in row else (explain_answer, "answer")
+            verdicts.append(explained(row[text], row["gold"], row.get("problem")))
     except (OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
+    for reason, n in collections.Counter(v.reason for v in verdicts).most_common():
+        print(f"{n:8d}  {reason}")
+    print(f"{sum(v.reward for v in verdicts):.0f} of {len(verdicts)} right")
 
 
 if __name__ == "__main__":
