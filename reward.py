@@ -33,6 +33,7 @@ import os
 import random
 import re
 import resource
+import string
 import subprocess
 import sys
 import threading
@@ -182,7 +183,7 @@ DOMAINS = table(r"""integer=Z integers=Z whole=Z \integers=Z real=R reals=R \rea
     non-negative=+0 nonzero=!0 non-zero=!0 even=even prime=prime""")
 QUALIFIERS = words("""where for with is are being any all every each some an a the arbitrary constant
     constants number numbers value values of in fixed""")
-QUALIFIERS |= DOMAINS.keys() | words(r"\in \forall \and , ( )")
+QUALIFIERS |= DOMAINS.keys() | words(r"\in \forall \and , ( )") | set(string.ascii_letters)
 PROSE = words("""all any every real reals number numbers except excluding there solution solutions roots exist
     exists answer final option choice where for only the about approximately roughly empty set integer
     integers constant""")
@@ -278,8 +279,8 @@ REWRITES = [(re.compile(pattern), *new) for pattern, *new in (
 # 1e-5 and 3.61e-10 are numbers, 24e-32 is 24e - 32.
 SCIENTIFIC = r"(?:(?<![0-9.(a-zA-Z])[0-9]|[0-9]*\.[0-9]+)[eE][+-][0-9]{1,4}(?![0-9.])"
 TOKEN = re.compile(rf"(?P<num>{SCIENTIFIC}|(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][0-9]{{1,4}}(?![0-9.]))?)"
-                   r'|(?P<cmd>\\(?:[A-Za-z]+|.))|"(?P<text>[^"]*)"|(?P<run>[A-Za-z]+)|(?P<cjk>[\u4e00-\u9fff]+)'
-                   r"|\s+|(?P<op>.)", re.S)
+                   r'|(?P<cmd>\\(?:[A-Za-z]+|.))|"(?P<text>[^"]*)"|(?P<run>[A-Za-z]+)'
+                   r"|(?P<cjk>[\u4e00-\u9fff]+)|\s+|(?P<op>.)", re.S)
 INNER_FUNCTION = re.compile("(arcsin|arccos|arctan|sqrt|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|pi)")
 # What a phrase means, on tokens joined by blanks, in this order.
 PHRASES = [(re.compile(pattern), new) for pattern, new in (
@@ -417,10 +418,6 @@ def signed(sign, tree):
     return ("pm", tree) if sign[0] == "\\" else tree
 
 
-def is_power(tree):
-    return tree[0] == "^" or tree[0] == "*" and is_power(tree[2])
-
-
 class Parser:
     """Precedence climbing over the whole answer, lists and sets included.
 
@@ -475,8 +472,9 @@ class Parser:
         if t[0] == '"':
             return self.with_word(left)
         if t not in INFIX:
-            if is_number(t) and (is_number(self.peek(-1)) and not is_power(left) or self.peek(-1)[0] == '"'):
-                raise Unparsed("two numbers side by side")
+            power = (left[-1] if left[0] == "*" else left)[0] == "^"             # 2^6 3^5
+            beside = is_number(self.peek(-1)) and not power or self.peek(-1)[0] == '"'
+            refuse(is_number(t) and beside, "two numbers side by side")
             return times(left, self.tree(POWER))
         self.at += 1
         if t in RELATIONS:
@@ -597,8 +595,7 @@ class Parser:
 
     def symbol(self, name):
         """x, a_1, y', and f(2): a value of a function, not f times 2."""
-        if self.accept("_"):
-            name += "_" + self.subscript()
+        name += "_" + self.subscript() if self.accept("_") else ""
         while self.accept("'"):
             name += "'"
         inner = self.peek(1)
@@ -608,7 +605,7 @@ class Parser:
         return ("var", name)
 
     def subscript(self):
-        start, depth = self.at, 0
+        start, depth = self.at, 0                # the text behind `_`, without its brackets
         while self.take() in ("{", "(") or depth:
             depth += (self.peek(-1) in ("{", "(")) - (self.peek(-1) in ("}", ")"))
             if depth == 0:
@@ -961,6 +958,7 @@ def sampled(b, a):
 LISTS = words("list or set")
 SETS = words("rel cup cap setminus reals")
 STRUCTURES = LISTS | SETS | words("tuple matrix ratio assign base word mod cases pair clock builder steps")
+INFINITE = {CONSTANTS["\\infty"]: 1, negative(CONSTANTS["\\infty"]): -1}
 FLIP = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
 
 
@@ -1009,9 +1007,8 @@ def all_equal(xs, ys):
 def equal_labelled(a, b):
     if a[0] == b[0] == "mod":
         x, y = (t[1][2] if t[1][0] == "assign" else t[1] for t in (a, b))
-        if {x[0], y[0], a[2][0]} != {"num"} or a[2] != b[2]:
-            return a[2] == b[2] and equal(x, y)
-        return (x[1] - y[1]) % b[2][1] == 0
+        plain = x[0] == y[0] == b[2][0] == "num"
+        return a[2] == b[2] and ((x[1] - y[1]) % b[2][1] == 0 if plain else equal(x, y))
     if "clock" in (a[0], b[0]):                          # am or pm may be missing, but not differ
         (x, half), (y, gold_half) = (t[1:] if t[0] == "clock" else (f"{t[-1]}:00", "") for t in (a, b))
         return x == y and (not half or not gold_half or half == gold_half)
@@ -1032,8 +1029,9 @@ def equal_values(a, b):
     ours, theirs = [*nodes(a)], [*nodes(b)]
     degrees = [any(t[0] == "deg" for t in parts) for parts in (ours, theirs)]
     plain = is_finished(b, False) and not any(t[0] == "var" for t in theirs)
-    if plain and not is_finished(a, is_literal(b) and not degrees[1]) or CONSTANTS["\\infty"] in ours + theirs:
-        return False                                     # of infinities, only the same tree is equal
+    unfinished = plain and not is_finished(a, is_literal(b) and not degrees[1])
+    if unfinished or CONSTANTS["\\infty"] in ours + theirs:         # of infinities, the same tree is equal
+        return False
     if not any(degrees):
         return agree(a, b)
     return agree(in_degrees(a), in_degrees(b)) or not all(degrees) and agree(
@@ -1146,16 +1144,15 @@ def equal_assign(a, b):
 
 def equal_relation(a, b):
     """Chains term by term, or one relation up to a factor, whose sign turns an inequality round."""
-    ops, gold_ops = a[1].split(), b[1].split()
-    for o, sides in ((ops, a[2:]), ([FLIP.get(x, x) for x in reversed(ops)], a[:1:-1])):
-        if o == gold_ops and all(map(equal, sides, b[2:])):
+    ops, gold_ops, flipped = a[1].split(), b[1].split(), [FLIP.get(op, op) for op in a[1].split()]
+    for o, sides in ((ops, a[2:]), (flipped[::-1], a[:1:-1])):
+        if o == gold_ops and all_equal(sides, b[2:]):
             return True
     if len(ops) != 1 or len(gold_ops) != 1 or ops[0] not in FLIP or solved(b):
         return False                             # x < 2 is asked for: 3x - 6 < 0 is the problem, no answer
     factor = ratio(a, b)
-    if factor is None or ops[0] in ("=", "!="):
-        return factor is not None and ops == gold_ops
-    return (ops[0] if real(factor) > 0 else FLIP[ops[0]]) == gold_ops[0]
+    turned = factor is not None and ops[0] not in ("=", "!=") and real(factor) < 0
+    return factor is not None and gold_ops == (flipped if turned else ops)
 
 
 # ---- sets of real numbers
@@ -1174,28 +1171,22 @@ def solved(tree):
 
 def places(*trees):
     """Every end point of sets, places between them and beyond: numbers that show how the sets differ."""
-    points = {t for tree in trees for t in ends(tree) if t[0] != "var" and not infinite(t)}
+    points = {t for tree in trees for t in ends(tree) if t[0] != "var" and t not in INFINITE}
     points = sorted(real(value(in_degrees(t), {})) for t in points) or [mp().mpf(0)]
     return points + [(x + y) / 2 for x, y in zip(points, points[1:])] + [points[0] - 1, points[-1] + 1]
 
 
 def equal_sets(a, b):
-    names, kinds = (variables(a), variables(b)), {t[0] for tree in (a, b) for t in nodes(tree)} & STRUCTURES
-    one_name = len(names[0] | names[1]) < 2              # x > 2 is (2,oo), but not y > 2
-    if not (solved(a) and solved(b) and one_name and kinds <= LISTS | SETS | {"tuple", "assign"}):
-        return False
+    names, kinds = variables(a) | variables(b), {t[0] for tree in (a, b) for t in nodes(tree)} & STRUCTURES
+    known = len(names) < 2 and kinds <= LISTS | SETS | {"tuple", "assign"}     # x > 2 is (2,oo), not y > 2
     finished = [all(is_finished(t, False) for t in ends(tree) if t[0] != "var") for tree in (a, b)]
-    return finished != [False, True] and all(contains(a, x) == contains(b, x) for x in places(a, b))
-
-
-def infinite(tree):
-    """+1 or -1 for an infinity, else 0."""
-    return (tree == CONSTANTS["\\infty"]) - (tree == negative(CONSTANTS["\\infty"]))
+    return known and solved(a) and solved(b) and finished != [False, True] and all(
+        contains(a, x) == contains(b, x) for x in places(a, b))
 
 
 def holds(left, op, right, x):
-    u, v = (mp().inf * infinite(t) if infinite(t) else x if t[0] == "var" else real(value(in_degrees(t), {}))
-            for t in (left, right))
+    u, v = (x if t[0] == "var" else mp().inf * INFINITE[t] if t in INFINITE else
+            real(value(in_degrees(t), {})) for t in (left, right))
     order = 0 if mp().isfinite(u) and mp().isfinite(v) and same(u, v) else -1 if u < v else 1
     return order in {"<": (-1,), "<=": (-1, 0), ">": (1,), ">=": (0, 1), "=": (0,), "!=": (-1, 1)}.get(op, ())
 
@@ -1306,7 +1297,7 @@ def worker_main(kind):
         os._exit(1)
 
     threading.Thread(target=follow_parent, daemon=True).start()
-    serve = {"sympy": prove_equal, "grade": lambda row: explain(*row)}[kind]
+    serve = prove_equal if kind == "sympy" else lambda row: explain(*row)
     if kind == "sympy":
         __import__("sympy")            # slow, so it happens before `ready`, outside any job's time
     with contextlib.suppress(ValueError, OSError):       # a number may grow faster than a clock can stop it
@@ -1332,12 +1323,12 @@ DECLARING = words(r"\in is an any integer constant arbitrary")
 
 @functools.lru_cache(maxsize=400)
 def parsed(text):
-    r"""The Reading of a text; a qualifier (`for all real x`, `where c is a constant`) is no part of its tree."""
+    """The Reading of a text; a qualifier (`for all real x`, `c is a constant`) is no part of its tree."""
     tokens, domain, words = None, (), ()
     try:
         body = tokens = tokenize(text)
         start = len(tokens)
-        while start > 1 and ((t := tokens[start - 1].strip('"')) in QUALIFIERS or t.isalpha() and len(t) == 1):
+        while start > 1 and tokens[start - 1].strip('"') in QUALIFIERS:
             start -= 1
         for i in range(max(start, 1), len(tokens) - 1):
             ahead = tokens[i + 2].strip('"') if tokens[i] in (",", "(") and tokens[i + 2:] else ""
@@ -1437,10 +1428,11 @@ def formulas(problem):
 
 
 def is_operation(tree):
-    if tree[0] == "*":
-        scaled = is_literal(tree[1]) and tree[2][0] in ("var", "const", "num")
-        return not (scaled or is_literal(tree) or is_name(tree))
-    return tree[0] not in STRUCTURES | {"var", "const", "num", "deg"} and not is_literal(tree)
+    """Is there something to calculate: more than a number, a name, or a number times a name?"""
+    if is_literal(tree) or tree[0] in STRUCTURES | {"var", "const", "num", "deg"}:
+        return False
+    scaled = tree[0] == "*" and is_literal(tree[1]) and tree[2][0] in ("var", "const", "num")
+    return not scaled and (tree[0] != "*" or not is_name(tree))
 
 
 def restates(a, b, problem):
@@ -1450,12 +1442,11 @@ def restates(a, b, problem):
     True
     """
     run, trees = formulas(problem)
-    values, own = [x[2] if x[0] == "assign" else x for x in items(a.tree)], {*nodes(b.tree)}
-    if any(x in trees and x not in own for x in values):
-        return True
+    values, own = {x[2] if x[0] == "assign" else x for x in items(a.tree)}, {*nodes(b.tree)}
     text, gold = bare(a.tokens), bare(b.tokens)
     in_gold = text in gold or text.endswith(gold)        # x^2 for f(x) = x^2, AB = 5 for 5
-    return text in run and not in_gold and any(map(is_operation, nodes(a.tree)))
+    return not trees.isdisjoint(values - own) or not in_gold and text in run and any(
+        map(is_operation, nodes(a.tree)))
 
 
 # ---- public interface
