@@ -1171,7 +1171,7 @@ def solved(tree):
 
 def places(*trees):
     """Every end point of sets, places between them and beyond: numbers that show how the sets differ."""
-    points = {t for tree in trees for t in ends(tree) if t[0] != "var" and t not in INFINITE}
+    points = [t for tree in trees for t in ends(tree) if t[0] != "var" and t not in INFINITE]
     points = sorted(real(value(in_degrees(t), {})) for t in points) or [mp().mpf(0)]
     return points + [(x + y) / 2 for x, y in zip(points, points[1:])] + [points[0] - 1, points[-1] + 1]
 
