@@ -780,11 +780,15 @@ def tick():
     """Time is up only after some work: a busy machine may stall the first steps for a second."""
     global _ticks
     _ticks += 1
-    refuse(_ticks > 300 and time.monotonic() > _deadline, "out of time", Undecided)
+    if _ticks > 300 and time.monotonic() > _deadline:
+        raise Undecided("out of time")
 
 
 def exact(*values):
-    return {Fraction}.issuperset(map(type, values))
+    for v in values:                             # a loop, for this is asked more often than anything else
+        if type(v) is not Fraction:
+            return False
+    return True
 
 
 def bits(x):
@@ -870,6 +874,7 @@ STEPS = {"floor": floor, "ceil": lambda x: -floor(-x)}             # agree at so
 SIGNED = {"abs": abs, "max": lambda *xs: max(xs, key=real), "min": lambda *xs: min(xs, key=real)}
 OPERATIONS = COUNTING | DIVISORS | STEPS | SIGNED | {
     "+": add, "*": lambda x, y: x * y, "/": lambda x, y: x / y, "^": power, "deg": lambda x: x}
+SEVERAL = ("+", "*", "/", "^", "binom", "gcd", "lcm", "max", "min")    # arguments
 JUMPS = frozenset((*COUNTING, *DIVISORS, *STEPS, *SIGNED, "alternating"))
 
 
@@ -888,17 +893,17 @@ def value(tree, point):
     if kind == "const":
         return {"pi": mp().pi, "e": mp().e, "i": mp().j, "inf": mp().inf}[parts[0]] * 1
     tick()
-    refuse(kind == "big", "sum, product, integral or limit", Undecided)
-    several = kind in ("+", "*", "/", "^", "binom", "gcd", "lcm", "max", "min")
-    refuse(kind not in OPERATIONS and "\\" + kind not in FUNCTIONS, "no value")
-    refuse(len(parts) > 1 and not several, "arguments")
+    if kind == "big":
+        raise Undecided("sum, product, integral or limit")
+    if len(parts) > 1 and kind not in SEVERAL or kind not in OPERATIONS and "\\" + kind not in FUNCTIONS:
+        raise Unparsed("no value")
     values = [value(part, point) for part in parts]
     values = [inexact(v) for v in values] if kind in "*/" and not exact(*values) else values
     result = OPERATIONS[kind](*values) if kind in OPERATIONS else elementary(kind, *values)
     result = Fraction(result) if isinstance(result, int) else result
-    refuse(exact(result) and bits(result) > MAX_BITS, "number", Undecided)
-    if not exact(result) and not mp().isfinite(result):
-        raise ZeroDivisionError
+    if not isinstance(result, Fraction):
+        return result if mp().isfinite(result) else 1 / 0
+    refuse(bits(result) > MAX_BITS, "number", Undecided)
     return result
 
 
@@ -1027,8 +1032,8 @@ def equal_values(a, b):
     if is_literal(a) and is_literal(b):
         return value(a, {}) == value(b, {})
     ours, theirs = [*nodes(a)], [*nodes(b)]
-    degrees = [any(t[0] == "deg" for t in parts) for parts in (ours, theirs)]
-    plain = is_finished(b, False) and not any(t[0] == "var" for t in theirs)
+    kinds = [{t[0] for t in parts} for parts in (ours, theirs)]
+    degrees, plain = ["deg" in k for k in kinds], "var" not in kinds[1] and is_finished(b, False)
     unfinished = plain and not is_finished(a, is_literal(b) and not degrees[1])
     if unfinished or CONSTANTS["\\infty"] in ours + theirs:         # of infinities, the same tree is equal
         return False
@@ -1321,7 +1326,7 @@ Reading = collections.namedtuple("Reading", "tokens tree tied domain parameters"
 DECLARING = words(r"\in is an any integer constant arbitrary")
 
 
-@functools.lru_cache(maxsize=400)
+@functools.lru_cache(maxsize=1500)
 def parsed(text):
     """The Reading of a text; a qualifier (`for all real x`, `c is a constant`) is no part of its tree."""
     tokens, domain, words = None, (), ()
@@ -1346,8 +1351,8 @@ def parsed(text):
 
 
 def read(text):
-    """A gold is read often, so Readings are remembered: 400 of at most 300 characters, 400 bytes for each."""
-    return parsed(text) if len(text) <= 300 else parsed.__wrapped__(text)
+    """A gold is read often, so Readings are remembered: 1500 of at most 80 characters, 400 bytes for each."""
+    return parsed(text) if len(text) <= 80 else parsed.__wrapped__(text)
 
 
 def compare(answer, gold, problem=None):
