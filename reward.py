@@ -1361,15 +1361,13 @@ def compare(answer, gold, problem=None):
         digits, gold_digits = m[2].lstrip("0"), g[2].lstrip("0")
         return "equal" if digits == gold_digits and (m[1] == g[1] or not digits) else "different"
     a, b = read(answer), read(gold)
-    tokens, name, given = [*(a.tokens or ()), *(b.tokens or ())], spelled(b.tokens), spelled(a.tokens)
-    option = re.fullmatch(r'\( "?([A-H]) \) [^A-H"]+', " ".join(a.tokens or ()))          # (B) 12
-    if option and len(name) == 1 and name < "i":
-        given = option[1].lower()
-    choice = option or any(r.tokens in map(list, "ABCDEFGH") for r in (a, b))
     if a.tokens and a.tokens == b.tokens:
         return "equal"
-    if name and (choice or any(t[0] == '"' or len(t) > 3 and t.isalpha() for t in tokens)):
-        return "equal" if name == given else "different"
+    name, tokens = spelled(b.tokens), [*(a.tokens or ()), *(b.tokens or ())]
+    option = name in [*"abcdefgh"] and re.fullmatch(r'\( "?([A-H]) \) [^A-H"]+', " ".join(a.tokens or ()))
+    choice = option or name and any(r.tokens in map(list, "ABCDEFGH") for r in (a, b))
+    if choice or name and any(t[0] == '"' or len(t) > 3 and t.isalpha() for t in tokens):
+        return "equal" if name == (option[1].lower() if option else spelled(a.tokens)) else "different"
     if a.tree is None or b.tree is None:
         return "unparsed_gold" if b.tree is None else "unparsed_answer"
     try:
@@ -1481,9 +1479,9 @@ def judge(found, gold, problem=None):
         with _lock:
             _deadline, _ticks, answer = time.monotonic() + SECONDS, 0, found[-1]
             try:
-                lists = [(read(part).tree or " ")[0] in LISTS for part in (text, *found)]
-                if len(found) > 1 and lists[0] and not any(lists[1:]):
-                    answer = ", ".join(found)
+                if len(found) > 1:
+                    lists = [(read(part).tree or " ")[0] in LISTS for part in (text, *found)]
+                    answer = ", ".join(found) if lists[0] and not any(lists[1:]) else answer
                 reason = compare(answer, text, problem)
             except Exception as error:
                 reason = f"error: {type(error).__name__}: {error}"
