@@ -1592,10 +1592,11 @@ def main():
         return print("\n".join(f"{name:8s} {shown}" for name, shown in verdict._asdict().items()))
     verdicts = []
     try:
-        for n, line in enumerate(open(args.file), 1):
-            row = json.loads(line)
+        with open(args.file) as file:
+            rows = [json.loads(line) for line in file]
+        for n, row in enumerate(rows, 1):
             if not isinstance(row, dict) or "gold" not in row or not row.keys() & {"response", "answer"}:
-                parser.exit(1, f'line {n} of {args.file} needs "gold", and "response" or "answer"\n')
+                raise ValueError(f'line {n} of {args.file} needs "gold", and "response" or "answer"')
             explained, text = (explain, "response") if "response" in row else (explain_answer, "answer")
             verdicts.append(explained(row[text], row["gold"], row.get("problem")))
     except (OSError, ValueError) as error:
