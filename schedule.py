@@ -5,7 +5,6 @@
     python schedule.py --preset toy                             # the whole story on a laptop
     python schedule.py --dry_run --gpus 8 --gpu_type H100-80    # memory, hours, dollars, before a GPU is used
     python schedule.py --switch auto --gpus 8 --run RUN         # a stage ends where its response length turns
-    python schedule.py --stages 8192:500:8,16384:200:16:lr=5e-7 --run RUN --lr 2e-6    # any other schedule
     python schedule.py --gpus 8 --run SHARED_DISK --torchrun "--nnodes 4 --node_rank R --rdzv_backend c10d
                        --rdzv_endpoint HOST:29500"              # on each of four nodes, R from 0 to 3
 
@@ -27,7 +26,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig
 
 import common
 import evaluate
@@ -35,10 +33,10 @@ import grpo
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
+LATER = "save_every=10:eval_every=10:eval_n=16"
 PRESETS = {  # words that stand before those of the command line
-    "deepscaler": f"""--run runs/deepscaler --model {MODEL} --stages 8192:1040:8,
-        16384:480:16:save_every=10:eval_every=10:eval_n=16,24576:200:16:save_every=10:eval_every=10:eval_n=16
-        """.replace(",\n        ", ","),
+    "deepscaler": f"--run runs/deepscaler --model {MODEL} --stages 8192:1040:8,16384:480:16:{LATER},"
+                  f"24576:200:16:{LATER}",
     "justrl": f"--run runs/justrl --model {MODEL} --stages 15360:4380:8 --recipe justrl",
     "toy": f"""--run runs/toy --model '{HERE}/toy/model' --stages 40:70:8,80:50:8,120:30:8 --switch auto
         --turn_window 8 --data '{HERE}/toy/train.jsonl.gz' --eval_data '{HERE}/toy/heldout.jsonl'
@@ -49,7 +47,6 @@ PRESETS = {  # words that stand before those of the command line
 
 
 # ----- the turning point ------------------------------------------------------------------------------------
-
 def turning_point(steps, length, truncated, reward, window):
     """Where a stage should have ended (responses grow again, more are cut off, reward is flat), or None.
 
@@ -59,7 +56,7 @@ def turning_point(steps, length, truncated, reward, window):
     pace; all that for half a window. A function of the past alone: asked again later, it says the same.
     """
     w, held, x = window, 0, np.array([length, truncated, reward], dtype=float)
-    if x.shape[1] < 3 * w:
+    if x.shape[1] < max(1, 3 * w):
         return None
     windows = np.lib.stride_tricks.sliding_window_view(x, w, axis=1)  # [3, n - w + 1, w]
     mean = windows.mean(2)
@@ -90,11 +87,10 @@ def turning_point(steps, length, truncated, reward, window):
 
 def describe_turn(e):
     """The evidence in plain words."""
-    changes = [f"{name} {e[name][0]:.3g} -> {e[name][1]:.3g} ({e[name][2]:+.1f} standard errors)"
-               for name in ("length", "truncated", "reward")]
-    return (f"by step {e['turn']} responses had become shorter, from {e['top']:.1f} tokens. They grow again, more "
-            f"are cut off, and it hardly pays: the model needs more room. Steps {e['after'][0]}-{e['after'][1]} "
-            f"against {e['before'][0]}-{e['before'][1]}: {', '.join(changes)}")
+    changes = ", ".join(f"{name} {e[name][0]:.3g} -> {e[name][1]:.3g} ({e[name][2]:+.1f} standard errors)"
+                        for name in ("length", "truncated", "reward"))
+    return (f"by step {e['turn']} responses had become shorter, from {e['top']:.1f} tokens. They grow again "
+            f"and it hardly pays: the model needs more room. {e['before']} to {e['after']}: {changes}")
 
 
 def read_metrics(folder):
@@ -106,7 +102,6 @@ def read_metrics(folder):
 
 
 # ----- options ----------------------------------------------------------------------------------------------
-
 OPTIONS = {
     "what is trained": [
         ("run", str, None, None, "folder; a run that is there goes on (default: runs/PRESET)"),
@@ -182,25 +177,24 @@ def stage_words(args, k):
     stage, before = args.plan[k], checkpoint(args, k - 1) if k else ""
     # options for one stage win over those for all, unless a preset brought them
     preset = any(args.stages in words for words in PRESETS.values())
-    return ["--model", f"{before}/hf" if k else args.model,
-            *(["--keep", str(stage.get("keep", 0))] if window_of(args, k) else []),
-            *(stage["extra"] + args.rest if preset else args.rest + stage["extra"]),
-            *["--optimizer_from", before] * (k > 0 and args.optimizer == "carry"),
-            *shlex.split(f"--max_len {stage['max_len']} --steps {stage['steps']} --group {stage['group']}"),
-            "--seed", str(args.seed + k), "--out", f"{args.run}/{stage['folder']}", "--resume"]
+    words = stage["extra"] + args.rest if preset else args.rest + stage["extra"]
+    words = ["--keep", str(stage.get("keep", 0))] * (window_of(args, k) > 0) + words
+    words += ["--optimizer_from", before] * (k > 0 and args.optimizer == "carry")
+    shape = "--max_len {max_len} --steps {steps} --group {group} --resume --seed".format(**stage).split()
+    return [*words, *shape, str(args.seed + k), "--model", f"{before}/hf" if k else args.model,
+            "--out", f"{args.run}/stage{k + 1}"]
 
 
 def evaluate_words(args, name, model, options):
     """Words for evaluate.py: as in training (`options` of grpo.py), where --evaluate says nothing else."""
-    words = [f"--{option}={options[option]}" for option in (
-        "style", "instruction", "examples", "reward", "engine", "dtype", "max_seqs") if options[option]]
-    words += ["--no_chat"] * options["no_chat"] + ["--benchmarks", *shlex.split(args.benchmarks)]
-    words += ["--model", model, "--name", name, "--out", f"{args.run}/eval"]
+    same = ("style", "instruction", "examples", "reward", "engine", "dtype", "max_seqs")
+    words = [f"--{option}={options[option]}" for option in same if options[option]]
+    words += ["--model", model, "--name", name, "--out", f"{args.run}/eval", "--benchmarks"]
+    words += shlex.split(args.benchmarks) + ["--no_chat"] * options["no_chat"]
     return words + shlex.split(args.evaluate)
 
 
 # ----- the plan ---------------------------------------------------------------------------------------------
-
 def open_plan(run, argv):
     """Options of the words of earlier calls, then `argv`; .words, .plan: the stages, .options: grpo.py's for
     each of them. What cannot work is refused before any work."""
@@ -210,7 +204,7 @@ def open_plan(run, argv):
         raise ValueError(f"{path} is of another version of this program and cannot be continued. Its weights "
                          f"can: --model {run}/stageN/checkpoints/STEP/hf, the --stages left, another --run")
     said, run = old["words"], os.path.abspath(run)
-    new = [] if argv in (["--run", argv[-1]], said[-len(argv):]) else argv
+    new = [] if argv == said[-len(argv):] or len(argv) == 2 and argv[0] == "--run" else argv
     os.chdir(old["cwd"] if os.path.isdir(old["cwd"]) else cwd)  # words may name relative paths
     args = parse(said + new)
     args.run, args.words, args.plan, args.options = run, said + new, parse_stages(args.stages), []
@@ -218,8 +212,8 @@ def open_plan(run, argv):
     for k in range(len(args.plan)):
         a = vars(grpo.parse_args(["--recompute", "1"] * args.dry_run + stage_words(args, k)))  # as on a GPU
         if window_of(args, k) and (a["save_every"] > window_of(args, k) or a["keep"]):
-            raise ValueError(f"--switch auto may return to any checkpoint: --save_every {a['save_every']} must "
-                             f"be at most {window_of(args, k)}, the window, and --keep left away")
+            raise ValueError(f"--switch auto may return to any checkpoint: leave --keep away, --save_every "
+                             f"{a['save_every']} must be at most {window_of(args, k)}, the window")
         # --keep 0 keeps all weights, but the optimizer's state of few
         args.plan[k]["keep"] = a["steps"] // a["save_every"] + 1 if args.optimizer == "carry" else 0
         args.options.append(a)
@@ -249,7 +243,8 @@ def carry_on(args, before, stages):
 
 def save_plan(args):
     content = {"words": args.words, "cwd": os.getcwd(), "model": args.model, "stages": args.plan}
-    common.write_atomic(f"{args.run}/plan.json", json.dumps(content, indent=1))
+    if args.node_rank == 0:  # all nodes decide alike, from what is on the shared disk; one writes it down
+        common.write_atomic(f"{args.run}/plan.json", json.dumps(content, indent=1))
 
 
 def saved_steps(args, k):
@@ -264,14 +259,12 @@ def checkpoint(args, k):
 
 
 # ----- running programs -------------------------------------------------------------------------------------
-
-def execute(args, script, options, number, look=lambda: None):
-    """A program on this node, to its end -> exit code. look() often; the first signal is passed on."""
+def program(args, name, script, options, look=lambda: None):
+    """A program on all nodes, to its end. The schedule ends as well if it failed or a signal came.
+    name: of the rendezvous, so that a late node joins no other program. look() is called again and again."""
     command, told = [sys.executable, f"{HERE}/{script}", *options], 0
     if args.gpus > 1 or args.torchrun:
-        where = shlex.split(args.torchrun) or ["--standalone"]
-        # a rendezvous of its own for every program: a late node must not join the one before
-        where += ["--rdzv_id", str(number)] if args.nodes > 1 else []
+        where = shlex.split(args.torchrun) + ["--rdzv_id", name] if args.nodes > 1 else ["--standalone"]
         command[1:1] = ["-m", "torch.distributed.run", *where, "--nproc_per_node", str(args.gpus)]
     print("$ " + shlex.join(command), flush=True)
     # A session of its own: Ctrl-C in a terminal comes to this process alone, which passes it on. By itself
@@ -284,60 +277,30 @@ def execute(args, script, options, number, look=lambda: None):
                 child.send_signal(signal)
             told = len(args.signals)
             look()
-            time.sleep(0.3)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(1)
     finally:  # nothing to do, unless a second signal has raised KeyboardInterrupt
         child.terminate()
-    return child.wait()
-
-
-def program(args, script, options, look=lambda: None):
-    """One program on all nodes, to its end. The schedule ends as well if it failed or a signal came."""
-    word, path, code = [script, options, time.time_ns()], Path(args.run, "word.json"), 0
     again = f"python schedule.py --run {shlex.quote(args.run)} goes on from here"
-
-    def beat():
-        path.touch() if args.nodes > 1 else None
-        look()
-
-    if args.nodes > 1:  # the other nodes do not look for themselves what is next: a shared disk may lag
-        common.write_atomic(path, json.dumps(word))
-    if not args.signals:
-        code = execute(args, *word, beat)
     if args.signals:
         print(f"schedule.py: stopped by a signal, what is done is saved; {again}", file=sys.stderr)
         sys.exit(128 + args.signals[0])
-    if code:
-        sys.exit(f"schedule.py: {script} ended with exit code {code}, see above; once mended, {again}")
-
-
-def follow(args, patience=600):
-    """A node of rank above 0: start its share of each program that node 0 names -> exit code."""
-    path, last, done, code = Path(args.run, "word.json"), time.time(), None, 0
-    args.signals, old = common.catch_signals(), path.exists() and path.stat().st_mtime
-    while not args.signals:
-        beat = path.exists() and path.stat().st_mtime
-        if beat != old:  # what an earlier start said counts for nothing: node 0 must touch it
-            old, last, word = beat, time.time(), common.read_json(path)
-            if not word:
-                return code
-            code, done = execute(args, *word) if word != done else code, word
-        elif time.time() - last > patience:
-            raise ValueError(f"node 0 says nothing in {args.run}: does it run, and is the disk shared?")
-        time.sleep(0.2)
-    return 128 + args.signals[0]
+    if child.wait():
+        sys.exit(f"schedule.py: {script} ended with exit code {child.returncode}, see above; then {again}")
 
 
 def measure(args, name, model):
     """evaluate.py on one model, unless it was done; a killed one goes on with the samples it lacks."""
     if not args.no_eval and not os.path.exists(f"{args.run}/eval/{name}.json"):
-        program(args, "evaluate.py", evaluate_words(args, name, model, args.options[0]))
+        program(args, f"eval-{name}", "evaluate.py", evaluate_words(args, name, model, args.options[0]))
 
 
 def watch(args, k, stop):
     """Has stage k turned? Then the plan names its last checkpoint before, and grpo.py is asked to leave."""
-    rows = [row for row in read_metrics(f"{args.run}/stage{k + 1}") if "reward" in row]
-    series = [[row[key] for row in rows] for key in ("step", "length_mean", "truncated", "reward")]
-    evidence = turning_point(*series, window_of(args, k)) if window_of(args, k) else None
+    rows = read_metrics(f"{args.run}/stage{k + 1}") if window_of(args, k) else ()
+    series = [[row[key] for row in rows if "reward" in row]
+              for key in ("step", "length_mean", "truncated", "reward")]
+    evidence = turning_point(*series, window_of(args, k))
     # only steps on the grid: what a signal or a stop file saved must not change the choice
     grid = [step for step in saved_steps(args, k) if step % args.options[k]["save_every"] == 0]
     if evidence and grid and not args.plan[k]["picked"]:
@@ -351,23 +314,25 @@ def watch(args, k, stop):
 def train(args, k):
     """One stage, to its last step or its turn; the plan then names the checkpoint that is handed on."""
     stage, stop = args.plan[k], Path(args.run, f"stage{k + 1}/stop")  # grpo.py sees it, saves and leaves
-    while not args.signals and stop.with_name("lock").exists():
+    while args.node_rank == 0 and stop.with_name("lock").exists():
         try:
             with common.lock(stop.with_name("lock")):
                 break
         except common.RankError as e:
             print(f"{e}. What a killed schedule.py left behind is asked to save and leave", flush=True)
             stop.touch()
-            time.sleep(5)
+            time.sleep(2)
     watch(args, k, stop)
     if not stage["picked"] and stage["steps"] not in saved_steps(args, k):
-        program(args, "grpo.py", stage_words(args, k), lambda: watch(args, k, stop))
-        time.sleep(30 * (args.nodes > 1))  # a shared disk may lag
-        watch(args, k, stop)
+        program(args, f"stage{k + 1}", "grpo.py", stage_words(args, k), lambda: watch(args, k, stop))
+    end = time.time() + 60 * (args.nodes > 1)  # a shared disk may lag
+    while time.time() < end and not stage["picked"] and stage["steps"] not in saved_steps(args, k):
+        time.sleep(1)
+    watch(args, k, stop)
     done = max(saved_steps(args, k), default=0)
     if not stage["picked"] and done != stage["steps"]:
-        sys.exit(f"schedule.py: stage{k + 1} ended at step {done} of {stage['steps']}, by its stop file or for "
-                 f"what ALARM lines say; the same command goes on")
+        sys.exit(f"schedule.py: stage{k + 1} ended at step {done} of {stage['steps']}, by its stop file or "
+                 f"for what ALARM lines say; the same command goes on")
     stage["picked"] = stage["picked"] or done
     save_plan(args)
 
@@ -382,32 +347,33 @@ def work(args):
         if stage["picked"] is None:
             train(args, k)
         for step in set(saved_steps(args, k)) - {stage["picked"]} if window_of(args, k) else ():
-            shutil.rmtree(f"{args.run}/stage{k + 1}/checkpoints/{step:06d}")  # kept in case the stage turned
+            if args.node_rank == 0:  # kept in case the stage turned
+                shutil.rmtree(f"{args.run}/stage{k + 1}/checkpoints/{step:06d}")
         measure(args, stage["folder"], f"{checkpoint(args, k)}/hf")
-        report(args)
+        if args.node_rank == 0:
+            report(args)
     print(f"done: {args.run}/report.md")
 
 
 # ----- ledger and report ------------------------------------------------------------------------------------
-
 def ledger(args):
     """A Markdown table of what each stage and evaluation took. What a crash cost is not in it."""
-    rows, phases = [], ("generate", "reward", "logprobs", "update", "sync", "idle")
-    for k, stage in enumerate(args.plan):
+    rows, phases = [], ["generate", "reward", "logprobs", "update", "sync", "idle"]
+    for k in range(len(args.plan)):
         lines = read_metrics(f"{args.run}/stage{k + 1}")
-        keys = ("tokens", "tokens_trained", *(f"seconds_{x}" for x in phases), "eval_seconds", "seconds")
+        keys = ["tokens", "tokens_trained", *(f"seconds_{x}" for x in phases), "eval_seconds", "seconds"]
         sums = [sum(row.get(key) or 0 for row in lines) for key in keys]
-        if lines:
-            world = common.read_json(f"{args.run}/stage{k + 1}/config.json")["world"]
-            rows.append([f"stage{k + 1} ({stage['max_len']:,})", *sums, (sums[-1] + sums[-2]) * world / 3600])
+        world = common.read_json(f"{args.run}/stage{k + 1}/config.json")["world"] if lines else 0
+        rows.append([f"stage{k + 1}", *sums, (sums[-1] + sums[-2]) * world / 3600])
     for path in sorted(glob.glob(f"{glob.escape(args.run)}/eval/*.json")):
         r = common.read_json(path)
         hours = r["seconds"] * args.gpus * args.nodes / 3600
         rows.append([f"evaluate {r['name']}", r["tokens_generated"], *[0] * 8, r["seconds"], hours])
-    rows.append(["total", *map(sum, list(zip(*rows))[1:])])
-    head = ["", "tokens generated", "trained", *phases, "validation", "all seconds", "GPU-hours", "dollars"]
-    return common.table(head, [[row[0], *(f"{x:,.0f}" for x in row[1:-1]), f"{row[-1]:,.2f}",
-                                f"{row[-1] * args.gpu_price:,.2f}"] for row in rows])
+    rows.append(["total", *(sum(column) for column in list(zip(*rows))[1:])])
+    rows = [[name, *(f"{x:,.0f}" for x in sums), f"{hours:,.2f}", f"{hours * args.gpu_price:,.2f}"]
+            for name, *sums, hours in rows]
+    head = ["", "tokens generated", "trained", *phases, "validation", "seconds", "GPU-hours", "dollars"]
+    return common.table(head, rows)
 
 
 def report(args):
@@ -418,19 +384,18 @@ def report(args):
         figures.transcripts(args.run)
     except Exception as e:  # noqa: BLE001 (a report without pictures is still a report)
         drawn, missing = [], {"figures": f"{type(e).__name__}: {e}"}
-    results = sorted(glob.glob(f"{glob.escape(args.run)}/eval/*.json"))
     command = [sys.executable, f"{HERE}/evaluate.py", *["--published"] * (args.model == MODEL), "--table"]
-    done = subprocess.run(command + results, capture_output=True, text=True, check=False)
-    text = [f"# {os.path.basename(args.run)}: training with a growing context\n",
-            f"`{shlex.join(['python', 'schedule.py', *args.words])}` from {args.model}\n"]
+    command += sorted(glob.glob(f"{glob.escape(args.run)}/eval/*.json"))
+    scores = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    text = [f"# {args.run}: training with a growing context, from {args.model}\n"]
     for s in args.plan:
-        text.append(f"- {s['folder']}: {s['max_len']:,} tokens of context, {s['group']} samples a problem, "
-                    f"checkpoint {s['picked'] or '(not yet)'} of at most {s['steps']:,} steps handed on"
-                    + (f": {describe_turn(s['evidence'])}" if s["evidence"] else ""))
-    text += ["\n## Results\n", done.stdout or "No evaluation was run.\n", "## Figures\n"]
+        text += ["- {folder}: {max_len} tokens of context, {group} samples a problem, at most {steps} steps; "
+                 "checkpoint {picked} handed on".format(**s)]
+        text += [f"  - {describe_turn(s['evidence'])}"] if s["evidence"] else []
+    text += ["\n## Results\n", scores or "No evaluation was run.\n", "## Figures\n"]
     text += [f"![](figures/{os.path.basename(path)})\n" for path in drawn if path.endswith("png")]
     text += [f"- not shown: {name}: {why}\n" for name, why in missing.items()]
-    text += ["[Transcripts](transcripts.html)\n\n## Ledger (without GPUs, hours of processes)\n", ledger(args)]
+    text += ["[Transcripts](transcripts.html)\n\n## Ledger (without GPUs process-hours)\n", ledger(args)]
     common.write_atomic(f"{args.run}/report.md", "\n".join(text))
 
 
@@ -462,46 +427,44 @@ def card(args):
     return name, memory or gib, *speed, args.gpu_price or price
 
 
-def model_shape(model):
-    """Sizes of a causal LM as in SHAPE, from its config alone: no weights, no network."""
-    if model == MODEL:
-        return SHAPE
-    try:
-        c = AutoConfig.from_pretrained(model, local_files_only=True).get_text_config()
-    except (OSError, ValueError):
-        raise ValueError(f"--model {model} is no model's folder, nor in the cache of the hub") from None
-    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    return {"layers": c.num_hidden_layers, "hidden": c.hidden_size, "mlp": c.intermediate_size,
-            "q": c.num_attention_heads * head, "kv": c.num_key_value_heads * head, "vocab": c.vocab_size,
-            "tied": c.tie_word_embeddings, "positions": c.max_position_embeddings}
-
-
-def parameters(m):
-    """(of a layer, of embedding and head, of all): exact for Qwen2, near for other decoders."""
-    layer = m["hidden"] * (2 * m["q"] + 2 * m["kv"] + 3 * m["mlp"] + 2) + m["q"] + 2 * m["kv"]
-    root = m["hidden"] * (m["vocab"] * (2 - m["tied"]) + 1)
-    return layer, root, m["layers"] * layer + root
+def model_shape(model, share=100):
+    """Sizes of a causal LM as in SHAPE, from its config alone: no weights, no network. `share`: per cent of
+    its widths. Numbers of parameters are exact for Qwen2, and near for other decoders."""
+    m = dict(SHAPE)
+    if model != MODEL:
+        from transformers import AutoConfig
+        try:
+            c = AutoConfig.from_pretrained(model, local_files_only=True).get_text_config()
+        except (OSError, ValueError):
+            raise ValueError(f"--model {model} is no model's folder, nor in the cache of the hub") from None
+        head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        m = {"layers": c.num_hidden_layers, "hidden": c.hidden_size, "mlp": c.intermediate_size,
+             "q": c.num_attention_heads * head, "kv": c.num_key_value_heads * head, "vocab": c.vocab_size,
+             "tied": c.tie_word_embeddings, "positions": c.max_position_embeddings}
+    m |= {name: m[name] * share // 100 for name in ("hidden", "mlp", "q", "kv")}
+    m["layer"] = m["hidden"] * (2 * m["q"] + 2 * m["kv"] + 3 * m["mlp"] + 2) + m["q"] + 2 * m["kv"]
+    m["root"] = m["hidden"] * (m["vocab"] * (2 - m["tied"]) + 1)  # embedding, head, last norm
+    return m | {"parameters": m["layers"] * m["layer"] + m["root"]}
 
 
 def update_bytes(m, tokens, width, recompute):
     """Peak of an update beside weights, gradients and Adam, in the backward of the head or the last layer."""
-    weights, root, _ = parameters(m)
     # what a decoder layer keeps for its backward: 53.8 K numbers a token for R1-Distill-Qwen-1.5B
     layer = tokens * width * (4 * m["mlp"] + 6 * m["hidden"] + 5 * m["q"] + 4 * m["kv"])
     stream, head = tokens * width * m["hidden"], m["vocab"] * m["hidden"]
     # FSDP: embedding and head, a layer that computes, one that comes, one that goes, the fp32 gradient of one
-    kept = (root + 3 * weights) * width + 4 * weights + m["layers"] * (stream if recompute else layer)
+    kept = (m["root"] + 3 * m["layer"]) * width + 4 * m["layer"] + (
+        m["layers"] * (stream if recompute else layer))
     # two fp32 tiles of logits (see policy.py) and their gradient, the head's own in fp32
     in_head = min(tokens * m["vocab"], 150_000_000) * (8 + width) + 4 * head
-    # the layer once more, gradients of two MLP-sized vectors
-    in_layer = recompute * layer + 2 * tokens * width * m["mlp"]
+    in_layer = recompute * layer + 2 * tokens * width * m["mlp"]  # itself, gradients of two MLP-sized vectors
     # in both: the head's gradient, and hidden states or attention's inputs with their gradients
     return kept + max(in_head, in_layer) + head * width + 6 * stream
 
 
 def predict(m, a, memory, world):
     """GiB of one GPU by part for a stage with grpo.py's options `a`, and "why" it cannot run, or ""."""
-    longest, width, total = a["max_len"] + a["max_prompt_len"], 2, parameters(m)[2]
+    longest, total = a["max_len"] + a["max_prompt_len"], m["parameters"]
     width = 4 if a["dtype"] == "float32" else 2
     tokens, torch_engine = a["token_budget"] or max(32768, longest), a["engine"] == "torch"
     mine, full = -(-a["prompts"] * a["group"] // world), 2 * m["layers"] * m["kv"] * width * longest
@@ -525,28 +488,25 @@ def predict(m, a, memory, world):
                     "engine": engine, "sequences of full length at once": sequences}
 
 
-def remedy(m, a, memory, world):
-    """Options that make a stage fit, with the nearest value; else the size of a model that does."""
-    longest, old = a["max_len"] + a["max_prompt_len"], a["token_budget"] or 32768
+def remedy(model, a, memory, world):
+    """An option with the nearest value that makes a stage fit, else the size of a model that does."""
+    m, longest, old = model_shape(model), a["max_len"] + a["max_prompt_len"], a["token_budget"] or 32768
     budgets = [{"token_budget": max(longest, old * i // 16)} for i in range(15, 0, -1)]
-    shares = [{"gpu_memory": i / 20} for i in range(2, 19)]
-    shares.sort(key=lambda x: abs(x["gpu_memory"] - a["gpu_memory"]))
-    small = [{"recompute": 1, "token_budget": longest} | x for x in shares]
-    shorter = [{"max_len": a["max_len"] * i // 16} for i in range(15, 0, -1)]
-    for change in ({"recompute": 1}, *budgets, *shares, *small, *shorter):
+    shares = sorted((i / 20 for i in range(2, 19)), key=lambda share: abs(share - a["gpu_memory"]))
+    for change in ({"recompute": 1}, *budgets, *({"gpu_memory": share} for share in shares)):
         if not predict(m, a | change, memory, world)["why"]:
-            return " ".join(f"--{name} {value}" for name, value in change.items())
+            return "--{} {}".format(*change.popitem())
     for share in range(99, 0, -1):  # the same kind of model with a share of the widths
-        narrow = m | {name: m[name] * share // 100 for name in ("hidden", "mlp", "q", "kv")}
+        narrow = model_shape(model, share)
         if not predict(narrow, a, memory, world)["why"]:
-            return f"--model to one of up to {parameters(narrow)[2] / 1e9:.2f} B parameters"
-    return "to a card with more memory (--gpu_memory_gib)"
+            return f"--model to one of up to {narrow['parameters'] / 1e9:.2f} B parameters"
+    return "--stages to a shorter context, or take a card with more memory"
 
 
 def step_seconds(m, a, gpu, world):
     """Assumed seconds of a step. Generation is bound by throughput or by its longest sequence, training by
     two FLOP for each weight that a token meets, and causal attention."""
-    (*_, tflops, rate, stream, _), total = gpu, parameters(m)[2]
+    (*_, tflops, rate, stream, _), total = gpu, m["parameters"]
     n, scale, length = a["prompts"] * a["group"], 1.777e9 / total, a["mean_len"] + PROMPT
     stream = min(stream * scale, 500.0)  # a small model is bound by launching kernels
     rate = min(rate * scale, stream * max(1, min(n / world, a["max_seqs"] or 256)))
@@ -562,7 +522,7 @@ def dry_run(args):
     """Print what every stage would need -> exit code: 2 if one cannot run."""
     gpu, m, world = card(args), model_shape(args.model), args.gpus * args.nodes
     name, memory, tflops, rate, stream, price = gpu
-    print(f"{args.model}: {parameters(m)[2]:,} parameters\n{world} x {name}, {memory:.1f} GiB, ${price:g} an "
+    print(f"{args.model}: {m['parameters']:,} parameters\n{world} x {name}, {memory:.1f} GiB, ${price:g} an "
           f"hour\nassumed: {rate:,} generated tokens/s for each GPU with a full batch and {stream} for one "
           f"sequence\n  (1.8B model; inversely with size), {tflops} TFLOP/s at {MFU:.0%}")
     total, refused = 0.0, []
@@ -571,38 +531,34 @@ def dry_run(args):
         p, t = predict(m, a, memory, world), step_seconds(m, a, gpu, world)
         hours = sum(t.values()) * a["steps"] / 3600
         total, why = total + hours, p.pop("why")
-        print(f"{stage['folder']}: context {a['max_len']:,}, mean length {a['mean_len']:,}, {a['steps']:,} steps,"
-              f" {hours:,.1f} hours, ${hours * world * price:,.0f}\n  GiB on each GPU: "
+        print(f"{stage['folder']}: context {a['max_len']:,}, mean length {a['mean_len']:,}, {a['steps']:,} "
+              f"steps, {hours:,.1f} hours, ${hours * world * price:,.0f}\n  GiB on each GPU: "
               + ", ".join(f"{part} {x:.1f}" for part, x in p.items()) + "\n  seconds a step: "
               + ", ".join(f"{part} {x:.0f}" for part, x in t.items()))
         if why:
-            refused.append(f"{stage['folder']} cannot run: {why}. Change {remedy(m, a, memory, world)}")
+            why += f". Change {remedy(args.model, a, memory, world)}"
+            refused.append(f"{stage['folder']} cannot run: {why}")
     print(f"total {total:,.1f} hours, {total * world:,.0f} GPU-hours, ${total * world * price:,.0f} without "
-          f"evaluations; disk: {16 * parameters(m)[2] / GIB:.1f} GiB a checkpoint, three at least")
+          f"evaluations; disk: {16 * m['parameters'] / GIB:.1f} GiB a checkpoint, three at least")
     print("\n".join(refused) or "it fits", file=sys.stderr if refused else sys.stdout)
     return 2 if refused else 0
 
 
 # ----- the command ------------------------------------------------------------------------------------------
-
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     try:
         args = parse(argv)
-        if args.node_rank and not args.dry_run:
-            return follow(args)
-        with contextlib.nullcontext() if args.dry_run else common.lock(f"{args.run}/schedule.lock"):
+        if args.dry_run:
+            return dry_run(open_plan(args.run, argv))
+        if args.node_rank:
+            return work(open_plan(args.run, argv))
+        with common.lock(f"{args.run}/schedule.lock"):
             args = open_plan(args.run, argv)
-            if args.dry_run:
-                return dry_run(args)
             if args.model == MODEL and not torch.cuda.device_count():
                 raise ValueError("no GPU was found, and this takes 3,800 A100-hours. --preset toy tells the "
                                  "story on this machine, --dry_run --gpus 8 predicts what is needed")
-            try:
-                work(args)
-            finally:
-                if args.nodes > 1:
-                    common.write_atomic(f"{args.run}/word.json", "null")  # the others leave as well
+            return work(args)
     except (ValueError, OSError, common.RankError) as e:
         print(f"schedule.py: {e}", file=sys.stderr)
         return 2

@@ -334,7 +334,7 @@ def test_optimizer_carried_and_options_for_one_stage(stage_hands):
     (["--evaluate", "-m 3"], "unrecognized arguments: -m 3"), (["--torchrun", "--nnodes 2"], "--node_rank"),
     (["--gpus", "-1"], "--gpus must be"), (["--switch", "never"], "invalid choice"),
     (["--switch", "auto", "--save_every", "11"], "--save_every 11 must be at most 10"),
-    (["--switch", "auto", "--keep", "3"], "--keep left away"),
+    (["--switch", "auto", "--keep", "3"], "leave --keep away"),
     (["--gpu_type", "X9", "--dry_run"], "--gpu_memory_gib"),
     (["--model", "./modle", "--dry_run"], "--model ./modle"),
     (["--model", "some/model", "--dry_run"], "nor in the cache of the hub"),
@@ -420,6 +420,7 @@ def test_killed_anywhere_goes_on_to_the_same_numbers(stage_hands, tmp_path):
         assert metrics(stage_hands.folder / stage) == metrics(tmp_path / "whole" / stage)
 
 
+@pytest.mark.slow
 def test_a_program_left_behind_is_asked_to_leave(stage_hands):
     run, code = stage_hands.folder, Path(schedule.HERE)
     orphan = subprocess.Popen([sys.executable, str(code / "grpo.py"), "--model", str(stage_hands.model),
@@ -474,6 +475,7 @@ def test_a_failed_program_stops_the_schedule(stage_hands):
     assert plan_of(stage_hands.folder)["stages"][0]["picked"] is None
 
 
+@pytest.mark.slow
 def test_a_stop_file_ends_a_stage_by_hand(stage_hands):
     run = stage_hands.folder
     p = subprocess.Popen(stage_hands.command("--model", stage_hands.model, *LONG), **PIPED)
@@ -524,13 +526,11 @@ def test_auto_switch_is_the_same_after_a_kill(stage_hands, tmp_path):
 
 @pytest.mark.slow
 def test_two_nodes_on_one_host(stage_hands):
-    """The second waits for the word of the first before each program; an old word does not mislead it."""
+    """Both decide alike from what is on the disk; node 0 alone writes plan and report."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     run = stage_hands.folder
-    run.mkdir()
-    (run / "word.json").write_text(json.dumps(["grpo.py", [], 1]))
 
     def node(rank):
         words = f"--nnodes 2 --node_rank {rank} --rdzv_backend c10d --rdzv_endpoint 127.0.0.1:{port}"
@@ -543,11 +543,6 @@ def test_two_nodes_on_one_host(stage_hands):
     assert texts[0].count("$ ") == 2 and "--max_len 16" in texts[0]
     assert options_of(run, "stage2")["max_len"] == 16
     assert json.loads((run / "stage2/config.json").read_text())["world"] == 2
-
-
-def test_another_node_gives_up_in_words(tmp_path):
-    with pytest.raises(ValueError, match="node 0 says nothing"):
-        schedule.follow(argparse.Namespace(run=str(tmp_path), gpus=1, nodes=2), patience=0.1)
 
 
 # ----- the ledger -------------------------------------------------------------------------------------------
@@ -570,9 +565,9 @@ def test_ledger_by_hand(tmp_path):
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in
              schedule.ledger(args).splitlines()]
     rows = {row[0]: row[1:] for row in table}
-    assert rows["stage1 (8)"][:3] == ["600", "240", "1,200"] and rows["stage1 (8)"][8:10] == ["50", "1,800"]
+    assert rows["stage1"][:3] == ["600", "240", "1,200"] and rows["stage1"][8:10] == ["50", "1,800"]
     hours = [(1800 + 50) * 2 / 3600, (1200 + 50) * 4 / 3600, 360 * 2 / 3600]
-    for name, wanted in zip(("stage1 (8)", "stage2 (16)", "evaluate a", "total"), (*hours, sum(hours))):
+    for name, wanted in zip(("stage1", "stage2", "evaluate a", "total"), (*hours, sum(hours))):
         assert rows[name][-2] == f"{wanted:,.2f}" and rows[name][-1] == f"{wanted * 1.5:,.2f}"
     assert rows["total"][0] == f"{600 + 300 + 5000:,}"
 
@@ -584,7 +579,7 @@ def test_parameters_are_those_of_the_model(kind, tied, tmp_path):
     model = make_model(kind, tied)
     model.config.save_pretrained(tmp_path)
     m, real = schedule.model_shape(str(tmp_path)), sum(p.numel() for p in model.parameters())
-    assert m["tied"] == tied and abs(schedule.parameters(m)[2] - real) <= (kind != "qwen2") * 0.01 * real
+    assert m["tied"] == tied and abs(m["parameters"] - real) <= (kind != "qwen2") * 0.01 * real
 
 
 M = schedule.model_shape(schedule.MODEL)  # without a network
@@ -604,7 +599,7 @@ def card(*options):
 
 
 def test_memory_of_an_update_against_a_simulation():
-    assert schedule.parameters(M)[::2] == (46_797_824, 1_777_088_000)
+    assert (M["layer"], M["parameters"]) == (46_797_824, 1_777_088_000)
     for (world, budget, recompute), gib in SIMULATED.items():
         a = RESOLVED | {"token_budget": budget, "recompute": recompute}
         said = schedule.predict(M, a, 79.2, world)["training"] - schedule.RESERVE
@@ -615,29 +610,32 @@ def test_memory_of_an_update_against_a_simulation():
     ("A100-80", 8, {}, None), ("A100-80", 1, {}, None), ("A100-40", 8, {}, None),
     ("RTX4090", 4, {"gpu_memory": 0.7}, "--gpu_memory"),
     ("A100-40", 8, {"gpu_memory": 0.1}, "--gpu_memory 0.15"),
-    ("A100-80", 8, {"recompute": 0}, "--recompute 1"), ("H100-80", 1, {"max_len": 131072}, "--max_len"),
+    ("A100-80", 8, {"recompute": 0}, "--recompute 1"), ("H100-80", 1, {"max_len": 131072}, "--stages to a shorter"),
     ("H100-80", 8, {"token_budget": 600000}, "--token_budget"),
     ("A100-80", 8, {"token_budget": 100}, "--token_budget 8192"),
-    ("A100-80", 8, {"recompute": 0, "gpu_memory": 0.95}, "--token_budget 8192"),
 ])
 def test_refusals_name_a_value_that_fits(kind, world, change, wanted):
     a, memory = RESOLVED | change, card("--gpu_type", kind)[1]
     why = schedule.predict(M, a, memory, world)["why"]
     assert bool(why) == bool(wanted), why
     if wanted:
-        offer = schedule.remedy(M, a, memory, world)
+        offer = schedule.remedy(schedule.MODEL, a, memory, world)
         assert wanted in offer, offer
+        if "--stages" in offer:
+            return
         pairs = zip(offer.split()[::2], offer.split()[1::2])
         fix = {name[2:]: float(value) if "." in value else int(value) for name, value in pairs}
         assert not schedule.predict(M, a | fix, memory, world)["why"]
 
 
-def test_one_small_card_is_told_which_model_fits():
+def test_one_small_card_is_told_which_model_fits(monkeypatch):
     name, memory, *_ = card("--gpu_memory_gib", "24")
-    offer = schedule.remedy(M, RESOLVED, memory, 1)
+    offer = schedule.remedy(schedule.MODEL, RESOLVED, memory, 1)
     assert 0.3 < float(schedule.re.search(r"up to (\d\.\d+) B parameters", offer)[1]) < 1.3 and name.startswith("card")
-    small = M | {"hidden": 896, "mlp": 4864, "layers": 24, "q": 896, "kv": 128, "tied": True}  # Qwen2.5-0.5B
-    assert schedule.parameters(small)[2] == 494_032_768 and not schedule.predict(small, RESOLVED, memory, 1)["why"]
+    half = {"hidden": 896, "mlp": 4864, "layers": 24, "q": 896, "kv": 128, "tied": True}  # Qwen2.5-0.5B
+    monkeypatch.setattr(schedule, "SHAPE", schedule.SHAPE | half)
+    small = schedule.model_shape(schedule.MODEL)
+    assert small["parameters"] == 494_032_768 and not schedule.predict(small, RESOLVED, memory, 1)["why"]
 
 
 @pytest.mark.parametrize("name, gib, price, assumed", [
