@@ -621,7 +621,7 @@ def read_answer(solution):
 def same_answer(a, b):
     """Whether two answers are equal; each is text or a list of texts of which any counts."""
     a, b = ([x] if isinstance(x, str) else x for x in (a, b))
-    return any(x == y or reward.grade(x, y) for x in a for y in b)
+    return any(x == y or reward.grade(x, y) or reward.grade(y, x) for x in a for y in b)
 
 
 def vote(answers):

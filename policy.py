@@ -5,10 +5,9 @@
         logp, entropy = policy(batch, temperature=0.6)       # [R], [R]: response tokens only
         (-logp.mean()).backward()
 
-Three pieces to copy. `token_logprobs` never holds the [T, V] logits, 20 GB at 32K tokens. `pack` lays sequences
-end to end in one row without padding, and neighbours share one copy of their prompt. `Policy` is any causal LM
-of transformers that takes an attention function, under FSDP2 with fp32 masters (at lr 1e-6 a bf16 weight of 0.02
-would never move). Left out: tensor, pipeline and context parallelism, LoRA, quantisation, torch.compile.
+Logits [T, V] are never held (20 GB at 32K tokens), rows are not padded, neighbours share their prompt,
+master weights are fp32 (at lr 1e-6 a bf16 weight of 0.02 would never move). Left out: tensor, pipeline and
+context parallelism, LoRA, quantisation, torch.compile.
 
 Shapes: T packed tokens, R response tokens among them, S sequences, D tokens of whole documents, V vocabulary.
 """
@@ -27,18 +26,19 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
-from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint import state_dict as states
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from common import RankError, any_rank, read_json, say, together, write_atomic
 
+# torch 2.11 takes fewer key heads without being told; later versions want to be told
+GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
-# ----- Log-probabilities without logits ----------------------------------------------------------------------
+
+# ----- Log-probabilities without logits ---------------------------------------------------------------------
 
 def token_logprobs_plain(hidden, head_weight, targets, temperature=1.0):
     """The readable twin of `token_logprobs`: all [T, V] logits, and autograd. In float64 if given float64."""
@@ -53,8 +53,7 @@ def token_logprobs(hidden, head_weight, targets, temperature=1.0, chunk=0, entro
 
     hidden [T, H], head_weight [V, H], targets [T]; temperature > 0 divides the logits (sampling at 0.6 means
     training at 0.6) -> logp [T], entropy [T] in nats, fp32. entropy_grad=False: the entropy is a metric only.
-    Memory: two tiles at most, whatever T is, and an fp32 gradient of the head. Price: the head's matmul once
-    more in backward, except for the last tile. As verl's FusedLinearForPPO, prime-rl's FusedOutputLinear.
+    Memory: two tiles whatever T is, and an fp32 gradient of the head. Idea: verl's FusedLinearForPPO.
 
     >>> h, w, y = torch.randn(5, 8), torch.randn(11, 8), torch.arange(5)
     >>> fast, plain = token_logprobs(h, w, y, 0.6, chunk=2), token_logprobs_plain(h, w, y, 0.6)
@@ -72,22 +71,18 @@ def token_logprobs(hidden, head_weight, targets, temperature=1.0, chunk=0, entro
 
 class TokenLogprobs(torch.autograd.Function):
     """Forward keeps [T] numbers and its last tile; backward computes the logits of the other tiles once more.
-
-    With q = softmax(z), z = h W^T / temperature, H = entropy:
-      d logp_y / dz = onehot(y) - q          d H / dz = -q (log q + H)
-    """
+    With q = softmax(z): d logp_y / dz = onehot(y) - q, and of the entropy H: d H / dz = -q (log q + H)."""
 
     @staticmethod
     def forward(ctx, hidden, head, targets, temperature, chunk):
         logp, entropy, lse = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
         ctx.save_for_backward(hidden, head, targets, lse, entropy)
         ctx.set_materialize_grads(False)  # an entropy that is only a metric comes back as None
-        ctx.temperature, ctx.tiles, ctx.last, ctx.buffer = temperature, slices(len(hidden), chunk), None, None
-        if hidden.dtype == torch.float32:  # for all tiles: fresh pages cost a CPU thrice the arithmetic
-            ctx.buffer = hidden.new_empty(min(chunk, len(hidden)), len(head))
+        ctx.tiles = [slice(i, i + chunk) for i in range(0, len(hidden), chunk)]
+        ctx.temperature, ctx.last = temperature, None
         for t in ctx.tiles:
-            ctx.last = logits(hidden[t], head, temperature, ctx.buffer)
-            for b in slices(len(ctx.last), rows_in_cache(ctx.last)):
+            ctx.last = logits(hidden[t], head, temperature)
+            for b in blocks(ctx.last):
                 z, top = ctx.last[b], ctx.last[b].amax(-1)
                 e = z.sub_(top[:, None]).exp()  # shifted: the entropy is then a sum of small terms
                 total = e.sum(-1)
@@ -108,8 +103,8 @@ class TokenLogprobs(torch.autograd.Function):
         for t in reversed(ctx.tiles):
             log_q, ctx.last = ctx.last, None
             if log_q is None:
-                log_q = logits(hidden[t], head, ctx.temperature, ctx.buffer).sub_(lse[t, None])
-            for b in slices(len(log_q), rows_in_cache(log_q)):
+                log_q = logits(hidden[t], head, ctx.temperature).sub_(lse[t, None])
+            for b in blocks(log_q):
                 factor = -up[t][b]
                 if grad_entropy is not None:
                     factor = factor - up_entropy[t][b] * (log_q[b] + entropy[t][b, None])
@@ -120,27 +115,23 @@ class TokenLogprobs(torch.autograd.Function):
         return grad_hidden, grad_head.to(head.dtype), None, None, None
 
 
-def logits(hidden, head, temperature, buffer):
+def logits(hidden, head, temperature):
     """[t, H], [V, H] -> [t, V] in fp32: a bf16 result would round a logit of 20 by up to 0.06."""
-    if buffer is None:
-        return torch.mm(hidden, head.T, out_dtype=torch.float32).div_(temperature)
-    z = buffer[:len(hidden)]
-    return torch.addmm(z, hidden, head.T, beta=0, alpha=1 / temperature, out=z)
+    if hidden.dtype == torch.float32:
+        return torch.addmm(hidden.new_empty(1), hidden, head.T, beta=0, alpha=1 / temperature)
+    return torch.mm(hidden, head.T, out_dtype=torch.float32).div_(temperature)
 
 
-def rows_in_cache(z):
-    """Rows of a tile to work on at once: on a CPU what its cache holds, which makes several passes cheap."""
-    return len(z) if z.is_cuda else max(1, 2**18 // z.shape[1])
+def blocks(z):
+    """Slices of a tile's rows: on a CPU as many rows as its cache holds, which makes several passes cheap."""
+    rows = len(z) if z.is_cuda else max(1, 2**18 // z.shape[1])
+    return [slice(i, i + rows) for i in range(0, len(z), rows)]
 
 
-def slices(n, size):
-    return [slice(i, i + size) for i in range(0, n, size)]
-
-
-# ----- Attention over packed documents -----------------------------------------------------------------------
+# ----- Attention over packed documents ----------------------------------------------------------------------
 
 def document_attention(q, k, v, cu_seqlens, scale, window=None):
-    """Causal attention inside each document, one SDPA call for neighbours of one length: any device and dtype.
+    """Causal attention inside each document, one SDPA call for neighbours of one length, on any device.
 
     q [D, Hq, E], k and v [D, Hkv, E], cu_seqlens [S+1] -> [D, Hq, E]. `window` counts the visible tokens, the
     current one included (transformers' and Gemma's meaning).
@@ -160,10 +151,6 @@ def document_attention(q, k, v, cu_seqlens, scale, window=None):
     return torch.cat(out)
 
 
-# torch 2.11 takes fewer key heads without being told; later versions want to be told
-GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-
-
 def varlen_attention(module, query, key, value, attention_mask=None, scaling=None, sliding_window=None,
                      softcap=None, s_aux=None, packing=None, **_):
     """The attention function registered with transformers under the name "varlen".
@@ -172,11 +159,10 @@ def varlen_attention(module, query, key, value, attention_mask=None, scaling=Non
     It must honour what a model passes: Gemma 3's `sliding_window`, dropped, costs 2 nats a token past it.
     """
     if packing is None or softcap is not None or s_aux is not None:
-        raise ValueError("a model does not train here if it has soft-capping or sinks in attention, or does not "
-                         "hand its keywords (`packing`) through to attention")
+        raise ValueError("attention with soft-capping or sinks, or that is handed no `packing`, is refused")
     # F.embedding is x[index], with a gradient that several threads sum in fp32
-    q, k, v = (F.embedding(packing.document_index, x[0].transpose(0, 1).flatten(1)).unflatten(1, x.shape[1::2])
-               for x in (query, key, value))
+    rows = (x[0].transpose(0, 1) for x in (query, key, value))
+    q, k, v = (F.embedding(packing.document_index, x.flatten(1)).unflatten(1, x.shape[1:]) for x in rows)
     scale, bounds = module.head_dim ** -0.5 if scaling is None else scaling, packing.cu_seqlens
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
@@ -190,16 +176,13 @@ def varlen_attention(module, query, key, value, attention_mask=None, scaling=Non
 AttentionInterface.register("varlen", varlen_attention)
 
 
-# ----- Packing -----------------------------------------------------------------------------------------------
+# ----- Packing ----------------------------------------------------------------------------------------------
 
 @dataclass
 class MicroBatch:
-    """One packed row. A hidden state predicts the token after it, so a response token is scored at the position
-    before it, and the last token of a document never predicts the first of the next.
-
-    Neighbours with one prompt share it: it lies once before their responses, whose first tokens are all scored
-    at its last position. Only attention sees whole documents: `document_index` takes them out of the row,
-    `row_index` brings their tokens back."""
+    """One packed row. A response token is scored at the position before it. Neighbours share their prompt: it
+    lies once before their responses, whose first tokens are scored at its last position. Only attention sees
+    whole documents: `document_index` takes them out of the row, `row_index` brings their tokens back."""
     rows: list                    # which of the packed sequences, in this order
     ids: torch.Tensor             # [T]
     positions: torch.Tensor       # [T], restarting at 0
@@ -215,9 +198,8 @@ class MicroBatch:
 def pack(sequences, budget, rank=0, world=1, device="cpu"):
     """[(prompt_ids, response_ids)] -> this rank's micro-batches of at most `budget` tokens each.
 
-    Every rank is given the same `sequences` and takes its share; `MicroBatch.rows` says which. Neighbours with
-    one prompt share it, up to a quarter of a micro-batch, so that micro-batches still fill evenly. Further
-    copies of a prompt count for a quarter: they exist in attention alone.
+    Every rank is given the same `sequences` and takes its share. Neighbours share a prompt up to a quarter of
+    a micro-batch, so that these fill evenly; its further copies, in attention alone, count for a quarter.
     """
     limit = min(budget, sum(len(p) + len(r) for p, r in sequences) // world) // 4
     bundles, tokens, last = [], [], None
@@ -235,16 +217,15 @@ def pack(sequences, budget, rank=0, world=1, device="cpu"):
 
 
 def split_by_budget(lengths, budget, world=1):
-    """Deal sequences into micro-batches of at most `budget` tokens -> [rank][micro-batch] -> indices.
-
-    Longest first into the lightest; then sorted by cost, so that the micro-batches which run at the same moment
-    (FSDP meets at every layer) cost about the same. Each rank gets as many, empty ones included.
+    """Deal sequences into micro-batches of at most `budget` tokens, as many on each rank, some of them empty
+    -> [rank][micro-batch] -> indices. Longest first into the lightest; then by cost, so that those that
+    run at one moment (FSDP meets at every layer) cost about the same.
 
     >>> split_by_budget([5, 3, 3, 1], budget=6, world=2)
     [[[0, 3]], [[1, 2]]]
     """
     if max(lengths, default=0) > budget:
-        raise ValueError(f"a sequence of {max(lengths)} tokens does not fit --token_budget {budget}: raise it")
+        raise ValueError(f"a sequence of {max(lengths)} tokens does not fit --token_budget {budget}")
     n_bins = world * -(-sum(lengths) // (budget * world))
     while n_bins:
         bins, load = [[] for _ in range(n_bins)], [0] * n_bins
@@ -282,11 +263,11 @@ def pack_row(sequences, rows=None, device="cpu"):
         targets += response
         documents.append([*range(start, end), *range(first, len(ids))])
     if torch.device(device).type != "cuda":
-        # many small SDPA calls leave cores idle, and one costs about as much as 2**13 pairs of tokens: documents
-        # of similar length get one length by their last token, at the end, where no other token sees it
+        # many small SDPA calls leave cores idle, and one costs as much as 2**12 pairs of tokens: documents of
+        # similar length get one length by their last token, at the end, where no other token sees it
         documents.sort(key=len)
         for document, longer in zip(documents[-2::-1], documents[:0:-1]):
-            if len(longer) ** 2 - len(document) ** 2 <= 2**13:
+            if len(longer) ** 2 - len(document) ** 2 <= 2**12:
                 document += document[-1:] * (len(longer) - len(document))
     index = [i for document in documents for i in document]
     row_index = {i: at for at, i in reversed(list(enumerate(index)))}  # of several the first, never padding
@@ -300,7 +281,7 @@ def pack_row(sequences, rows=None, device="cpu"):
                       tensor([0, *accumulate(map(len, documents))], torch.int32), max(map(len, documents)))
 
 
-# ----- The model ---------------------------------------------------------------------------------------------
+# ----- The model --------------------------------------------------------------------------------------------
 
 # where its files lie; room for prompt and response, or None; token ids are below vocabulary; shapes by name
 Model = namedtuple("Model", "folder positions parameters vocabulary shapes")
@@ -310,11 +291,8 @@ def open_model(name):
     """A folder that save_pretrained wrote, or a hub name -> Model, before a weight is loaded.
 
     All ranks call it, one of each node downloads. RankError on all of them, with the cause, if one cannot."""
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    folder = together(f"model {name}", lambda: find_folder(name) if first else None)
-    folder = together(f"model {name}", lambda: folder or find_folder(name))  # in the cache by now
-
     def read():
+        folder = find_folder(name)
         config = AutoConfig.from_pretrained(folder).get_text_config()
         with torch.device("meta"):
             shell = AutoModelForCausalLM.from_config(config)
@@ -322,6 +300,7 @@ def open_model(name):
                      sum(p.numel() for p in shell.parameters()), len(shell.get_input_embeddings().weight),
                      {k: tuple(v.shape) for k, v in shell.state_dict().items()})
 
+    together(f"model {name}", lambda: os.environ.get("LOCAL_RANK", "0") == "0" and find_folder(name))
     return together(f"model {name}", read)
 
 
@@ -339,24 +318,24 @@ def find_folder(name):
     if name[:1] in ("/", ".", "") or name.endswith("/") or name.count("/") > 1:
         raise ValueError(missing)
     try:  # what transformers and vLLM read: no other formats, no second copies of the weights
-        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
-                                 ignore_patterns=["*/*", "consolidated*"], etag_timeout=5)
+        files = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        return snapshot_download(name, allow_patterns=files, ignore_patterns=["*/*", "consolidated*"])
     except Exception as e:  # no such name, no permission, no network
-        said = f", and the hub does not give one of that name: {' '.join(str(e).split())}"
+        said = f", and the hub does not give it (a folder needs no network): {' '.join(str(e).split())}"
         raise ValueError(missing if close else missing + said) from e
 
 
-class Policy(nn.Module):
+class Policy(torch.nn.Module):
     """A causal LM whose forward returns log-probabilities, so that FSDP's hooks cover the head as well."""
 
     def __init__(self, model, recompute=False, chunk=0):
-        """model: a folder, a hub name, or a transformers causal LM in fp32. recompute: activation checkpointing.
-        chunk: see `token_logprobs`. ValueError for a model that cannot be trained or saved here."""
+        """model: a folder, or a causal LM in fp32. recompute: activation checkpointing. ValueError for a
+        model that cannot be trained here. chunk: see `token_logprobs`."""
         super().__init__()
         if isinstance(model, (str, os.PathLike)):
             model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         for module in model.modules():
-            if isinstance(module, nn.Dropout):
+            if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0  # old, new and engine log-probs must be those of one function
         self.model, self.chunk, self.device = model, chunk, torch.device("cpu")
         self.grad_divisor = 1  # by what data parallelism divides the sum of the ranks' gradients
@@ -395,13 +374,13 @@ class Policy(nn.Module):
         try:
             config.validate(strict=True)
         except ValueError as e:
-            ids = {k: v for k, v in config.to_dict().items() if k.endswith("token_id") and v not in (None, -1)}
+            ids = {k: v for k, v in config.to_dict().items() if k.endswith("token_id") and v != -1}
             self.model.generation_config = GenerationConfig(**ids)
             say(f"checkpoints keep only the token ids of the generation_config: {' '.join(str(e).split())}")
 
     def shard(self, dtype=torch.bfloat16, device="cpu"):
-        """FSDP2 over all ranks: each decoder layer is gathered, used and freed in turn; embedding and head with
-        the root. Masters and gradient reduction stay fp32, compute runs in `dtype`. Returns self."""
+        """FSDP2 over all ranks: each layer is gathered, used and freed in turn, embedding and head with the
+        root. Masters and gradient reduction stay fp32, compute runs in `dtype`. Returns self."""
         self.device, self.grad_divisor = torch.device(device), dist.get_world_size()
         mesh = dist.device_mesh.init_device_mesh(self.device.type, (dist.get_world_size(),))
         # inputs are positions and masks: casting them to bf16 would round position 257 to 256
@@ -412,40 +391,36 @@ class Policy(nn.Module):
         return self.to(self.device)  # buffers; parameters are there already
 
     def reshard(self):
-        """Free the gathered embedding and head, which FSDP2 keeps after a forward without backward: call it after
-        scoring. `shard` puts FSDP's own method in place of this one, which has nothing to free."""
+        """Call it after scoring: FSDP2 keeps embedding and head gathered after a forward without backward.
+        `shard` puts FSDP's own method in place of this one, which has nothing to free."""
 
     @torch.no_grad()
     def is_finite(self):
         """Whether every weight is finite, on every rank."""
-        weights = (p.to_local() if isinstance(p, DTensor) else p for p in self.parameters())
+        weights = (p.to_local() if hasattr(p, "to_local") else p for p in self.parameters())
         return not any_rank(not torch.stack([torch.isfinite(w).all() for w in weights]).all())
 
     @torch.no_grad()
     def full_weights(self):
-        """Yield (name, full tensor) under the checkpoint's names, a tied head included, one gathered at a time.
+        """Yield (name, full tensor) under the checkpoint's names, a tied head included, gathered one by one.
         A collective: every rank must exhaust the generator."""
         for name, p in self.model.state_dict().items():
-            yield name, p.full_tensor() if isinstance(p, DTensor) else p
+            yield name, p.full_tensor() if hasattr(p, "full_tensor") else p
 
 
-# ----- Checkpoints -------------------------------------------------------------------------------------------
+# ----- Checkpoints ------------------------------------------------------------------------------------------
 
 def save_checkpoint(folder, step, policy, optimizer, tokenizer, state, keep=2):
-    """Write folder/000STEP: sharded model and optimizer, `state` as trainer.json, hf/ (fp32, for transformers).
+    """Write folder/000STEP: sharded model and optimizer, `state` as trainer.json, hf/ in fp32.
 
-    All ranks call it, and it succeeds or fails on all. One rename publishes it and old ones go last: a kill at
-    any moment leaves the newest whole. keep: how many stay; 0: hf/ of all, the rest of two. Raises OSError (a full
-    disk) after removing what it wrote, and FloatingPointError before writing, if a weight is not finite.
+    All ranks call it, and it succeeds or fails on all. One rename publishes it and old ones go last: a kill
+    at any moment leaves the newest whole. keep: how many stay; 0: hf/ of all, the rest of two. OSError (a
+    full disk) after removing what was written; FloatingPointError, before, if a weight is not finite.
     """
     if not policy.is_finite():
         raise FloatingPointError(f"a weight is not finite at step {step}: no checkpoint is written")
     final, first = os.path.join(folder, f"{step:06d}"), not dist.is_initialized() or dist.get_rank() == 0
     tmp, what = final + ".tmp", f"checkpoint {final} not written"
-
-    def start():
-        remove_leftovers(folder)
-        os.makedirs(tmp)
 
     def write():
         model, optim = states.get_state_dict(policy, optimizer)
@@ -454,10 +429,11 @@ def save_checkpoint(folder, step, policy, optimizer, tokenizer, state, keep=2):
         weights = states.get_model_state_dict(policy, options=whole)  # on rank 0 alone
         if first:
             hf = os.path.join(tmp, "hf")
-            policy.model.save_pretrained(hf, state_dict={k.removeprefix("model."): v for k, v in weights.items()})
+            weights = {k.removeprefix("model."): v for k, v in weights.items()}
+            policy.model.save_pretrained(hf, state_dict=weights)
             tokenizer.save_pretrained(hf)
             write_atomic(os.path.join(tmp, "trainer.json"), json.dumps(state, indent=1))
-            for file in os.scandir(hf):  # on the disk before the rename that declares it complete
+            for file in filter(os.path.isfile, os.scandir(hf)):  # on the disk before the rename
                 with open(file) as f:
                     os.fsync(f.fileno())
             if os.path.exists(final):  # hf/ that was left of it, at most
@@ -465,7 +441,8 @@ def save_checkpoint(folder, step, policy, optimizer, tokenizer, state, keep=2):
             os.rename(tmp, final)
 
     try:
-        together(what, lambda: first and start())
+        together(what, lambda: first and remove_leftovers(folder))
+        together(what, lambda: first and os.makedirs(tmp))
         together(what, write)
     except RankError as e:
         if first:
@@ -491,26 +468,26 @@ def remove_leftovers(folder):
 
 
 def prune(folder, keep):
-    """Remove old checkpoints, or with keep=0 all but their hf/. What makes one whole goes first: none is ever half."""
+    """Remove old checkpoints, with keep=0 all but their hf/. What makes one count goes first."""
     for name in checkpoints(folder, "trainer.json" if keep else "hf")[:-(keep or 2)]:
         path = os.path.join(folder, name)
         if keep:
             os.rename(path, path + ".old.tmp")
-        for file in [] if keep else sorted(os.listdir(path), reverse=True):  # trainer.json is the last in order
+        for file in [] if keep else sorted(os.listdir(path), reverse=True):  # trainer.json comes first
             if file != "hf":
                 os.remove(os.path.join(path, file))
     remove_leftovers(folder)
 
 
 def checkpoints(folder, part="trainer.json"):
-    """Names of the checkpoints one can resume from, oldest first; part="hf": of all whose weights are there."""
+    """Names of the checkpoints to resume from, oldest first; part="hf": of all whose weights are there."""
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    return sorted((n for n in names if n.isdigit() and os.path.exists(os.path.join(folder, n, part))), key=int)
+    return sorted((n for n in names if n.isdigit() and os.path.exists(f"{folder}/{n}/{part}")), key=int)
 
 
 def check_checkpoint(path, shapes):
-    """Before anything is loaded or written, refuse a checkpoint of another model (ValueError) or a damaged one
-    (OSError). shapes: see `Model`."""
+    """Before anything is loaded or written, refuse a checkpoint of another model (ValueError) or a damaged
+    one (OSError). shapes: see `Model`."""
     state = os.path.join(path, "trainer.json")
     if not os.path.exists(state):
         raise OSError(f"{path} is nothing to go on from: it has no trainer.json (--keep 0 leaves hf/ alone)")
@@ -532,7 +509,7 @@ def check_checkpoint(path, shapes):
 
 
 def load_checkpoint(path, policy, optimizer):
-    """Restore model and optimizer in place, on any number of ranks -> `state`. RankError on all, with the cause."""
+    """Restore model and optimizer in place, on any number of ranks -> `state`. RankError, with the cause."""
     def load():
         model, optim = states.get_state_dict(policy, optimizer)
         run_dcp(dcp.load, {"model": model, "optim": optim}, path)

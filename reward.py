@@ -245,38 +245,41 @@ def clock_time(m):
     return f'"{m[1]}:{m[2] or "00"}{m[3] or ""}{half}"' if m[2] or half else m[0]
 
 
-# Spellings of one number or sign, rewritten in the source text in this order.  Every repetition is bounded or
-# begins where the one before cannot go on, so that no input makes these patterns backtrack for long.
-REWRITES = [(re.compile(pattern), new) for pattern, new in (
+# Spellings of one number or sign, rewritten in the source text, in this order.  Every repetition is bounded
+# or begins where the one before cannot go on, so that no input makes these patterns backtrack for long.
+# The last text of a row saves time: without one of its characters there is nothing to rewrite.
+REWRITES = [(re.compile(pattern), *new) for pattern, *new in (
     (r"\\(?:mathrm|text)\s*\{\s*C\s*\}\s*_\s*\{?([0-9a-z]{1,9})\}?\s*\^\s*\{?([0-9a-z]{1,9})\}?",
-     r"\\binom{\1}{\2}"),
+     r"\\binom{\1}{\2}", "C"),
     (r"\\mathbb\s*\{?\s*([RZNQC])\s*\}?|\\math(?:bf|rm)\s*\{\s*([RZNQ])\s*\}",
      lambda m: {"R": "\\reals ", "Z": "\\integers ", "N": "\\naturals ", "Q": "\\rationals ",
-                "C": "\\complexes "}[m[1] or m[2]]),
+                "C": "\\complexes "}[m[1] or m[2]], "RZNQC"),
     (r"\\(?:vec|overrightarrow|mathbf)\s*\{?\s*([A-Za-z]{1,2})\s*\}?\s*\\times\s*"
-     r"\\(?:vec|overrightarrow|mathbf)\s*\{?\s*([A-Za-z]{1,2})\s*\}?", r"\\cross{\1}{\2}"),
+     r"\\(?:vec|overrightarrow|mathbf)\s*\{?\s*([A-Za-z]{1,2})\s*\}?", r"\\cross{\1}{\2}", "vb"),
     *[(TEXT, quoted)] * 4,                                                     # a \text in a \text: 4 levels
-    (r"(?<=[0-9 \"(~])([aApP])\. ?[mM]\b\.?", r" \1m"),                                        # 5 p.m.
-    (r"\{:\}|\\!:\\!|\":\"", ":"), (CLOCK, clock_time),
-    (r"\^\s*\{?\s*\"?\s*(?:st|nd|rd|th)\s*\"?\s*\}?(?![A-Za-z])", ""),                          # 12^{th}
+    (r"(?<=[0-9 \"(~])([aApP])\. ?[mM]\b\.?", r" \1m", "mM"),                                        # 5 p.m.
+    (r"\{:\}|\\!:\\!|\":\"", ":", ":"), (CLOCK, clock_time, ":mM"),
+    (r"\^\s*\{?\s*\"?\s*(?:st|nd|rd|th)\s*\"?\s*\}?(?![A-Za-z])", "", "hds"),                    # 12^{th}
     (r"(?<=[0-9])(?:\s*\"\s*(?:st|nd|rd|th)\s*\"|(?:(?<=1)st|(?<=2)nd|(?<=3)rd|(?<=[04-9])th|(?<=1[1-3])th)"
-     r"(?![A-Za-z]))", ""),
-    (r"(?<=[0-9])\s+([kc]?m/(?:s|h|min|hr)(?:\^2|\^\{2\})?)(?=\W*$)", r'"\1"'),                # 6 m/s
-    (r"\^\s*\{((?:\s*(?:'|\\prime))+)\s*\}|\^\s*(?='|\\prime)", r"\1"),                        # y^{\prime}
-    (r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})", r"\\degree "),
-    (r"\(\s*\"?\s*\\?[pb]?mod\s*\"?\s*\{?([^{}()\"]{1,40})\}?\s*\"?\s*\)", r"\\pmod{\1}"),
-    (r"<\s*=", r"\\le "), (r">\s*=", r"\\ge "), (r"(?:!|\\not)\s*=", r"\\ne "), (r"\*\*", "^"),
-    (r"\.\.\.", r"\\ldots "), (r"^\s*\\approx", ""), (r"(?<=[0-9])\s*x\s*10\s*(?=\^)", "*10"),  # 8.7 x 10^8
-    (r"([0-9]{0,200})\.([0-9]{0,200})\\(?:overline|bar|dot)\s*\{?([0-9]{1,200})\}?", repeating_decimal),
-    (r"(?<![0-9])([0-9]{1,200})\.([0-9]{0,200})\(([0-9]{1,200})\)", repeating_decimal),        # 0.(3)
-    (r"(?<![0-9.,])([0-9]{1,200})\{,\}([0-9]{1,2}|[0-9]{4,200})(?![0-9{,])", r"\1.\2"),        # 0{,}5
+     r"(?![A-Za-z]))", "", "hds"),
+    (r"(?<=[0-9])\s+([kc]?m/(?:s|h|min|hr)(?:\^2|\^\{2\})?)(?=\W*$)", r'"\1"', "m"),                # 6 m/s
+    (r"\^\s*\{((?:\s*(?:'|\\prime))+)\s*\}|\^\s*(?='|\\prime)", r"\1", "'p"),                  # y^{\prime}
+    (r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})", r"\\degree ", "i"),
+    (r"\(\s*\"?\s*\\?[pb]?mod\s*\"?\s*\{?([^{}()\"]{1,40})\}?\s*\"?\s*\)", r"\\pmod{\1}", "m"),
+    (r"<\s*=", r"\\le ", "<"), (r">\s*=", r"\\ge ", ">"), (r"(?:!|\\not)\s*=", r"\\ne ", "="),
+    (r"\*\*", "^", "*"),
+    (r"\.\.\.", r"\\ldots ", "."), (r"^\s*\\approx", "", "x"),
+    (r"(?<=[0-9])\s*x\s*10\s*(?=\^)", "*10", "x"),  # 8.7 x 10^8
+    (r"([0-9]{0,200})\.([0-9]{0,200})\\(?:overline|bar|dot)\s*\{?([0-9]{1,200})\}?", repeating_decimal, "."),
+    (r"(?<![0-9])([0-9]{1,200})\.([0-9]{0,200})\(([0-9]{1,200})\)", repeating_decimal, "."),        # 0.(3)
+    (r"(?<![0-9.,])([0-9]{1,200})\{,\}([0-9]{1,2}|[0-9]{4,200})(?![0-9{,])", r"\1.\2", ","),        # 0{,}5
     # 1\,000 and 1{,}000; then 1,000; then 1 4/5; then 1\frac{4}{5}
     (r"(?<![0-9.,])[1-9][0-9]{0,2}(?:(?:\{,\}|,?\\[,!;: ]|,\\!\s+| )[0-9]{3})+(?![0-9])",
-     lambda m: re.sub(r"[^0-9]", "", m[0])),
-    (r"(?<![0-9.,}])[1-9][0-9]{0,2}(?:,[0-9]{3}){1,7}(?![0-9])(?!,[0-9])", join_thousands),
-    (r"(?<![0-9./^_a-zA-Z})])([0-9]{1,9}) +([0-9]{1,9})/([0-9]{1,9})(?![0-9./^])", mixed_number),
+     lambda m: re.sub(r"[^0-9]", "", m[0]), ",!;: "),
+    (r"(?<![0-9.,}])[1-9][0-9]{0,2}(?:,[0-9]{3}){1,7}(?![0-9])(?!,[0-9])", join_thousands, ","),
+    (r"(?<![0-9./^_a-zA-Z})])([0-9]{1,9}) +([0-9]{1,9})/([0-9]{1,9})(?![0-9./^])", mixed_number, "/"),
     (r"(?<![0-9.^_])(?<![0-9] )(?<!frac)(?<!sqrt)(?<!binom)([0-9]{1,9})\s*\\?[dtc]?frac\s*"
-     r"(?:\{\s*([0-9]{1,9})\s*\}|([0-9]))\s*(?:\{\s*([0-9]{1,9})\s*\}|([0-9]))(?!\s*\^)", mixed_number),
+     r"(?:\{\s*([0-9]{1,9})\s*\}|([0-9]))\s*(?:\{\s*([0-9]{1,9})\s*\}|([0-9]))(?!\s*\^)", mixed_number, "f"),
     (r"(\([^(),]*,[^()]*\))(?=\s*(?:\\left\s*)?\([^(),]*,[^()]*\))", r"\1,"),                  # (2,3)(2,7)
 )]
 # 1e-5 and 3.61e-10 are numbers, 24e-32 is 24e - 32.
@@ -328,8 +331,9 @@ def lexed(source):
     source = source.translate(UNICODE).strip()
     if "\\begin" not in source:                          # elsewhere `\\frac` was escaped twice in the data
         source = re.sub(r"\\\\(?=[A-Za-z])", r"\\", source)
-    for pattern, new in REWRITES:
-        source = pattern.sub(new, source)
+    for pattern, new, *needs in REWRITES:
+        if not needs or any(c in source for c in needs[0]):
+            source = pattern.sub(new, source)
     wordy, tokens = bool(WORDY.search(source)), []
     for m in TOKEN.finditer(source):
         kind, t = m.lastgroup, m[0]
@@ -819,7 +823,10 @@ def tick():
 
 
 def exact(*values):
-    return all(isinstance(v, Fraction) for v in values)
+    for v in values:                             # a loop, for this is asked more often than anything else
+        if not isinstance(v, Fraction):
+            return False
+    return True
 
 
 def bits(x):
@@ -828,9 +835,11 @@ def bits(x):
 
 def inexact(x):
     """As an mpmath number; a Fraction with too many digits would be cut, and what is cut could matter."""
-    if exact(x) and bits(x) > SEEN_BITS:
+    if not isinstance(x, Fraction):
+        return x
+    if bits(x) > SEEN_BITS:
         raise Undecided("too many digits")
-    return mp().mpf(x.numerator) / x.denominator if exact(x) else x
+    return mp().mpf(x.numerator) / x.denominator
 
 
 def real(x):

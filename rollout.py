@@ -13,9 +13,11 @@ Left out on purpose: tensor-parallel engines (a 1.5B model fits one GPU), asynch
 """
 import hashlib
 import importlib.util
+import logging
 import os
 import time
 import unicodedata
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -57,7 +59,6 @@ class Sample:
 
 def sample_seed(*key):
     """A 63-bit number for (run seed, step, problem id, sample): the same on any number of ranks.
-
     >>> sample_seed(0, 1, "p7", 3) == sample_seed(0, 1, "p7", 3) != sample_seed(0, 1, "p7", 4)
     True
     """
@@ -176,8 +177,7 @@ def check_tokenizer(tokenizer, prompt_texts, prompts, vocabulary):
 
 
 def stop_token_ids(model, config):
-    """All ids that end a response, in both engines: the tokenizer's own, and those of generation_config.json
-    or, without that file, of the model's config."""
+    """Ids that end a response: the tokenizer's own, and generation_config.json's or, without it, config's."""
     ids, own = config.eos_token_id, None
     with suppress(OSError):
         ids = GenerationConfig.from_pretrained(model).eos_token_id
@@ -247,10 +247,11 @@ class VllmEngine(Engine):
 
     def _prepare(self, options, device):
         """What can fail before ranks wait for each other."""
-        defaults = {"LOGGING_LEVEL": "ERROR", "NO_USAGE_STATS": "1", "CPU_KVCACHE_SPACE": "2",  # GiB
-                    "CPU_OMP_THREADS_BIND": "nobind"}  # the trainer needs the cores later
-        for name, value in defaults.items():
-            os.environ.setdefault(f"VLLM_{name}", value)
+        defaults = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "2",
+                    "VLLM_CPU_OMP_THREADS_BIND": "nobind"}  # 2 GiB; the trainer needs the cores later
+        os.environ.update(defaults | os.environ)
+        logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # "Triton not available" on CPUs
+        warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
         from vllm.engine.arg_utils import EngineArgs
         from vllm.platforms import current_platform
         runs_on = "cuda" if current_platform.is_cuda_alike() else current_platform.device_type
@@ -317,11 +318,10 @@ class VllmEngine(Engine):
     def close(self):
         """Shut down, even what is half started. vLLM would end the caller's process group, too."""
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-        if self.llm is not None:
-            self.llm.llm_engine.engine_core.shutdown()
         with mock.patch.object(dist, "is_initialized", return_value=False):
+            if self.llm is not None:
+                self.llm.llm_engine.engine_core.shutdown()
             cleanup_dist_env_and_memory()
-        self.llm = None
 
 
 def slot_attention(module, query, key, value, attention_mask=None, scaling=None, cache=None, distance=None,

@@ -33,7 +33,7 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import reward  # noqa: E402
+import reward
 
 LIMIT = 6.0          # seconds for one case; 2 is the bound that counts
 
@@ -248,7 +248,7 @@ class Child:
 def run(name, cases, hostile):
     with tempfile.TemporaryDirectory() as folder:
         child = Child(name, folder)
-        sums = [case for case in cases if "\\sum" in case.get("answer", "")][:1]       # starts sympy
+        sums = [case for case in cases if "\\sum" in case["gold"]][-2:]                # start sympy
         for case in cases[:50] + sums:          # imports and first calls are not the speed we ask for
             child({**case})
         results = [child(case) for case in cases]

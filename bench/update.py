@@ -1,96 +1,93 @@
 """update.py - the training half of a step on a saved rollout file: TRL, plain loops, ours, and the limit.
 
-    python bench/update.py --model models/smollm2 --peer_python PEERS/bin/python      # everything, an hour on two cores
+    python bench/update.py --model models/smollm2 --peer_python PEERS/bin/python      # an hour on two cores
     python bench/update.py --workloads tiny                                           # no model folder needed
-    python bench/update.py --quick                                                    # seconds; what CI runs
+    python bench/update.py --quick                                                    # seconds
 
-Timed: advantages, packing or padding, old log-probs, loss, backward, clipping, AdamW, from the samples in hand to the
-last optimizer step. Every side does it twice on the same samples, and `seconds` is the second time: the first optimizer
-step of a run creates Adam's moments, 3 s of first touches of memory with SmolLM2, and no later one does
-(`first_seconds` tells). The recipe's two updates a rollout (--updates): the second needs old log-probs. TRL scores all
-samples for that; ours and the plain loops only the second half, because at the first update the policy is the old one.
+Timed: advantages, packing or padding, old log-probs, loss, backward, clipping, AdamW, from the samples in
+hand to the last optimizer step. Every side does it twice on the same samples, and `seconds` is the second
+time: the first optimizer step of a run creates Adam's moments, 3 s of first touches of memory with SmolLM2,
+and no later one does (`first_seconds` shows it). The recipe's two updates a rollout (--updates): the second
+needs old log-probs. TRL scores all samples for that; ours and the plain loops only the second half, because
+at the first update the policy is the old one.
 
-  ours     grpo.py's own Run.pack, Run.score and Run.update, default token budget; computes the entropy as well
-  trl      GRPOTrainer.train with the samples handed in through `rollout_func`; its shuffling of samples is switched
-           off so that its two mini-batches are ours; computes the entropy as well
+  ours     grpo.py's own Learner.pack, score and update; computes the entropy as well
+  trl      GRPOTrainer.train with the samples handed in through `rollout_func`; its shuffling of samples is
+           switched off so that its two mini-batches are ours; computes the entropy as well
   padded   the plain loop: micro-batches in file order, padded to their longest, full logits
-  sorted   samples sorted by length, no attention mask (right-padding needs none), head on response tokens only
-  limit    as many tokens forward and backward through the bare model as ours, in full rows of one length without any
-           padding: body, head matmul on response tokens, cross-entropy. No loss, no entropy, no optimizer
+  sorted   samples sorted by length, no attention mask (right-padding needs none), head on response tokens
+  limit    as many tokens forward and backward through the bare model as ours, in full rows of one length
+           without any padding: body, head on response tokens, cross-entropy; no entropy and no optimizer
 
-Micro-batch sizes of trl, padded and sorted are scanned first (--micro), each plays with its best. The workloads:
-`tiny`, a random Qwen2 of 1.6 M parameters, 32 x 8 samples of 82 tokens on average, cut at 208 (the ratio of the 16K
-stage); `smollm2`, 2 x 8 samples of 133 tokens on average, cut at 240. The JSON says what the files hold.
-Checked: gradient norm of each update against ours (an on-policy GRPO loss is about 0 whatever the log-probs are, its
-gradient is not) and the mean entropy.
+Micro-batch sizes of trl, padded and sorted are scanned first (--micro), each plays with its best. Workloads:
+`tiny`, a random Qwen2 of 1.6 M parameters, 32 x 8 samples of 82 tokens on average, cut at 208 (the ratio of
+the 16K stage); `smollm2`, 2 x 8 samples of 133 tokens on average, cut at 240. The JSON says what the files
+hold. Checked: the gradient norm of each update against ours (an on-policy GRPO loss is about 0 whatever the
+log-probs are, its gradient is not) and the mean entropy.
 """
 import argparse
 import os
 import sys
 import tempfile
-import time
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import common  # noqa: E402
+import measure
 
-WORKLOADS = {  # prompts, group, mean, max_len, prompt_len, micro-batch sizes to scan
-    "tiny": dict(prompts=32, group=8, mean=101, max_len=208, prompt_len=32, micro=[8, 16, 32, 64]),
-    "smollm2": dict(prompts=2, group=8, mean=200, max_len=240, prompt_len=64, micro=[1, 2, 4, 8]),
-    "quick": dict(prompts=4, group=4, mean=24, max_len=60, prompt_len=8, micro=[4]),
-}
+SHAPE = ("prompts", "group", "mean", "max_len", "prompt_len", "micro")  # micro: micro-batch sizes to scan
+WORKLOADS = {name: dict(zip(SHAPE, values)) for name, values in {
+    "tiny": (32, 8, 101, 208, 32, [8, 16, 32, 64]),
+    "smollm2": (2, 8, 200, 240, 64, [1, 2, 4, 8]),
+    "quick": (4, 4, 24, 60, 8, [4]),
+}.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The sides: spec in, {"seconds", "cpu_seconds", "memory_mb", "grad_norm" of each update, ...} out
-# ---------------------------------------------------------------------------------------------------------------
+# ----- The sides: spec in, {"seconds", "cpu_seconds", "memory_mb", "grad_norm" of each update, ...} out ----
 
 def ours(spec):
     """As grpo.train does it between `generate` and `push`."""
-    import torch
     import grpo
-    from rollout import Sample
-    run = common.grpo_run(spec, dtype=spec["dtype"], group=spec["group"], prompts=spec["prompts"],
-                          updates=spec["updates"],
-                          max_len=spec["max_len"], temperature=1.0, lr=1e-6, token_budget=spec["token_budget"])
-    rows = common.read_rollouts(spec["rollouts"])
-    samples = [Sample(r["prompt"], r["response"], r["logprobs"], r["finish_reason"]) for r in rows]
+    same = {name: spec[name] for name in ("dtype", "group", "prompts", "updates", "max_len")}
+    learner = measure.make_learner(spec["model"], spec["token_budget"], temperature=1.0, lr=1e-6, **same)
+    rows = measure.read_rollouts(spec["rollouts"])
+    samples = measure.as_samples(rows)
     rewards = torch.tensor([r["reward"] for r in rows]).view(spec["prompts"], spec["group"])
-    warm_up(lambda: run.policy(run.pack(samples[:spec["group"]], rewards[:1], torch.arange(1))[0][0])[0].sum(),
-            run.optimizer)
+    first, _ = learner.pack(samples, rewards, torch.arange(1))
+    warm_up(lambda: learner.policy(first[0][0])[0].sum(), learner.optimizer)
     norms, entropies, halves = [], [], torch.arange(spec["prompts"]).chunk(spec["updates"])
-    with common.meter() as m:
+    with measure.meter() as m:
         for _ in m.twice():
             advantages = grpo.group_advantages(rewards)
-            minibatches = [run.pack(samples, advantages, p) for p in halves]
-            for mini in minibatches[1:]:
-                run.score(run.policy, mini, "old_logp")
-            for mini in minibatches:
+            minibatches = [learner.pack(samples, advantages, p) for p in halves]
+            old = [None, *(learner.score(learner.policy, mini) for mini in minibatches[1:])]
+            for mini, old_logp in zip(minibatches, old):
                 stats = Counter()
-                run.update(mini, stats)
-                norms.append(float(stats["grad_norm"]))
-                entropies.append(float(stats["entropy"]) / float(stats["tokens"]))
-    return m.answer(grad_norm=norms, entropy=entropies, token_budget=run.args.token_budget)
+                learner.update(0, mini, old_logp, None, stats)
+                norms.append(stats["grad_norm"])
+                entropies.append(float(stats["entropy"] / stats["tokens"]))
+    return m.answer(grad_norm=norms, entropy=entropies, token_budget=spec["token_budget"])
 
 
 def trl(spec):
-    """GRPOTrainer's own loop; the clock runs from the return of rollout_func to the end of the last optimizer step."""
-    import torch
+    """GRPOTrainer's own loop; the clock runs from rollout_func to the last optimizer step's end."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     import trl.trainer.grpo_trainer as module
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     module.shuffle_sequence_dict = lambda batch: batch
-    rows, cuda = common.read_rollouts(spec["rollouts"]), torch.cuda.is_available()
+    rows = measure.read_rollouts(spec["rollouts"])
     n, k, updates, stack = len(rows), spec["micro"], spec["updates"], ExitStack()
 
     def rollout_func(prompts, trainer):
         if box:
             box[0].again()
         else:
-            box.append(stack.enter_context(common.meter()))
+            box.append(stack.enter_context(measure.meter()))
         return {"prompt_ids": [r["prompt"] for r in rows], "completion_ids": [r["response"] for r in rows],
                 "logprobs": None}
 
@@ -107,10 +104,7 @@ def trl(spec):
             folder, per_device_train_batch_size=k, gradient_accumulation_steps=n // updates // k,
             steps_per_generation=n // k,
             num_generations=spec["group"], max_completion_length=spec["max_len"], max_steps=2 * updates,
-            learning_rate=1e-6, weight_decay=0.01, max_grad_norm=1.0, lr_scheduler_type="constant", loss_type="dapo",
-            epsilon=0.2, epsilon_high=0.28, beta=0.0, temperature=1.0, bf16=spec["dtype"] == "bfloat16",
-            use_cpu=not cuda, gradient_checkpointing=cuda, shuffle_dataset=False, logging_steps=1, report_to=[],
-            save_strategy="no", disable_tqdm=True, dataloader_pin_memory=cuda)
+            **trl_settings(spec["dtype"]))
         trainer = module.GRPOTrainer(
             model, args=args, reward_funcs=lambda completions, **_: rewards, processing_class=tokenizer,
             train_dataset=Dataset.from_dict({"prompt": [str(r["problem"]) for r in rows[::spec["group"]]]}),
@@ -124,11 +118,21 @@ def trl(spec):
     return box[0].answer(grad_norm=norms, entropy=[line["entropy"] for line in log], micro=k)
 
 
+def trl_settings(dtype):
+    """What GRPOConfig is told in every benchmark: the recipe, no logs, nothing saved."""
+    cuda = torch.cuda.is_available()
+    return {"learning_rate": 1e-6, "weight_decay": 0.01, "max_grad_norm": 1.0,
+            "lr_scheduler_type": "constant", "loss_type": "dapo", "epsilon": 0.2, "epsilon_high": 0.28,
+            "beta": 0.0, "temperature": 1.0,
+            "bf16": dtype == "bfloat16", "use_cpu": not cuda, "gradient_checkpointing": cuda,
+            "dataloader_pin_memory": cuda, "shuffle_dataset": False, "logging_steps": 1, "report_to": [],
+            "save_strategy": "no", "disable_tqdm": True}
+
+
 def plain_logp(model, rows, dtype, logits):
     """Log-probs [R] of the response tokens of a padded micro-batch; full logits, or head on these only."""
-    import torch
-    import torch.nn.functional as F
-    device, longest = next(model.parameters()).device, max(len(r["prompt"]) + len(r["response"]) for r in rows)
+    device = next(model.parameters()).device
+    longest = max(len(r["prompt"]) + len(r["response"]) for r in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.int64)
     scored = torch.zeros(len(rows), longest, dtype=torch.bool)  # positions that predict a response token
     mask = torch.zeros_like(ids)
@@ -149,16 +153,16 @@ def plain_logp(model, rows, dtype, logits):
 
 def plain(spec, by_length):
     """A loop as one would write it in an afternoon, on the loss function of grpo.py."""
-    import torch
-    import grpo
     from transformers import AutoModelForCausalLM
+
+    import grpo
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.01, fused=True)
-    rows, k, norms = common.read_rollouts(spec["rollouts"]), spec["micro"], []
+    rows, k, norms = measure.read_rollouts(spec["rollouts"]), spec["micro"], []
     rewards = torch.tensor([r["reward"] for r in rows]).view(spec["prompts"], spec["group"])
     warm_up(lambda: plain_logp(model, rows[:2], spec["dtype"], not by_length).sum(), optimizer)
-    with common.meter() as m:
+    with measure.meter() as m:
         for _ in m.twice():
             for r, a in zip(rows, grpo.group_advantages(rewards).view(-1).tolist()):
                 r["advantage"] = a
@@ -176,7 +180,8 @@ def plain(spec, by_length):
                     logp = plain_logp(model, batch, spec["dtype"], not by_length)
                     advantages = torch.tensor([r["advantage"] for r in batch], device=device)
                     lengths = torch.tensor([len(r["response"]) for r in batch], device=device)
-                    loss, _ = grpo.grpo_loss(logp, old.get(id(batch)), advantages, lengths, clip_high=0.28, total=total)
+                    loss, _ = grpo.grpo_loss(logp, old.get(id(batch)), advantages, lengths, clip_high=0.28,
+                                             total=total)
                     loss.backward()
                 norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
                 optimizer.step()
@@ -185,19 +190,18 @@ def plain(spec, by_length):
 
 
 def limit(spec):
-    """The same numbers of tokens through the bare model, in micro-batches [B, L] without a single padded token."""
-    import torch
-    import torch.nn.functional as F
+    """The same numbers of tokens through the bare model, in micro-batches [B, L] without any padding."""
     from transformers import AutoModelForCausalLM
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, spec["dtype"])
     model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=dtype).to(device).train()
-    rows = common.read_rollouts(spec["rollouts"])
+    rows = measure.read_rollouts(spec["rollouts"])
     half = len(rows) // spec["updates"]
     batches = []
     for i in range(0, len(rows), half):
         mini = rows[i:i + half]
-        tokens, scored = sum(len(r["prompt"]) + len(r["response"]) for r in mini), sum(len(r["response"]) for r in mini)
+        scored = sum(len(r["response"]) for r in mini)
+        tokens = scored + sum(len(r["prompt"]) for r in mini)
         length = round(tokens / len(mini))
         pieces = -(-tokens // spec["token_budget"])  # as many micro-batches as ours, at least
         for j in range(pieces):
@@ -210,7 +214,7 @@ def limit(spec):
         return F.cross_entropy(hidden @ model.get_output_embeddings().weight.T, ids.flatten()[:n])
 
     warm_up(lambda: loss(batches[0][0][:2], 8), model)
-    with common.meter() as m:
+    with measure.meter() as m:
         for _ in m.twice():
             with torch.no_grad():
                 for ids, n, old in batches:
@@ -223,7 +227,7 @@ def limit(spec):
 
 
 def warm_up(loss, optimizer):
-    """One small forward and backward before the clock starts: kernels are chosen and loaded then, for every side."""
+    """One small forward and backward before the clock starts, for every side: kernels are loaded then."""
     loss().backward()
     optimizer.zero_grad(set_to_none=True)
 
@@ -232,15 +236,13 @@ SIDES = {"ours": ours, "trl": trl, "padded": lambda s: plain(s, False), "sorted"
          "limit": limit}
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The script
-# ---------------------------------------------------------------------------------------------------------------
+# ----- The script ------------------------------------------------------------------------------------------
 
 def scan(side, settings, sizes, python):
     """The micro-batch size with which a side is fastest -> (size, {size: seconds or error})."""
     seen = {}
     for k in sizes:
-        a = common.measure(__file__, side, {**settings, "micro": k}, python)
+        a = measure.measure(__file__, side, {**settings, "micro": k}, python)
         seen[k] = a.get("error") or a["seconds"]
         print(f"  scan {side}, micro-batch {k}: {seen[k] if 'error' in a else round(seen[k], 2)}", flush=True)
     good = {k: s for k, s in seen.items() if not isinstance(s, str)}
@@ -253,12 +255,11 @@ def one_workload(name, dtype, args):
     sizes = args.micro or shape.pop("micro")
     shape.pop("micro", None)
     work = Path(args.work)
-    work.mkdir(parents=True, exist_ok=True)
-    model = common.tiny_model(work / "tiny") if name == "tiny" else args.model
+    model = measure.tiny_model(work / "tiny") if name == "tiny" else args.model
     vocab = 4096 if name == "tiny" else vocabulary(model)
     path = work / f"rollouts-{'quick' if args.quick else name}.jsonl"
-    holds = common.rollouts(path, vocab, **shape, seed=args.seed)
-    longest = max(len(r["prompt"]) + len(r["response"]) for r in common.read_rollouts(path))
+    holds = measure.rollouts(path, vocab, **shape, seed=args.seed)
+    longest = max(len(r["prompt"]) + len(r["response"]) for r in measure.read_rollouts(path))
     settings = {**shape, "model": str(model), "rollouts": str(path), "dtype": dtype, "updates": args.updates,
                 "token_budget": max(args.token_budget, longest), "longest": longest}
     print(f"{name} {dtype}: {holds}", flush=True)
@@ -269,7 +270,7 @@ def one_workload(name, dtype, args):
         if side in ("trl", "padded", "sorted"):
             micro, scans[side] = scan(side, settings, sizes, python) if len(sizes) > 1 else (sizes[0], {})
         jobs[side] = (side, {**settings, "micro": micro}, python)
-    rows = common.rows_of(common.alternate(__file__, jobs, args.repeats), workload=name, dtype=dtype)
+    rows = measure.rows_of(measure.alternate(__file__, jobs, args.repeats), workload=name, dtype=dtype)
     compare(rows, holds)
     for row in rows:
         row["scan"] = scans.get(row["side"])
@@ -292,51 +293,47 @@ def compare(rows, holds):
             continue
         row["times_ours"] = row["seconds"]["median"] / ours["seconds"]["median"]
         if "grad_norm" in row:
-            row["grad_norm_off"] = max(abs(a / b - 1) for a, b in zip(row["grad_norm"], ours["grad_norm"], strict=True))
+            norms = zip(row["grad_norm"], ours["grad_norm"], strict=True)
+            row["grad_norm_off"] = max(abs(a / b - 1) for a, b in norms)
         if "entropy" in row:
             row["entropy_off"] = max(abs(a - b) for a, b in zip(row["entropy"], ours["entropy"], strict=True))
 
 
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    common.add_common(p, "update")
+    measure.add_common(p, "update")
     add = p.add_argument
     add("--workloads", nargs="+", default=None,
         help="tiny, smollm2:float32, smollm2:bfloat16; default: tiny, and both with --model")
-    add("--model", default=None, help="SmolLM2 folder (python toy.py smollm2 --out FOLDER) or any other causal LM")
-    add("--sides", nargs="+", choices=list(SIDES), default=None, help="default: all; trl only where it can be imported")
+    add("--model", help="SmolLM2 folder (python toy/make.py smollm2) or any other causal LM")
+    add("--sides", nargs="+", choices=list(SIDES), help="default: all, trl where it is installed")
     add("--micro", type=int, nargs="+", default=None, help="micro-batch sizes (samples) to scan")
     add("--updates", type=int, default=2, help="optimizer updates for the rollout batch, as in the recipe")
-    add("--token_budget", type=int, default=2048, help="packed tokens of our micro-batch (grpo.py's default on a CPU)")
-    add("--work", default=str(common.ROOT / "runs" / "bench"), help="folder for the rollout files and the tiny model")
-    add("--seed", type=int, default=0, help="of the rollout file")
+    add("--token_budget", type=int, default=2048, help="of our micro-batch; 2,048 is grpo.py's on a CPU")
     args = p.parse_args(argv)
     if args.worker:
-        return common.serve(SIDES, args.worker)
-    before = common.start(args)
+        return measure.serve(SIDES, args.worker)
+    before = measure.start(args)
     if args.quick:
         args.repeats, args.workloads, args.token_budget = 1, ["tiny"], 256
         args.sides = args.sides or ["ours", "padded", "sorted", "limit"]
-    args.sides = args.sides or [s for s in SIDES if s != "trl" or args.peer_python or common.has("trl")]
+    args.sides = args.sides or [s for s in SIDES if s != "trl" or args.peer_python or measure.has("trl")]
     workloads = args.workloads or ["tiny"] + ["smollm2:float32", "smollm2:bfloat16"] * bool(args.model)
     if not args.model and any(w != "tiny" for w in workloads):
-        p.error("smollm2 needs --model FOLDER: python toy.py smollm2 --out FOLDER makes it")
-    rows, files, began = [], {}, time.time()
+        p.error("smollm2 needs --model FOLDER: python toy/make.py smollm2 --out FOLDER makes it")
+    rows, files = [], {}
     for workload in workloads:
         name, _, dtype = workload.partition(":")
         more, files[workload] = one_workload(name, dtype or "float32", args)
         rows += more
-    print()
-    common.table(rows, [("workload", "workload", ""), ("dtype", "dtype", ""), ("side", "side", ""),
+    measure.print_rows(rows, [("workload", "workload", ""), ("dtype", "dtype", ""), ("side", "side", ""),
                         ("seconds", "seconds", ".2f"), ("first", "first_seconds", ".2f"),
                         ("CPU s", "cpu_seconds", ".2f"), ("x ours", "times_ours", ".2f"),
                         ("response tokens/s", "tokens_per_second", ",.0f"),
                         ("memory MiB", "memory_mb", ",.0f"), ("micro", "micro", ""),
                         ("|g| off", "grad_norm_off", ".1e"),
                         ("H off", "entropy_off", ".1e")])
-    common.write(args.out, "one update phase on a saved rollout file",
-                 {k: v for k, v in vars(args).items() if k != "worker"},
-                 rows, before, rollout_files=files, minutes=(time.time() - began) / 60)
+    measure.write(args, "one update phase on a saved rollout file", rows, before, rollout_files=files)
 
 
 if __name__ == "__main__":

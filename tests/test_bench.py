@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, run
 
 sys.path.insert(0, str(ROOT / "bench"))
-import common  # noqa: E402
+import harness as common  # noqa: E402
 import scaling  # noqa: E402
 
 

@@ -16,11 +16,12 @@ from conftest import command, metrics, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 import figures
 
-NAMES = {make.__name__ for make in figures.FIGURES}
+NAMES = set(figures.FIGURES)
 
 
 def write_gz(path, rows):
@@ -72,24 +73,24 @@ def schedule(folder, bench="aime24", steps=(40, 26, 12), picked=(30, 20, None)):
     return folder
 
 
-def make(name, *folders, window=100, sizes=()):
-    runs = [figures.read_run(str(folder)) for folder in folders]
-    for each in runs:
-        each.window, each.mean = window, f"mean of {window} steps"
+def make(name, *folders, window=100):
+    prefixes = [f"{folder.name}, " if len(folders) > 1 else "" for folder in folders]
+    runs = [figures.read_run(str(folder), window, prefix) for folder, prefix in zip(folders, prefixes)]
     with matplotlib.rc_context(figures.STYLE):
-        figure = getattr(figures, name)(runs, list(sizes))
-        if not isinstance(figure, str):
-            FigureCanvasAgg(figure)
-            figure.draw_without_rendering()
+        figure = figures.FIGURES[name][0](runs)
+        FigureCanvasAgg(figure)
+        figure.draw_without_rendering()
     return figure
 
 
-def texts(figure):
-    return [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip()]
-
-
-def said(figure):
-    return [t.get_text() for t in texts(figure)]
+def labelled(axis):
+    """{name in the legend: [points of each line of that name]}"""
+    found = {}
+    for line in axis.lines:
+        found.setdefault(line.get_label(), []).append(np.asarray(line.get_xydata(), float))
+    for bars in axis.containers:
+        found.setdefault(bars.get_label(), []).append(bars.lines[0].get_xydata())
+    return found
 
 
 # --- Pictures ----------------------------------------------------------------------------------------------
@@ -115,19 +116,20 @@ def test_pictures_and_page_of_a_real_run(tiny, problems, tmp_path, capsys):
 def test_numbers_drawn_are_the_ones_logged(tmp_path):
     folder = made_up(tmp_path / "run", steps=20)
     rows = metrics(folder, timing=True)[1:]
-    raw, mean = make("length_and_reward", folder, window=3).axes[1].lines[:2]
+    axis = make("length_and_reward", folder, window=3).axes[1]
     reward = [r["reward"] for r in rows]
-    assert list(raw.get_xdata()) == list(range(1, 21)) and np.allclose(raw.get_ydata(), reward)
+    assert np.allclose(axis.lines[0].get_xydata().T, [range(1, 21), reward])
     inner = np.convolve(reward, np.ones(3) / 3, "valid")
-    assert np.allclose(mean.get_ydata(), [reward[0], *inner, reward[-1]])
+    assert np.allclose(labelled(axis)["mean of 3 steps"][0][:, 1], [reward[0], *inner, reward[-1]])
     cut = make("truncation", folder).axes[0].lines[0].get_ydata()
     assert np.allclose(cut, [100 * r["truncated"] for r in rows])
-    during = make("pass_at_1", folder).axes[0].lines[0]
-    assert [tuple(p) for p in np.round(during.get_xydata(), 6)] == [(0, 20), (10, 22.5), (20, 25)]
-    figure = make("time_per_step", folder)
-    tops = np.max([patch.get_data().values for patch in figure.axes[0].patches], axis=0)
-    assert np.allclose(tops, [r["seconds"] for r in rows])  # the phases and the rest are the whole step
-    assert f"generate {600 * 20 / sum(tops):.0f} %" in said(figure) and "training step" in said(figure)
+    during = labelled(make("pass_at_1", folder).axes[0])["in training"][0]
+    assert np.allclose(during, [(0, 20), (10, 22.5), (20, 25)])
+    axis = make("time_per_step", folder).axes[0]
+    tops = [area.get_paths()[0].get_extents().y1 for area in axis.collections]
+    assert tops[-1] == max(r["seconds"] for r in rows)  # the phases and the rest are the whole step
+    share = 600 * 20 / sum(r["seconds"] for r in rows)
+    assert f"generate {share:.0f}%" in axis.get_legend_handles_labels()[1]
 
 
 @settings(max_examples=60, deadline=None)
@@ -152,101 +154,84 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_text_outside_the_picture_or_on_another(kind, tmp_path):
+def test_no_text_outside_the_picture_or_on_another(kind, tmp_path, monkeypatch):
+    shown = {}
+
+    def savefig(figure, *_, **__):
+        FigureCanvasAgg(figure)
+        figure.draw_without_rendering()
+        shown[figure.get_suptitle()] = figure
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
     folders = KINDS[kind](tmp_path / "run")
-    sizes = [figures.SimpleNamespace(name=f"model {i}", size=size, scores={"": (40.0 + i, 0.0)})
-             for i, size in enumerate((1.5e9, 1.6e9, 7e9, math.nan))]
-    for name in NAMES:
-        figure = make(name, *folders, sizes=sizes)
-        if isinstance(figure, str):
-            assert name == "turning_over" and not (folders[0] / "plan.json").exists()
-            continue
+    for i, size in enumerate((1.5e9, 7e9)):
+        result(folders[0] / f"m{i}.json", f"model {i}", parameters=size, math500=0.4, aime24=0.5)
+    figures.draw(*map(str, folders))
+    assert len(shown) == 5 + (folders[0] / "plan.json").exists()
+    for title, figure in shown.items():
         ticks = [(tick, one.get_view_interval()) for a in figure.axes for one in (a.xaxis, a.yaxis)
                  for tick in one.get_major_ticks()]
         hidden = {id(tick.label1) for tick, (low, high) in ticks if not low <= tick.get_loc() <= high}
-        shown = [(t.get_text(), t.get_window_extent()) for t in texts(figure) if id(t) not in hidden]
-        for i, (one, a) in enumerate(shown):
-            assert min(a.x0, a.y0, figure.bbox.x1 - a.x1, figure.bbox.y1 - a.y1) >= -1, (name, one)
-            for two, b in shown[i + 1:]:
+        texts = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip()]
+        boxes = [(t.get_text(), t.get_window_extent()) for t in texts if id(t) not in hidden]
+        for i, (one, a) in enumerate(boxes):
+            assert min(a.x0, a.y0, figure.bbox.x1 - a.x1, figure.bbox.y1 - a.y1) >= -1, (title, one)
+            for two, b in boxes[i + 1:]:
                 apart = a.x1 <= b.x0 + 2 or b.x1 <= a.x0 + 2 or a.y1 <= b.y0 + 2 or b.y1 <= a.y0 + 2
-                assert apart, (name, one, two)
-        if "stages" in kind and name not in ("accuracy_vs_size", "turning_over"):
-            names = [t for t in said(figure) if t.startswith("stage")]
-            assert names == ["stage1, 8,192", "stage2, 16,384", "stage3, 24,576"]  # however short the stage
+                assert apart, (title, one, two)
+        if "stages" in kind and not re.search("Accuracy|turn", title):
+            names = {t for t, _ in boxes if t.startswith("stage")}
+            assert names == {"stage1, 8,192", "stage2, 16,384", "stage3, 24,576"}  # however short the stage
 
 
-def test_stages_end_to_end_and_faded_past_the_checkpoint(tmp_path):
+def test_stages_are_laid_end_to_end(tmp_path):
     folder = schedule(tmp_path / "run")
-    figure = make("length_and_reward", folder, window=5)
-    lines = [n for n in figure.axes[1].lines if n.get_lw() == 2.2]
-    strong = [(min(n.get_xdata()), max(n.get_xdata())) for n in lines if n.get_alpha() == 1]
-    faded = [(min(n.get_xdata()), max(n.get_xdata())) for n in lines if n.get_alpha() < 0.5]
-    assert strong == [(1, 30), (31, 50), (51, 62)] and faded == [(30, 40), (50, 56)]
-    assert [n.get_xdata()[0] for n in figure.axes[1].lines if n.get_ls() == "--"] == [0, 30, 50]
-    assert "training step (faded: after the checkpoint handed on)" in said(figure)
-    placed = {r.name: step for step, r in figures.read_run(str(folder)).results}
-    assert placed == {"base": 0, "stage1": 30, "stage2": 50}
-    plain = said(make("truncation", made_up(tmp_path / "one", eval_truncated=None)))
-    assert "training step" in plain and "validation" not in plain  # nothing is named that is not drawn
+    axis = make("length_and_reward", folder, window=5).axes[1]
+    drawn = [(line[0, 0], line[-1, 0]) for line in labelled(axis)["mean of 5 steps"]]
+    assert drawn == [(1, 30), (31, 50), (51, 62)]
+    assert [line.get_xdata()[0] for line in axis.lines if line.get_ls() == "--"] == [0, 30, 50]
+    points = labelled(make("pass_at_1", folder).axes[0])["aime24"][0]
+    assert np.allclose(points, [(0, 28.8), (30, 33.8), (50, 38.8)])
 
 
-def test_evaluations_of_checkpoints_and_lines_of_other_models(tmp_path):
+def test_lines_of_other_models(tmp_path):
     folder = made_up(tmp_path / "run")
-    result(folder / "eval/late.json", "late", f"{folder}/checkpoints/000030/hf", toy=0.5)
     result(folder / "eval/base.json", "base", "start", toy=0.1)
-    result(folder / "eval/rival.json", "rival", "/models/rival", toy=0.44)
-    figure = make("pass_at_1", folder)
-    final = next(c for c in figure.axes[0].containers if c.get_label() == "toy")
-    assert np.allclose(final.lines[0].get_xydata(), [(0, 10), (30, 50)]) and final.has_yerr
-    assert "rival 44" in said(figure)
+    result(folder / "rival.json", "rival", "/models/rival", toy=0.44)
+    lines = labelled(make("pass_at_1", folder).axes[0])
+    assert np.allclose(lines["toy"], [(0, 10)]) and np.allclose(lines["rival 44"][0][:, 1], 44)
     published = {"o1-preview 40", "DeepScaleR-1.5B 43.1", "R1-Distill-Qwen-1.5B 28.8"}  # on AIME 2024 only
-    assert published <= set(said(make("pass_at_1", schedule(tmp_path / "a"))))
-    assert published <= set(said(make("pass_at_1", made_up(tmp_path / "b", eval_data="x/aime24.jsonl"))))
-    assert not published & set(said(make("pass_at_1", schedule(tmp_path / "c", "toy_aime24"))))
+    for name in ("aime24", "toy_aime24"):
+        one = made_up(tmp_path / name, eval_data=f"x/{name}.jsonl")
+        for folder in (one, schedule(tmp_path / f"staged {name}", name)):
+            shown = published & set(labelled(make("pass_at_1", folder).axes[0]))
+            assert shown == (published if name == "aime24" else set())
 
 
 def test_a_turn_is_drawn_where_there_was_one(tmp_path):
-    figure = make("turning_over", schedule(tmp_path / "run"), schedule(tmp_path / "b"))
-    assert [axis.get_title() for axis in figure.axes[:2]] == ["run, stage1", "b, stage1"]
-    spans = [(p.get_x(), p.get_x() + p.get_width()) for p in figure.axes[0].patches]
-    assert spans == [(9.5, 19.5), (19.5, 29.5)] and len(figure.axes) == 6
-    assert "no stage turned" in make("turning_over", made_up(tmp_path / "fixed"))
+    axes = make("turning_over", schedule(tmp_path / "run"), schedule(tmp_path / "b")).axes
+    lines = labelled(axes[1])
+    assert len(axes) == 6 and lines["b, stage1, handed on"][0][0, 0] == 30
+    assert lines["b, mean of 10 steps"][0][-1, 0] == 40  # and what came after
 
 
 def test_two_runs_in_one_picture_and_a_window_that_fits(tmp_path, monkeypatch):
     a, b = schedule(tmp_path / "a"), made_up(tmp_path / "b", steps=100)
-    figure = make("length_and_reward", a, b)
-    lines = [n for n in figure.axes[0].lines if n.get_lw() == 2.2]
-    assert max(n.get_xdata()[-1] for n in lines) == 100 and len({n.get_color() for n in lines}) == 2
-    assert {"mean of 100 steps, a", "mean of 100 steps, b"} <= set(said(figure))
-    assert "in training, b" in said(make("pass_at_1", a, b))
-    runs = []
-    monkeypatch.setattr(figures, "FIGURES", {lambda found, _: runs.extend(found) or "not today": (),
-                                             figures.truncation: ("truncated",)})
-    written, _ = figures.draw(str(a), str(b))
-    assert written[0] == str(a / "figures-b/truncation.png")
-    figures.draw(str(a), str(a), window=7)  # a run beside itself
-    assert [r.window for r in runs] == [25, 25, 7, 7]  # at most a quarter of the longest stage
+    lines = labelled(make("length_and_reward", a, b, window=7).axes[0])
+    assert lines["a, mean of 7 steps"][-1][-1, 0] == 62 and lines["b, mean of 7 steps"][-1][-1, 0] == 100
+    assert "b, in training" in labelled(make("pass_at_1", a, b).axes[0])
+    assert "a, mean of 10 steps" in labelled(make("truncation", a, b).axes[0])  # a quarter of a stage
+    monkeypatch.setattr(figures, "FIGURES", {"truncation": figures.FIGURES["truncation"]})
+    assert figures.draw(str(a), str(b))[0][0] == str(a / "figures-b/truncation.png")
 
 
 def test_accuracy_against_size_needs_two_sizes(tmp_path):
     folder = schedule(tmp_path / "run")
-    result(folder / "eval/other.json", "other", parameters=9e9, amc23=0.5)
-    assert "fewer than two sizes" in make("accuracy_vs_size", folder)  # they share no benchmark
-    result(folder / "eval/other.json", "other", parameters=9e9, aime24=0.5)
-    figure = make("accuracy_vs_size", folder)
-    points = {c.get_label(): c.lines[0].get_xydata()[0].tolist() for c in figure.axes[0].containers}
-    assert points["other"] == [9e9, 50] and points["stage2"] == pytest.approx([1777088000, 38.8])
-    table = tmp_path / "sizes.csv"
-    table.write_text("name,parameters,accuracy\nsmall $x$,500M,28.8\nbig,7B,55.5\nclosed,,40.0\n")
-    figure = make("accuracy_vs_size", made_up(tmp_path / "one"), sizes=figures.read_sizes(table))
-    points = [c.lines[0].get_xdata()[0] for c in figure.axes[0].containers]
-    assert "small $x$" in said(figure) and points == [5e8, 7e9]
-    assert "closed 40" in said(make("pass_at_1", folder, sizes=figures.read_sizes(table)))
-    for text in ("name,parameters,accuracy\na,1B,lots", "name,size\na,1", "name,parameters,accuracy\na"):
-        table.write_text(text)
-        with pytest.raises(SystemExit, match=r"sizes\.csv: every row needs"):
-            figures.main([str(folder), "--sizes", str(table)])
+    result(folder / "other.json", "other $x$", parameters=9e9, amc23=0.5)
+    assert "accuracy_vs_size" in figures.draw(str(folder))[1]  # the other size has another benchmark
+    result(folder / "other.json", "other $x$", parameters=9e9, aime24=0.5)
+    points = labelled(make("accuracy_vs_size", folder).axes[0])
+    assert np.allclose(points["other $x$"], [(9, 50)]) and np.allclose(points["stage2"], [(1.777088, 38.8)])
 
 
 # --- Damaged and missing input -----------------------------------------------------------------------------
@@ -258,7 +243,7 @@ def test_accuracy_against_size_needs_two_sizes(tmp_path):
     ("plan.json", '{"stages": 3}'), ("config.json", "{"), ("eval/x.json", '{"b'),
     ("eval/x.json", "[" * 100_000)])
 def test_damage_is_named_without_a_traceback(name, text, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(figures, "FIGURES", {figures.truncation: ("truncated",)})
+    monkeypatch.setattr(figures, "FIGURES", {"truncation": figures.FIGURES["truncation"]})
     folder = made_up(tmp_path / "run", rollouts=0)
     (folder / "eval").mkdir()
     good = (folder / name).read_text() if name == "metrics.jsonl" else ""
@@ -282,28 +267,27 @@ def test_odd_values_are_left_out(tmp_path, monkeypatch):
     raw = make("length_and_reward", folder).axes[1].lines[0]
     assert raw.get_xdata().tolist() == [1, 7] and np.isfinite(raw.get_ydata()).all()
     for value in [None, 3, "$\\frac$\n\ud800" + "x" * 300, [], {}, [1], {"x": []}]:
-        (folder / "config.json").write_text(json.dumps({"options": value}))
-        stages = [{"folder": "stage1", "max_len": value, "picked": value, "evidence": value}, value,
-                  {"folder": "gone", "evidence": {"before": value, "after": [1, "x"]}}]
-        (tmp_path / "run/plan.json").write_text(json.dumps({"stages": stages}))
         odd = {"a": value, "b": {"pass@1": value}, str(value): {"pass@1": 0.5, "se": value}}
-        (tmp_path / "run/odd.json").write_text(json.dumps({
+        (folder / "odd.json").write_text(json.dumps({
             "name": value, "model": value, "parameters": value, "average": value, "benchmarks": odd}))
-        assert all(not isinstance(make(name, tmp_path / "run"), str) for name in NAMES
-                   - {"turning_over", "accuracy_vs_size"})
+        assert len(figures.draw(str(folder))[0]) == 8
+        stages = [{"folder": "stage1", "max_len": value, "picked": value, "evidence": value}, value]
+        (tmp_path / "run/plan.json").write_text(json.dumps({"stages": stages}))
+        with pytest.raises(ValueError, match="plan.json or a config.json has another form"):
+            figures.draw(str(tmp_path / "run"))
 
 
 def test_what_is_missing_is_said(tmp_path, capsys):
     folder = made_up(tmp_path / "run", rollouts=0, eval_reward=None, truncated=None, seconds=None)
     written, missing = figures.draw(str(folder))
     assert {p.rpartition("/")[2] for p in written} == {"length_and_reward.png", "length_and_reward.svg"}
-    assert "no evaluation" in missing["pass_at_1"] and "truncated" in missing["truncation"]
+    assert "no evaluation" in missing["pass_at_1"] and "truncation" in missing
     (folder / "metrics.jsonl").write_text('{"step": 0, "eval_reward": 0.1, "eval_se": null}\n')
     assert set(figures.draw(str(folder))[1]) == NAMES - {"pass_at_1"}  # evaluated, not yet trained
     (folder / "metrics.jsonl").write_text("")
     written, missing = figures.draw(str(folder))
-    assert written == [] and "no step has a number for length_mean, reward" in missing["length_and_reward"]
-    for arguments in (["nowhere"], [str(folder), "--transcripts"], [str(folder), "--window", "0"]):
+    assert written == [] and set(missing) == NAMES
+    for arguments in (["nowhere"], [str(folder), "--transcripts"]):
         with pytest.raises(SystemExit, match=r"^figures.py: "):
             figures.main(arguments)
     (folder / "plan.json").write_text(json.dumps({"stages": [{"folder": "gone", "picked": 5}]}))
@@ -359,53 +343,49 @@ def test_hostile_text_stays_text(tmp_path):
     names = {(tag, name) for tag, attributes in page.tags if tag not in MATHML for name in attributes}
     assert {name for tag, name in names if tag not in ("meta", "html", "input", "label")} == {"class"}
     policy = next(attributes for _, attributes in page.tags if "http-equiv" in attributes)
-    assert re.fullmatch(r"default-src 'none'; style-src 'sha256-[^']+'", policy["content"])
+    assert policy["content"] == "default-src 'none'; style-src 'unsafe-inline'"
     for text in ("<script>document.title='OWNED'</script>", "[U+D800] lone [U+DFFF] [U+0000] nul [U+001B]",
                  "[U+202E] rev", "&lt;b&gt; &amp; &#x3c;", "${1} {run} {css} %s", "</details></article>"):
         assert text in page.text
-    assert len(page.classes("details")) == len(HOSTILE) and "characters left out" not in page.text
+    assert len(page.classes("article")) == len(HOSTILE) and "characters left out" not in page.text
     assert not re.search("[\0-\x08\x0b-\x1f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", page.source)
 
 
 def test_groups_are_whole_with_advantages_and_words(tmp_path):
     text = "<think>\nlong way</think>so \\boxed{2}"
-    rows = [sample(7, i, text, float(i in (0, 1, 4, 5, 6, 7)), verdict="equal") for i in range(12)]
+    rows = [sample(7, i, text, float(i in (0, 1, 4, 5, 6, 7)), advantage=i / 4) for i in range(12)]
     rows[3] |= {"finish_reason": "length", "response": "<think>\nnever done"}
-    rows[11]["advantage"] = -7.25
     write_gz(tmp_path / "run/stage2/rollouts/000007.jsonl.gz", rows)
-    evaluation = [sample(0, i, benchmark="toy", reason="no_box") for i in range(4)]
-    for row in evaluation:
-        del row["step"]
-    write_gz(tmp_path / "run/eval/base.responses.jsonl.gz", evaluation)
+    write_gz(tmp_path / "run/eval/base.responses.jsonl.gz",
+             [sample(0, i, benchmark="toy", reason="no_box") for i in range(4)])
     page = Page(tmp_path / "run")
-    assert page.classes("details") == ["none", "mixed", "all", "none"]  # the evaluation, then the stage
-    assert page.classes("article")[4:8] == ["right", "right", "wrong", "wrong cut"]
+    kinds = [("wrong", 4), ("right", 2), ("wrong", 2), ("right", 4), ("wrong", 4)]  # the evaluation is first
+    assert page.classes("article") == [kind for kind, times in kinds for _ in range(times)]
     assert page.text.count("1+1?") == 2 * 4  # in the head of each group, and whole above its answers
-    spread = 0.5 / (math.sqrt(1 / 3) + 1e-6)
-    for text in (f"✓ right · reward 1.0 · advantage {spread:+.2f} · 5 tokens · equal", "advantage +0.00",
-                 f"✗ wrong, ✂ cut off · reward 0.0 · advantage {-spread:+.2f}", "advantage -7.25",
-                 "evaluation base · p0 · 0 of 4 right", "✗ wrong · reward 0.0 · 5 tokens · no_box"):
+    for text in ("✓ right · reward 1.0 · advantage +0.25 · 5 tokens", "✗ wrong · reward 0.0 · 5 tokens · no_box",
+                 "advantage +0.75 · 5 tokens · ✂ cut off", "eval/base.responses · p0 · 0 of 4 right",
+                 "stage2/rollouts/000007 · p0 · 2 of 4 right"):
         assert text in page.text
     boxes = re.findall(r'<pre class="thought">(.*?)</pre><pre>(.*?)</pre>', page.source, re.DOTALL)
-    assert len(boxes) == 12 and ("&lt;think&gt;\nnever done", "") in boxes
-    for rule in ("#g2:checked ~ details:not(.mixed)", "#a2:checked ~ details .wrong", "color-scheme: dark"):
+    assert boxes[4] == ("&lt;think&gt;\nlong way&lt;/think&gt;", "so \\boxed{2}")
+    for rule in ("#r:checked ~ details .wrong", "#w:checked ~ details .right", "color-scheme: light dark"):
         assert rule in page.source
-    assert "".join(a["id"] for tag, a in page.tags if tag == "input") == "g1g2g3g4a1a2a3a4"
+    assert "".join(a["id"] for tag, a in page.tags if tag == "input") == "arw"
 
 
 def test_samples_are_taken_evenly_and_damage_costs_only_itself(tmp_path, capsys):
     folder = made_up(tmp_path / "run", steps=100, rollouts=100)  # 2,000 samples in groups of 4
     write_gz(folder / "eval/base.responses.jsonl.gz", [sample(None, i) for i in range(200)])
     page = Page(folder, most=400)
-    assert "392 samples in 98 groups" in page.text and len(page.classes("article")) == 392
-    steps = [int(s) for s in re.findall(r"training, step (\d+)", page.source)]
-    assert {1, 100} <= set(steps) and len(set(steps)) == 12 and steps == sorted(steps)
+    assert 300 <= len(page.classes("article")) <= 400 and page.text.count("eval/base") >= 40
+    steps = [int(s) for s in re.findall(r"rollouts/(\d+) ·", page.source)]
+    assert steps[0] == 1 and steps[-1] > 90 and len(set(steps)) > 10 and steps == sorted(steps)
     assert "2,200 samples in 550 groups" in Page(folder, most=10_000).text
     path = folder / "rollouts/000002.jsonl.gz"
     whole = path.read_bytes()
     for broken in (whole[:-20], b"no gzip", whole[:30] + b"x" * 40, gzip.compress(b'{"step": 2}\n{"s\n\n')):
         path.write_bytes(broken)
-        assert "training, step 3" in Page(folder, most=10_000).text and path.name in capsys.readouterr().err
+        assert "rollouts/000003" in Page(folder, most=10_000).text and path.name in capsys.readouterr().err
 
 
 def test_formulas_become_mathml_and_money_does_not(tmp_path):

@@ -164,7 +164,7 @@ def test_killed_anywhere_resumes_to_the_same_numbers(undisturbed, tiny, problems
     assert metrics(tmp_path / "r") == metrics(undisturbed)
 
 
-@pytest.mark.parametrize("name", ["policy.dcp.save", "policy.os.rename", "policy.sync", "policy.prune"])
+@pytest.mark.parametrize("name", ["policy.dcp.save", "policy.os.rename", "policy.os.fsync", "policy.prune"])
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_killed_during_a_save(undisturbed, tiny, problems, options, tmp_path, name, after):
     """Killed right before or right after each thing that the second save does; nothing half passes for a checkpoint."""

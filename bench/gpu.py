@@ -1,0 +1,544 @@
+"""gpu.py - the proof on one GPU: is it right, how fast is it, does the predicted memory hold, does it learn?
+
+    python bench/gpu.py                                    # all parts, about 14 minutes on one H100
+    python bench/gpu.py correctness update                 # some of them, each at most --minutes
+    python bench/gpu.py --device cpu --tiny --out X.json   # the same code anywhere, which claims nothing
+
+  correctness   attention and head against float64; a whole model against the CPU in fp32: packed = separate,
+                shared prompts, recomputation, bf16 gradients; engine against trainer after pushes and sleeps of
+                both levels, the head changed too; seeds, stop, finish reasons
+  update        pack + update of the 1.5B model at budgets of 8K and 16K: tokens/s, MFU, peak memory
+  generation    start, sleep, wake, push; tokens/s of 1K responses beside bare vLLM, of one GPU's share of an 8K
+                step, and behind contexts of 7.6K
+  step          grpo.py itself on the 1.5B model: seconds of each phase, engine against trainer
+  memory        peak of an update at budgets of 8K to 32K beside the prediction of schedule.py --dry_run
+  learn         grpo.py on the toy problems for some minutes: reward in tenths of the run
+
+The 1.5B model has the shape of R1-Distill-Qwen-1.5B and random weights: what they say changes no time. Of its
+tokens 35 end a text, so lengths are geometric with a mean near 4,000. Every part is a process of its own, and
+every result is in the JSON at once: what breaks or is stopped costs its own rows. A result with a bound is "ok"
+or "WRONG"; one that is wrong, or a part that fails, makes the exit status 1. Without vLLM, or with one that
+does not start (a row says why), the torch engine generates. MFU counts three forwards of the tokens in packed
+rows, not what recomputation repeats; attention counts half a square, the head response tokens alone.
+"""
+import argparse
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch.distributed.tensor import DTensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import measure
+from measure import common
+
+BOUND = {"float32": 5e-5, "bfloat16": 2e-2}  # relative errors that rounding explains
+SIZES = {
+    "card": {"small": {"num_hidden_layers": 3}, "big": {}, "vocab": 151936, "stops": 35, "longest": 700,
+             "heads": [(12, 2, 128, None), (9, 3, 64, None), (4, 4, 128, 100)], "head": (1200, 1536, 500),
+             "match": (8, 100, 384),
+             "rollouts": {"prompts": 3, "group": 8, "mean": 4500, "max_len": 7900, "prompt_len": 120},
+             "update": [(8192, 1), (16384, 1), (8192, 0), (16384, 0)],
+             "memory": [(8192, 1), (16384, 1), (24576, 1), (32768, 1), (8192, 0), (16384, 0)],
+             # problems, samples, prompt tokens, longest response
+             "short": (16, 8, 130, 1024), "context": (8, 8, 7600, 512), "share": (16, 8, 130, 8192),
+             "step": {"prompts": 16, "group": 8, "max_len": 8192, "steps": 2, "updates": 2},
+             "learn": {"prompts": 128, "group": 16, "max_len": 192, "steps": 200, "lr": 3e-4, "max_seqs": 1024}},
+    "tiny": {"vocab": 300, "stops": 3, "longest": 30, "heads": [(4, 2, 32, None), (2, 2, 32, 5)],
+             "head": (50, 64, 16), "match": (3, 8, 24),
+             "rollouts": {"prompts": 2, "group": 4, "mean": 20, "max_len": 48, "prompt_len": 8},
+             "update": [(64, 1)], "memory": [(64, 0)],
+             "short": (3, 2, 8, 16), "context": (2, 2, 40, 8), "share": (3, 2, 8, 48),
+             "step": {"prompts": 4, "group": 4, "max_len": 24, "steps": 2, "updates": 2},
+             "learn": {"prompts": 8, "group": 8, "max_len": 8, "steps": 20, "lr": 3e-3, "max_seqs": 64}},
+}
+TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "vocab_size": 300, "max_position_embeddings": 4096}
+SIZES["tiny"] |= {"small": TINY, "big": TINY}
+
+
+# ----- What the parts share ---------------------------------------------------------------------------------
+
+class Report:
+    """The rows of one part: on the screen, and in the JSON as soon as they are known."""
+
+    def __init__(self, part, args):
+        self.part, self.path, self.began, self.limit = part, args.out, time.time(), 60 * args.minutes
+        self.rows = []
+        self.head = {"device": measure.device_name(), "size": "tiny" if args.tiny else "card",
+                     "date": datetime.datetime.now().isoformat(timespec="minutes"), "commit": measure.commit(),
+                     "command": f"python bench/gpu.py {part}" + " --tiny" * args.tiny,
+                     "versions": measure.versions() | {"cuda": torch.version.cuda}}
+        print(f"\n{part} on {self.head['device']}", flush=True)
+        self.save()
+
+    def add(self, what, bound=None, **numbers):
+        """One result. With a bound, `error` must not be above it; a NaN is above everything."""
+        row = {"what": what, **numbers}
+        if bound is not None:
+            row |= {"bound": bound, "verdict": "ok" if row["error"] <= bound else "WRONG"}
+        self.rows.append(row)
+        print("  " + "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+                               for k, v in row.items() if v is not None), flush=True)
+        self.save()
+
+    def save(self):
+        """Only this part's entry is replaced: parts may run one by one into one file."""
+        path = Path(self.path)
+        parts = json.loads(path.read_text()) if path.exists() else {}
+        parts[self.part] = self.head | {"seconds": round(time.time() - self.began, 1), "rows": self.rows}
+        common.write_atomic(str(path), json.dumps(parts, indent=1) + "\n")
+
+
+def random_model(args, shape):
+    """Folder of a random Qwen2 in bf16 with tokenizer and end tokens, made on the device when it is missing."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import schedule
+    folder = Path(args.work) / f"{'tiny' if args.tiny else 'card'}-{shape}"
+    if not (folder / "done").exists():
+        config = AutoConfig.for_model(**schedule.SHAPE | args.size[shape], eos_token_id=0, bos_token_id=None,
+                                      pad_token_id=0, initializer_range=0.1 if args.tiny else 0.02)
+        torch.manual_seed(0)
+        with torch.device(args.device):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(folder)
+        measure.save_tokenizer(folder, config.vocab_size, args.size["stops"])
+        (folder / "done").touch()
+    return str(folder)
+
+
+def prompts_of(args, problems, group, length):
+    """`group` copies of each of `problems` prompts of about `length` random ids, none of them an end token."""
+    g = torch.Generator().manual_seed(7)
+    some = [torch.randint(100, args.size["vocab"], (length - i % (length // 8 + 1),), generator=g).tolist()
+            for i in range(problems)]
+    return [p for p in some for _ in range(group)]
+
+
+def free_memory():
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def first_that_works(args, report, work):
+    """work(name) with vLLM, or else with the torch engine; a row says what failed -> what it returned."""
+    names = ["vllm", "torch"] if args.engine == "auto" else [args.engine]
+    for name in names:
+        began = time.time()
+        try:
+            value = work(name)
+        except RuntimeError as e:  # a RankError as well
+            report.add(f"{name} fails", error_text=str(e)[:300])
+        else:
+            report.add("engine", engine=name, seconds=time.time() - began)
+            return value
+    raise RuntimeError("no engine works")
+
+
+def open_engine(args, report, model, **options):
+    """An engine with dummy weights, as training starts it."""
+    from rollout import make_engine
+    device = measure.join()
+    return first_that_works(args, report, lambda name: make_engine(
+        name, model, dtype="auto", device=device, enable_sleep=True, **options))
+
+
+def off(a, b):
+    """|a - b| / |b| over all numbers of a tensor or of a list of tensors."""
+    a, b = (torch.cat([t.detach().double().cpu().flatten() for t in (x if isinstance(x, list) else [x])])
+            for x in (a, b))
+    return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
+
+
+def local(x):
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def set_recompute(policy, on):
+    model = policy.model
+    (model.gradient_checkpointing_enable if on else model.gradient_checkpointing_disable)()
+
+
+# ----- correctness ------------------------------------------------------------------------------------------
+
+def correctness(args, report):
+    device = measure.join()
+    for dtype in ("float32", "bfloat16"):
+        check_attention(args, report, device, dtype)
+        check_head(args, report, device, dtype)
+    check_model(args, report, device)
+    check_engine(args, report)
+
+
+def check_twin(report, what, dtype, names, ours, plain, inputs):
+    """ours(*inputs) in `dtype` against plain(*inputs) in float64, outputs and gradients of the inputs."""
+    up, results = None, []
+    for function, kind in ((ours, getattr(torch, dtype)), (plain, torch.float64)):
+        leaves = [x.to(kind).requires_grad_() for x in (x.to(getattr(torch, dtype)) for x in inputs)]
+        out = function(*leaves)
+        up = up or [torch.randn_like(x) for x in out]
+        results.append([*out, *torch.autograd.grad(out, leaves, [u.to(o) for u, o in zip(up, out)])])
+    for name, a, b in zip(names, *results):
+        report.add(f"{what}: {name}", BOUND[dtype], error=off(a, b), dtype=dtype)
+    free_memory()
+
+
+def check_attention(args, report, device, dtype):
+    """policy.varlen_attention; in float64 it takes the plain path, which tests hold against a dense mask."""
+    import policy
+    batch = policy.pack_row(sequences(args), device=device)
+    for hq, hkv, width, window in args.size["heads"]:
+        def attention(q, k, v, width=width, window=window):
+            module = SimpleNamespace(head_dim=width)
+            return policy.varlen_attention(module, q, k, v, sliding_window=window, packing=batch)[:1]
+
+        torch.manual_seed(0)
+        inputs = [torch.randn(1, h, len(batch.ids), width, device=device) for h in (hq, hkv, hkv)]
+        check_twin(report, f"attention, {hq} and {hkv} heads of {width}, window {window}", dtype,
+                   ("out", "dq", "dk", "dv"), attention, attention, inputs)
+
+
+def check_head(args, report, device, dtype):
+    import policy
+    tokens, hidden, chunk = args.size["head"]
+    torch.manual_seed(0)
+    inputs = [torch.randn(tokens, hidden, device=device),
+              torch.randn(args.size["vocab"], hidden, device=device) * 2 / hidden ** 0.5]
+    y = torch.randint(args.size["vocab"], (tokens,), device=device)
+    check_twin(report, "head", dtype, ("log-probs", "entropy", "d hidden", "d weight"),
+               lambda h, w: policy.token_logprobs(h, w, y, 0.6, chunk),
+               lambda h, w: policy.token_logprobs_plain(h, w, y, 0.6), inputs)
+
+
+def sequences(args):
+    """[(prompt, response)] of very uneven lengths: two share a prompt, one has a response of one token."""
+    n, g = args.size["longest"], torch.Generator().manual_seed(1)
+    ids = [torch.randint(args.size["vocab"], (size,), generator=g).tolist()
+           for size in (n // 3, n, n // 2, n // 9, 1, 1, n // 2, n // 4, n)]
+    return [(ids[0], ids[1]), (ids[0], ids[2]), (ids[3], ids[4]), (ids[5], ids[6]), (ids[7], ids[8])]
+
+
+def check_model(args, report, device):
+    """Log-probs and gradients of a whole model: one sequence at a time on the CPU in fp32 is the truth."""
+    import policy as policy_lib
+    folder, these = random_model(args, "small"), sequences(args)
+    weight = torch.randn(sum(len(r) for _, r in these), generator=torch.Generator().manual_seed(0))
+
+    def run(policy, rows, recompute=False):
+        set_recompute(policy, recompute)
+        policy.zero_grad()
+        logps, done = [], 0
+        for row in rows:
+            logp, _ = policy(policy_lib.pack_row(row, device=policy.device), 0.6)
+            (logp * weight[done:done + len(logp)].to(logp.device)).sum().backward()
+            logps.append(logp)
+            done += len(logp)
+        return torch.cat(logps).detach(), [local(p.grad).float().cpu() for p in policy.parameters()]
+
+    alone, packed = [[s] for s in these], [these]
+    exact = measure.make_learner(folder, 0, torch.device("cpu"), dtype="float32", recompute=0).policy
+    truth = run(exact, alone)
+    for dtype, bounds in (("float32", (5e-4, 5e-4)), ("bfloat16", (2e-2, 0.15))):
+        policy = measure.make_learner(folder, 0, dtype=dtype, recompute=0).policy
+        for case, rows, recompute in (("one at a time", alone, False), ("packed, shared prompt", packed, False),
+                                      ("packed, recomputed", packed, True)):
+            errors = list(map(off, run(policy, rows, recompute), truth))
+            for name, error, bound in zip(("log-probs", "gradients"), errors, bounds):
+                report.add(f"model, {case}: {name}", bound, error=error, dtype=dtype)
+            if rows is alone:  # packing may not cost more than rounding does
+                bounds = [min(b, max(2 * e, BOUND[dtype])) for b, e in zip(bounds, errors)]
+        del policy
+        free_memory()
+
+
+def check_engine(args, report):
+    """Mean KL(engine || trainer) on sampled tokens after everything that training does to the two."""
+    import grpo
+    from rollout import Sampling
+    folder, (problems, length, limit) = random_model(args, "small"), args.size["match"]
+    engine = open_engine(args, report, folder, max_model_len=2 * length + limit, gpu_memory=0.3)
+    engine.sleep()
+    learner = measure.make_learner(folder, 16 * (length + limit), prompts=problems, group=4, updates=1,
+                                   max_len=limit, temperature=0.6)
+    policy, sampling = learner.policy, Sampling(temperature=0.6, max_tokens=limit)
+    prompts = prompts_of(args, problems, 4, length)
+
+    def generate(n=len(prompts), stop=None):
+        return engine.generate(prompts[:n], list(range(n)), sampling, stop=stop)
+
+    def kl():
+        samples = generate()
+        micro, tokens = learner.pack(samples, torch.ones(problems, 4), torch.arange(problems))
+        scores = zip(learner.score(policy, (micro, tokens)), micro)
+        return sum(float(grpo.mismatch(s, logp)["mismatch_kl"]) for s, (_, _, logp) in scores) / tokens
+
+    def push():
+        engine.push(policy.full_weights())
+        engine.wake()
+
+    bound = grpo.MISMATCH[learner.args.dtype][0]
+    push()
+    report.add("KL(engine, trainer), first push", bound, error=kl(), dtype=learner.args.dtype)
+    engine.sleep(keep_weights=True)
+    engine.wake()
+    report.add("KL, after a sleep that kept the weights", bound, error=kl())
+    for name, only in (("all weights", ""), ("the head", "lm_head")):
+        with torch.no_grad():
+            for parameter, p in policy.named_parameters():
+                if only in parameter:
+                    local(p).mul_(1 + 0.3 * torch.randn_like(local(p)))
+        stale = kl()
+        engine.sleep()
+        push()
+        fresh = kl()
+        report.add(f"KL, {name} changed, slept, pushed", bound, error=fresh)
+        report.add(f"KL, {name} changed: share of that of stale weights", 0.1, error=fresh / stale, stale=stale)
+    first, again = generate(), generate()
+    differ = [a.response_ids.tolist() != b.response_ids.tolist() for a, b in zip(first, again)]
+    ended = [s.response_ids[-1] < args.size["stops"] for s in first]
+    wrong = [(s.finish_reason == "stop") != end for s, end in zip(first, ended)]
+    report.add("same seeds: share of samples that differ", 0.0, error=statistics.mean(differ))
+    report.add("finish reasons: share that is wrong", 0.0, error=statistics.mean(map(float, wrong)))
+    report.add("stop() ends a generation, the next one is whole", 0.0,
+               error=float(generate(stop=lambda: True) is not None or None in generate(2)))
+    engine.close()
+
+
+# ----- update and memory ------------------------------------------------------------------------------------
+
+def updates(args, report, cases):
+    """Updates of the big model on samples as an 8K step has them -> for each (budget, recompute): the Learner,
+    seconds from the samples in hand to the optimizer's step, the mini-batch, peak GiB (None on a CPU)."""
+    import grpo
+    shape, path = args.size["rollouts"], Path(args.work) / "rollouts.jsonl"
+    measure.rollouts(path, 300, **shape)
+    learner = measure.make_learner(random_model(args, "big"), 0, prompts=shape["prompts"], group=shape["group"],
+                                   updates=1, max_len=shape["max_len"], lr=1e-6)
+    samples = measure.as_samples(measure.read_rollouts(path))
+    rewards = torch.tensor([s.reward for s in samples]).view(shape["prompts"], shape["group"])
+    advantages, seconds = grpo.group_advantages(rewards), []
+    for budget, recompute in cases:
+        learner.task.budget = learner.args.token_budget = budget
+        learner.args.recompute = recompute
+        set_recompute(learner.policy, recompute)
+        try:
+            for _ in range(3):  # the first warms up, and the first of all makes Adam's moments
+                free_memory()
+                measure.finish_kernels()
+                began = time.time()
+                mini = learner.pack(samples, advantages, torch.arange(len(advantages)))
+                learner.update(0, mini, None, None, Counter())
+                measure.finish_kernels()
+                seconds.append(time.time() - began)
+        except torch.OutOfMemoryError as e:
+            report.add("update", budget=budget, recompute=recompute, error_text=str(e)[:200])
+            learner.optimizer.zero_grad()
+            continue
+        peak = torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else None
+        yield learner, min(seconds[-2:]), mini, peak
+
+
+def forward_flops(m, micro):
+    """Operations of one forward: two for each weight that a token meets, and causal attention."""
+    tokens = sum(len(b.ids) for b, _, _ in micro)
+    squares = sum(float((b.cu_seqlens.diff().double() ** 2).sum()) for b, _, _ in micro)
+    head = m["vocab"] * m["hidden"] * sum(len(b.targets) for b, _, _ in micro)
+    return 2 * (m["layers"] * m["layer"] * tokens + head) + 2 * m["layers"] * m["q"] * squares
+
+
+def update(args, report):
+    import schedule
+    m = schedule.model_shape(random_model(args, "big"))
+    gpu = schedule.card(SimpleNamespace(gpu_type=None, gpu_memory_gib=0.0, gpu_price=None))
+    for learner, seconds, mini, peak in updates(args, report, args.size["update"]):
+        began = time.time()
+        learner.score(learner.policy, mini)
+        measure.finish_kernels()
+        scored = time.time() - began
+        tokens = sum(int(b.cu_seqlens[-1]) for b, _, _ in mini[0])
+        flops = 3 * forward_flops(m, mini[0]) / seconds
+        report.add("update", budget=learner.task.budget, recompute=learner.args.recompute, tokens=tokens,
+                   seconds=seconds, tokens_per_second=tokens / seconds, score_tokens_per_second=tokens / scored,
+                   tflops=flops / 1e12, mfu=peak and flops / gpu["tflops"] / 1e12, peak_gib=peak)
+
+
+def memory(args, report):
+    """The prediction may not be below what an update takes, nor more than a tenth above it."""
+    import schedule
+    m = schedule.model_shape(random_model(args, "big"))
+    for learner, _, _, peak in updates(args, report, args.size["memory"]):
+        parts = schedule.predict(m, vars(learner.args), {"memory": 80.0}, 1)["parts"]
+        predicted = parts["weights, gradients, Adam"] + parts["update"]
+        # a process is more than its tensors: without a card there is nothing to compare
+        share = {"error": abs(peak / predicted - 0.95), "peak_gib": peak} if peak else {}
+        report.add("update", 0.05 if peak else None, budget=learner.task.budget, predicted_gib=predicted,
+                   recompute=learner.args.recompute, **share)
+
+
+# ----- generation -------------------------------------------------------------------------------------------
+
+def generation(args, report):
+    import generate
+
+    import policy as policy_lib
+    folder, work = random_model(args, "big"), [args.size[what] for what in ("short", "context", "share")]
+    engine = open_engine(args, report, folder, max_seqs=256, max_model_len=max(sum(w[2:]) for w in work))
+    policy = policy_lib.Policy(folder)
+    weights = dict(policy.to(args.device).full_weights())
+    for what, action in (
+            ("sleep, weights dropped", engine.sleep), ("push", lambda: engine.push(weights.items())),
+            ("wake", engine.wake), ("sleep, weights kept", lambda: engine.sleep(keep_weights=True)),
+            ("wake", engine.wake)):
+        began, before = time.time(), free_gib()
+        action()
+        measure.finish_kernels()
+        report.add(what, seconds=time.time() - began, freed_gib=before and free_gib() - before)
+    ways = {engine.name: generate.ours(engine)}
+    if engine.name == "vllm":
+        ways |= {"bare vLLM": generate.bare_vllm(engine, False),
+                 "bare vLLM, seeds and log-probs": generate.bare_vllm(engine, True)}
+    for what, names in (("short", list(ways) * 2), ("context", list(ways)[:1]), ("share", list(ways)[:1])):
+        problems, group, length, limit = args.size[what]
+        for name in names:
+            began = time.time()
+            lengths = [len(ids) for ids in ways[name](prompts_of(args, problems, group, length), limit, 0.6)]
+            seconds = time.time() - began
+            report.add(what, engine=name, samples=len(lengths), prompt=length, limit=limit, seconds=seconds,
+                       tokens_per_second=sum(lengths) / seconds, length_mean=statistics.mean(lengths))
+    engine.close()
+
+
+def free_gib():
+    return torch.cuda.mem_get_info()[0] / 2**30 if torch.cuda.is_available() else None
+
+
+# ----- grpo.py itself ---------------------------------------------------------------------------------------
+
+def step(args, report):
+    import grpo
+    folder, shape = random_model(args, "big"), args.size["step"]
+    problems = measure.random_problems(Path(args.work) / "problems.jsonl", 2 * shape["prompts"])
+    lines, dtype = run_grpo(args, report, {"model": folder, "data": problems, "drop_zero_variance": 0,
+                                           "style": "plain", "no_chat": True, **shape})
+    for m in lines:
+        numbers = [k for k in m if k.startswith(("seconds", "tokens", "length_mean", "truncated", "reward",
+                                                 "grad_norm", "memory"))]
+        report.add(f"step {m['step']}", grpo.MISMATCH[dtype][0], error=m["mismatch_kl"],
+                   **{k: m[k] for k in numbers})
+
+
+def learn(args, report):
+    """Rewards in tenths of the run; the last must be above the first by two standard errors of both."""
+    if args.tiny:  # a random model learns to box the one right answer
+        shape = {"vocab": 256, "hidden": 64, "layers": 2, "stops": 3}
+        options = {"model": measure.tiny_model(Path(args.work) / "learn", **shape), "style": "plain",
+                   "data": measure.random_problems(Path(args.work) / "ones.jsonl", 16, "1"), "no_chat": True}
+    else:
+        toy = measure.ROOT / "toy"
+        options = {"model": toy / "model", "data": toy / "train.jsonl.gz"}
+    lines, _ = run_grpo(args, report, {**options, "updates": 1, **args.size["learn"]}, 60 * args.minutes - 90)
+    tenths = []
+    for part in (lines[i * len(lines) // 10:(i + 1) * len(lines) // 10] for i in range(10)):
+        rewards = [m["reward"] for m in part]
+        if len(part) > 1:
+            tenths.append((statistics.mean(rewards), statistics.stdev(rewards) / len(part) ** 0.5))
+            report.add(f"steps {part[0]['step']}-{part[-1]['step']}", reward=tenths[-1][0], se=tenths[-1][1],
+                       length_mean=statistics.mean(m["length_mean"] for m in part),
+                       seconds_a_step=statistics.mean(m["seconds"] for m in part))
+    if not tenths:
+        raise RuntimeError(f"only {len(lines)} steps in the time")
+    (first, se), (last, late) = tenths[0], tenths[-1]
+    rise = (last - first) / (2 * (se ** 2 + late ** 2) ** 0.5 + 1e-9)
+    report.add("reward, first and last tenth: two standard errors as a share of the rise", 1.0,
+               error=1 / rise if rise > 0 else float("inf"), first=first, last=last,
+               skipped=lines[-1]["updates_skipped"])
+
+
+def run_grpo(args, report, options, seconds=1e6):
+    """grpo.py in this process, asked to stop after so many seconds -> its lines, the dtype it used."""
+    def work(engine):
+        out = Path(args.work) / f"run-{report.part}-{time.time_ns()}"
+        timer = threading.Timer(seconds, (out / "stop").touch)
+        timer.daemon = True
+        timer.start()
+        try:
+            lines = measure.run_grpo({"recipe": "improved", "eval_data": "none", **options, "engine": engine,
+                                      "out": out})
+        finally:
+            timer.cancel()
+        return lines, common.read_json(f"{out}/config.json")["options"]["dtype"]
+
+    return first_that_works(args, report, work)
+
+
+# ----- The script -------------------------------------------------------------------------------------------
+
+PARTS = {"correctness": correctness, "update": update, "generation": generation, "step": step,
+         "memory": memory, "learn": learn}
+
+
+def run_part(part, args):
+    """One part in this process -> whether all its results are right."""
+    report = Report(part, args)
+    try:
+        PARTS[part](args, report)
+    except Exception as e:  # noqa: BLE001  the parts behind it still run
+        report.add("FAILED", error_text=f"{type(e).__name__}: {' '.join(str(e).split())[:300]}")
+    measure.leave()
+    free_memory()
+    return not any(row.get("verdict") == "WRONG" or row["what"] == "FAILED" for row in report.rows)
+
+
+def start_part(part, args, argv):
+    """One part in a process of its own, at most --minutes -> whether all its results are right."""
+    words = [word for word in argv if word not in PARTS]
+    child = subprocess.Popen([sys.executable, __file__, part, "--worker", *words], stdin=subprocess.DEVNULL)
+    try:
+        return child.wait(60 * args.minutes) == 0
+    except subprocess.TimeoutExpired:
+        print(f"{part}: stopped after {args.minutes:g} minutes; its results so far are in {args.out}")
+        return False
+    finally:
+        child.kill()
+        child.wait()
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = p.add_argument
+    add("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
+    add("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: where the same code runs")
+    add("--tiny", action="store_true", help="sizes that take a CPU seconds")
+    add("--engine", choices=["auto", "vllm", "torch"], default="auto", help="auto: vLLM where it runs")
+    add("--minutes", type=float, default=7, help="longest time of a part")
+    add("--out", default=str(measure.RESULTS / "gpu.json"), help="JSON that the results are added to")
+    add("--work", default=str(measure.WORK / "gpu"), help="folder for the random models and runs")
+    add("--worker", action="store_true", help="internal: run the parts in this process")
+    args = p.parse_args(argv)
+    if unknown := [part for part in args.parts if part not in PARTS]:
+        p.error(f"there is no part {unknown[0]}: {', '.join(PARTS)}")
+    if args.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif not torch.cuda.is_available():
+        p.error("there is no GPU here; --device cpu --tiny runs the same code")
+    args.size = SIZES["tiny" if args.tiny else "card"]
+    Path(args.work).mkdir(parents=True, exist_ok=True)
+    parts = args.parts or list(PARTS)
+    right = [run_part(part, args) if args.worker else start_part(part, args, argv) for part in parts]
+    return int(not all(right))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
