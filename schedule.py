@@ -141,9 +141,9 @@ def parse(words):
     theirs = [row for rows in grpo.OPTIONS.values() for row in rows
               if f"--{row[0]}" not in GONE and not hasattr(args, row[0])]
     common.Parser(OPTIONS | {"grpo.py": theirs}, grpo.GONE | GONE).parse(words)  # refuses unknown words
-    nodes = re.search(r"--nnodes[= ](?:\d+:)?(\d+)", args.torchrun)
+    nodes = re.search(r"--nnodes[= ](?:\d+:)?(\d+)", args.torchrun + " --nnodes 1")
     rank = re.search(r"--node.rank[= ](\d+)", args.torchrun)
-    args.nodes, args.node_rank = int(nodes[1]) if nodes else 1, int(rank[1]) if rank else 0
+    args.nodes, args.node_rank = int(nodes[1]), int(rank[1]) if rank else 0
     if args.nodes > 1 and not rank:
         raise ValueError("--torchrun: several nodes need --node_rank: 0 where the plan is kept, 1, 2, ...")
     args.gpus = args.gpus or torch.cuda.device_count() or 1 + (args.preset == "toy")
@@ -484,8 +484,8 @@ def predict(m, a, memory, world):
         why = f"--token_budget {tokens} holds no sequence of {longest} tokens"
     if m["positions"] and a["max_len"] >= m["positions"]:
         why = f"a context of {a['max_len']} leaves no room for a prompt in {m['positions']} positions"
-    return needs | {"why": why, "weights, gradients, Adam": states, "reference": reference, "update": update,
-                    "engine": engine, "sequences of full length at once": sequences}
+    return needs | {"weights + gradients + Adam": states, "reference": reference, "update": update,
+                    "engine": engine, "sequences": sequences, "why": why}
 
 
 def remedy(model, a, memory, world):
@@ -530,10 +530,11 @@ def dry_run(args):
         a["mean_len"] = args.mean_len or min(a["max_len"] // 2, 5000)
         p, t = predict(m, a, memory, world), step_seconds(m, a, gpu, world)
         hours = sum(t.values()) * a["steps"] / 3600
-        total, why = total + hours, p.pop("why")
+        total, why, sequences = total + hours, p.pop("why"), p.pop("sequences")
         print(f"{stage['folder']}: context {a['max_len']:,}, mean length {a['mean_len']:,}, {a['steps']:,} "
               f"steps, {hours:,.1f} hours, ${hours * world * price:,.0f}\n  GiB on each GPU: "
-              + ", ".join(f"{part} {x:.1f}" for part, x in p.items()) + "\n  seconds a step: "
+              + ", ".join(f"{part} {x:.1f}" for part, x in p.items())
+              + f"; {sequences} responses of full length at once\n  seconds a step: "
               + ", ".join(f"{part} {x:.0f}" for part, x in t.items()))
         if why:
             why += f". Change {remedy(args.model, a, memory, world)}"
