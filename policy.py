@@ -98,6 +98,7 @@ class TokenLogprobs(torch.autograd.Function):
         hidden, head, targets, lse, entropy = ctx.saved_tensors
         up, up_entropy = ((torch.zeros_like(lse) if g is None else g / ctx.temperature)[:, None]
                           for g in (grad_logp, grad_entropy))
+        buffer, ctx.buffer = ctx.buffer, None  # a graph outlives its backward in many loops, this must not
         grad_hidden = torch.empty_like(hidden)
         grad_head = torch.zeros_like(head, dtype=torch.float32)  # a bf16 sum would lose small terms
         # a sum over V goes in pieces: some CPU kernels add 152 K products in a row, which costs a digit
@@ -105,7 +106,7 @@ class TokenLogprobs(torch.autograd.Function):
         for t in reversed(ctx.tiles):
             log_q, ctx.last = ctx.last, None
             if log_q is None:
-                log_q = logits(hidden[t], head, ctx.temperature, ctx.buffer).sub_(lse[t, None])
+                log_q = logits(hidden[t], head, ctx.temperature, buffer).sub_(lse[t, None])
             for b in blocks(log_q):
                 factor = -up[t][b]
                 if grad_entropy is not None:
@@ -122,9 +123,10 @@ class TokenLogprobs(torch.autograd.Function):
 
 def logits(hidden, head, temperature, buffer):
     """[t, H], [V, H] -> [t, V] in fp32: a bf16 result would round a logit of 20 by up to 0.06."""
-    if buffer is None:
+    if hidden.dtype != torch.float32:
         return torch.mm(hidden, head.T, out_dtype=torch.float32).div_(temperature)
-    return buffer[:len(hidden)].addmm_(hidden, head.T, beta=0, alpha=1 / temperature)
+    z = hidden.new_empty(len(hidden), len(head)) if buffer is None else buffer[:len(hidden)]
+    return z.addmm_(hidden, head.T, beta=0, alpha=1 / temperature)
 
 
 def blocks(z):
