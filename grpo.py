@@ -16,7 +16,6 @@ divide by the global token count (it summed means), `</think>` alone closes the 
 Left out on purpose: value models, reward models, tools, LoRA, asynchronous rollouts.
 Shapes: P prompts, G samples of each, S sequences of a micro-batch, R their response tokens, end to end.
 """
-import argparse
 import gzip
 import importlib.util
 import json
@@ -221,7 +220,8 @@ def train(args, device):
 
         step, generated = step + 1, generated + sum(len(s.response_ids) for s in samples)
         line = {"step": step, "tokens_total": generated, **rollout_metrics(samples, rewards),
-                **update_metrics(learner, stats, clock, seconds)}
+                **update_metrics(stats), **machine_metrics(device, learner.pooled, clock, seconds),
+                "updates_skipped": learner.skipped, "lr": learner.optimizer.param_groups[0]["lr"]}
         log.add(line, samples, problems, advantages)
         if step % args.save_every == 0 or step == args.steps:
             learner.save(step, generated, log.unwritten())
@@ -278,7 +278,7 @@ class Learner:
 
     def __init__(self, args, task, model, device):
         self.args, self.task, self.model, self.device = args, task, model, device
-        self.pooled = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+        self.pooled = torch.cuda.memory_allocated() if device.type == "cuda" else 0  # vLLM's, also asleep
         self.policy = self.build()
         self.reference = self.build(frozen=True) if args.kl_coef else None
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), args.lr, fused=True)
@@ -390,8 +390,7 @@ HEADER = (" step/total | reward  none   all |  length   cut | entropy mismatch g
           "seconds  tok/s | eval")
 COLUMNS = ("{reward:6.3f} {solve_none:5.2f} {solve_all:5.2f} | {length_mean:7.1f} {truncated:5.2f} | "
            "{entropy:7.3f} {mismatch_kl:8.1e} {grad_norm:8.2e} | {seconds:7.1f} {speed:6.0f}")
-# mean KL and ratio error of engine and trainer: measured was a KL of 1.2e-3 in bf16 with an fp32 head, below
-# 1e-9 in fp32; NeMo-RL asserts 5e-4 and 1.05 for this very model in bf16
+# bounds of mean KL and ratio error; a KL of 1.2e-3 was measured in bf16 with an fp32 head, below 1e-9 in fp32
 MISMATCH = {"float32": (1e-5, 1.01), "bfloat16": (5e-3, 1.1)}
 GROUPS = {"solve": "reward", "truncated": "length", "tokens": "length", "seconds": "time", "memory": "time",
           "reward": "reward", "length": "length", "mismatch": "mismatch", "eval": "eval"}  # all else: policy
@@ -414,25 +413,29 @@ def rollout_metrics(samples, rewards):
             **{f"reward_{reason}": verdicts[reason] for reason in REASONS}}
 
 
-def update_metrics(learner, stats, clock, seconds):
-    """Token sums of this rank -> means over all tokens and ranks, None over no tokens or if not finite.
-    clock: when the step began and its phases ended, of which `seconds` tells the first in parts."""
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**(30 if sys.platform == "darwin" else 20)
-    if learner.device.type == "cuda":  # vLLM's pools count as torch's memory, also while they sleep
-        used = (torch.cuda.max_memory_allocated() - learner.pooled) / 2**30
-        torch.cuda.reset_peak_memory_stats()
-    seconds = {**seconds, **dict(zip(("logprobs", "update", "sync"), np.diff(clock[1:])))}
-    ranks = common.gather((used, seconds, {name: float(x) for name, x in stats.items()}))
+def update_metrics(stats):
+    """Token sums of this rank's micro-batches -> means over all tokens and ranks; None if not finite."""
     sums, updates, nan = Counter(), stats["updates"], math.nan
-    for _, _, part in ranks:
+    for part in common.gather({name: float(x) for name, x in stats.items()}):
         sums.update(part)
     means = {name: sums.get(name, nan) / (sums["tokens"] or nan) for name in TOKEN_MEANS}
     means |= {"loss": sums["loss"] / (updates or nan), "grad_norm": stats["grad_norm"] / (updates or nan)}
-    return {**{name: x if math.isfinite(x) else None for name, x in means.items()},
-            "tokens_trained": int(sums["tokens"]), "lr": learner.optimizer.param_groups[0]["lr"],
-            "updates": updates, "updates_empty": stats["updates_empty"], "updates_skipped": learner.skipped,
-            "memory_gib": max(used for used, _, _ in ranks), "seconds": time.time() - clock[0],
-            **{f"seconds_{k}": sum(part[k] for _, part, _ in ranks) / len(ranks) for k in seconds}}
+    means = {name: x if math.isfinite(x) else None for name, x in means.items()}
+    return {**means, "tokens_trained": int(sums["tokens"]), "updates": updates,
+            "updates_empty": stats["updates_empty"]}
+
+
+def machine_metrics(device, pooled, clock, seconds):
+    """Memory: the largest of all ranks, of the card or else of the process. Seconds: means over ranks; clock
+    has the begin of the step and the end of each phase, `seconds` has the parts of the first phase."""
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**(30 if sys.platform == "darwin" else 20)
+    if device.type == "cuda":
+        used = (torch.cuda.max_memory_allocated() - pooled) / 2**30
+        torch.cuda.reset_peak_memory_stats()
+    phases = {**seconds, **dict(zip(("logprobs", "update", "sync"), np.diff(clock[1:])))}
+    ranks = common.gather((used, phases))
+    means = {f"seconds_{k}": sum(phases[k] for _, phases in ranks) / len(ranks) for k in phases}
+    return {"memory_gib": max(used for used, _ in ranks), "seconds": time.time() - clock[0], **means}
 
 
 def open_tracker(args):
@@ -470,8 +473,8 @@ class Log:
 
     def open(self, step):
         """What rank 0 does before the first step -> the lines so far, the tracker of the next ones."""
-        config, stop = common.provenance(), f"{self.args.out}/stop"
-        config |= {"options": vars(self.args), "world": dist.get_world_size(), "command": sys.argv}
+        stop, world = f"{self.args.out}/stop", dist.get_world_size()
+        config = common.provenance() | {"options": vars(self.args), "world": world, "command": sys.argv}
         common.write_atomic(f"{self.args.out}/config.json", json.dumps(config, indent=1))
         if os.path.exists(stop):
             os.remove(stop)
@@ -536,9 +539,9 @@ class Log:
         kl, mult, (most_kl, most_mult) = m["mismatch_kl"], m["mismatch_mult"], MISMATCH[self.args.dtype]
         self.unpaid = 0 if m["reward"] else self.unpaid + 1
         gold = f"the grader cannot read the answers that {golds} of {n} samples need, such as {self.example}"
-        reward = (f"no reward in {self.unpaid} step(s): of {n} samples {m['reward_no_close']} lack </think>,"
-                  f" {m['reward_no_box']} \\boxed{{}}, {cut:.0%} were cut off. A model that never writes "
-                  f"</think> needs --style plain, one that is cut off a larger --max_len")
+        reward = (f"no reward in {self.unpaid} step(s): of {n} samples {m['reward_no_close']} had no "
+                  f"</think>, {m['reward_no_box']} no \\boxed{{}}, {cut:.0%} were cut off. Never a </think>: "
+                  f"take --style plain; many cut off: a larger --max_len")
         gap = (f"engine and trainer disagree: KL {kl:.1e} (bound {most_kl:g}), ratio error {mult:.3f} (bound "
                f"{most_mult}). If it grows, the engine's weights are stale; if not, take --tis_cap 2 or fp32")
         length = f"{cut:.0%} of the samples were cut off at --max_len {self.args.max_len}: raise it"
@@ -549,12 +552,11 @@ class Log:
 
 # ----- Options ----------------------------------------------------------------------------------------------
 
-HERE = os.path.dirname(os.path.abspath(__file__))
 OPTIONS = {
     "model and data": [
         ("recipe", list(RECIPES), "deepscaler", None, "defaults of many options; what is given by hand wins"),
         ("model", str, "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", None, "folder or hub name"),
-        ("data", str, os.path.join(HERE, "assets/train.jsonl.gz"), None, "problems: a file or a hub name"),
+        ("data", str, str(evaluate.ASSETS.parent / "train.jsonl.gz"), None, "problems: a file or a hub name"),
         *evaluate.PROMPT_OPTIONS,
         ("max_prompt_len", int, 1024, 1, "tokens; longer prompts are dropped and counted"),
         ("max_len", int, 8192, 1, "tokens of a response: the stage's context")],
@@ -602,8 +604,8 @@ OPTIONS = {
         ("gpu_memory", float, 0.6, 0.01, "vLLM's share of each GPU"),
         ("max_seqs", int, 0, 0, "rows generated at once on each rank; 0: vLLM 256 (CPU 128), torch 64")],
 }
-SELECT = "python data.py select leaves problems out"
-GONE = {"--difficulty": SELECT, "--min_rate": SELECT, "--max_rate": SELECT, "--max_chars": SELECT,
+GONE = {**dict.fromkeys(("--difficulty", "--min_rate", "--max_rate", "--max_chars"),
+                        "python data.py select leaves problems out"),
         "--ref_model": "the reference of the KL term is --model", "--enforce_eager": "it was for debugging",
         "--show_every": "python figures.py RUN shows samples", "--logit_chunk": "tiles take at most 0.6 GB",
         "--max_skips": f"{MAX_SKIPS} bad updates in a row end a run", "--sleep": "vLLM always sleeps"}
@@ -612,11 +614,9 @@ GONE = {"--difficulty": SELECT, "--min_rate": SELECT, "--max_rate": SELECT, "--m
 def parse_args(argv=None):
     """Defaults, then those of --recipe and --loss, then what is given by hand."""
     p = common.Parser(OPTIONS, GONE, description=__doc__.split("\n")[0])
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe")
-    first.add_argument("--loss")
-    early, _ = first.parse_known_args(argv)
-    p.set_defaults(**RECIPES.get(early.recipe, {}))
+    argv = sys.argv[1:] if argv is None else argv
+    early, _ = p.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    p.set_defaults(**RECIPES[early.recipe])
     p.set_defaults(**CISPO if early.loss == "cispo" else {})
     args = p.parse(argv)
     if args.prompts % args.updates:
@@ -626,8 +626,8 @@ def parse_args(argv=None):
     if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
         p.error(f"--report_to {args.report_to}: pip install {args.report_to}")
     if args.eval_data == "auto":
-        aime = os.path.join(HERE, "assets/benchmarks/aime24.jsonl")
-        args.eval_data = aime if args.data == p.get_default("data") else "none"
+        usual = args.data == p.get_default("data")
+        args.eval_data = str(evaluate.ASSETS / "aime24.jsonl") if usual else "none"
     args.eval_every *= args.eval_data != "none"
     args.recompute = int(torch.cuda.is_available()) if args.recompute < 0 else args.recompute
     return args
