@@ -259,12 +259,12 @@ def open_task(args, model, names):
     style, room, sets = evaluate.load_style(args.style), min(args.max_prompt_len, most - response), []
     grade = evaluate.load_reward(args.reward, style)
     for path in [args.data, args.eval_data] if args.eval_every else [args.data]:
-        problems, prompts, dropped = evaluate.load_prompts(path, args, model, tokenizer, style, room)
-        sets += [problems, prompts]
+        *both, dropped = evaluate.load_prompts(path, args, model, tokenizer, style, room)
+        sets += both
         if dropped:
-            say(f"{path}: {dropped} of {dropped + len(problems)} prompts are longer than {room} tokens "
-                f"and were dropped")
-    sets = [*sets, [], []][:4]  # no validation
+            total = dropped + len(both[0])
+            say(f"{path}: {dropped} of {total} prompts are longer than {room} tokens and were dropped")
+    sets = sets if args.eval_every else [*sets, [], []]
     data.batch_indices(len(sets[0]), 0, args.prompts, args.seed)  # refuses a set that is too small
     longest = response + max(map(len, sets[1] + sets[3]))
     budget = args.token_budget or max(32768 if torch.cuda.is_available() else 2048, longest)
@@ -371,8 +371,7 @@ class Learner:
             say(f"ALARM {e}\n      training goes on; free some disk space or lower --keep")
 
     def load(self):
-        """Go on from the newest checkpoint -> its step, tokens, and lines that metrics.jsonl did not have. Or
-        take over another run's optimizer: a stage boundary hands on moments and weights, not the step."""
+        """Go on from the last checkpoint, or take another run's moments -> step, tokens, unwritten lines."""
         checkpoint, args = self.task.checkpoint or self.args.optimizer_from, vars(self.args)
         state = policy_lib.load_checkpoint(checkpoint, self.policy, self.optimizer) if checkpoint else {}
         if not self.task.checkpoint:
@@ -421,8 +420,8 @@ def update_metrics(stats):
     means = {name: sums.get(name, nan) / (sums["tokens"] or nan) for name in TOKEN_MEANS}
     means |= {"loss": sums["loss"] / (updates or nan), "grad_norm": stats["grad_norm"] / (updates or nan)}
     means = {name: x if math.isfinite(x) else None for name, x in means.items()}
-    return {**means, "tokens_trained": int(sums["tokens"]), "updates": updates,
-            "updates_empty": stats["updates_empty"]}
+    return {**means, "updates": updates, "updates_empty": stats["updates_empty"],
+            "tokens_trained": int(sums["tokens"])}
 
 
 def machine_metrics(device, pooled, clock, seconds):
