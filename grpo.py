@@ -445,11 +445,11 @@ def open_tracker(args):
         writer = SummaryWriter(f"{path}/tensorboard")
         writer.add_text("options", json.dumps(vars(args), indent=1))
         return lambda numbers, step: [writer.add_scalar(k, v, step) for k, v in numbers.items()]
-    if args.report_to in ("wandb", "trackio"):
-        run = {"id": uuid.uuid5(uuid.NAMESPACE_URL, path).hex, "resume": "allow"}  # one curve after a resume
+    if args.report_to != "none":
         tracker = importlib.import_module(args.report_to)
+        same = {"id": uuid.uuid5(uuid.NAMESPACE_URL, path).hex, "resume": "allow"}  # one curve after --resume
         tracker.init(project=os.environ.get("WANDB_PROJECT", "nanoscaler"), name=os.path.basename(path),
-                     config=vars(args), **(run if args.report_to == "wandb" else {}))
+                     config=vars(args), **(same if args.report_to == "wandb" else {}))
         return tracker.log
 
 
@@ -538,15 +538,14 @@ class Log:
         kl, mult, (most_kl, most_mult) = m["mismatch_kl"], m["mismatch_mult"], MISMATCH[self.args.dtype]
         self.unpaid = 0 if m["reward"] else self.unpaid + 1
         gold = f"the grader cannot read the answers that {golds} of {n} samples need, such as {self.example}"
-        reward = (f"no reward in {self.unpaid} step(s): of {n} samples {m['reward_no_close']} had no "
-                  f"</think>, {m['reward_no_box']} no \\boxed{{}}, {cut:.0%} were cut off. Never a </think>: "
-                  f"take --style plain; many cut off: a larger --max_len")
+        none = (f"no reward in {self.unpaid} step(s): of {n} samples {m['reward_no_close']} had no </think> "
+                f"(--style plain?), {m['reward_no_box']} no \\boxed{{}}, {cut:.0%} were cut off (--max_len?)")
         gap = (f"engine and trainer disagree: KL {kl:.1e} (bound {most_kl:g}), ratio error {mult:.3f} (bound "
                f"{most_mult}). If it grows, the engine's weights are stale; if not, take --tis_cap 2 or fp32")
-        length = f"{cut:.0%} of the samples were cut off at --max_len {self.args.max_len}: raise it"
-        return [("gold", golds, gold), ("reward", 0 if golds else self.unpaid, reward),
+        long = f"{cut:.0%} of the samples were cut off at --max_len {self.args.max_len}: raise it"
+        return [("gold", golds, gold), ("reward", 0 if golds else self.unpaid, none),
                 ("mismatch", kl if kl > most_kl or mult > most_mult else 0, gap),
-                ("length", cut if cut > 0.5 else 0, length)]
+                ("length", cut if cut > 0.5 else 0, long)]
 
 
 # ----- Options ----------------------------------------------------------------------------------------------
@@ -644,7 +643,8 @@ def main(argv=None):
     except Exception as e:
         advice, told = "", isinstance(e, (RankError, FloatingPointError))  # told: to all ranks alike
         if common.is_out_of_memory(e):
-            advice = ": lower --token_budget, --gpu_memory or --max_len, or use more ranks"
+            advice = ("" if told else f" (rank {rank})") + (
+                ": lower --token_budget, --gpu_memory or --max_len, or use more ranks")
         elif isinstance(e, FloatingPointError):
             advice = (". The last good checkpoint stays. Resuming repeats what broke the weights, so change "
                       "something: a lower --lr or --grad_clip, or --dtype float32")
