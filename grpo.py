@@ -14,29 +14,25 @@ favours short right and long wrong answers); the gap between engine and trainer 
 What differs from DeepScaleR as run: the KL term has the right sign (its 8K stage maximised the KL), losses
 divide by the global token count (it summed means), `</think>` alone closes the thought.
 Left out on purpose: value models, reward models, tools, LoRA, asynchronous rollouts.
-
 Shapes: P prompts, G samples of each, S sequences of a micro-batch, R their response tokens, end to end.
 """
-import argparse
 import gzip
-import importlib
+import importlib.util
 import json
 import math
 import os
 import resource
 import shutil
 import sys
-import textwrap
 import time
 import uuid
-from collections import Counter
+from collections import Counter, namedtuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 import common
 import data
@@ -45,28 +41,17 @@ import policy as policy_lib
 from common import RankError, say, together
 from rollout import Sampling, compute_dtype, make_engine, rollout
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-RECIPES = {
-    # DeepScaleR's first stage: its scripts and the defaults they left on
-    "deepscaler": {},
-    # what JustRL, Archer, POLARIS and Skywork-OR1 found better since
-    "improved": {"temperature": 1.0, "clip_high": 0.28, "kl_coef": 0.0, "entropy_coef": 0.0, "tis_cap": 2.0,
-                 "drop_zero_variance": 1},
-    # JustRL (2512.16649): one long stage, no KL, no entropy bonus, nothing filtered
-    "justrl": {"temperature": 1.0, "clip_high": 0.28, "kl_coef": 0.0, "entropy_coef": 0.0, "tis_cap": 2.0,
-               "prompts": 256, "updates": 4, "max_len": 15360, "steps": 4380, "warmup_steps": 10,
-               "weight_decay": 0.1},
-}
+# what JustRL, Archer, POLARIS and Skywork-OR1 found better since DeepScaleR
+LATER = {"temperature": 1.0, "clip_high": 0.28, "kl_coef": 0.0, "entropy_coef": 0.0, "tis_cap": 2.0}
+RECIPES = {"deepscaler": {},  # its first stage: its scripts and the defaults they left on
+           "improved": {**LATER, "drop_zero_variance": 1},
+           "justrl": {**LATER, "prompts": 256, "updates": 4, "max_len": 15360, "steps": 4380,  # 2512.16649
+                      "warmup_steps": 10, "weight_decay": 0.1}}
 CISPO = {"clip_low": 1.0, "clip_high": 4.0}  # no lower bound (MiniMax-M1), weights up to 5 (TRL's advice)
-MEMORY = ": lower --token_budget, --gpu_memory or --max_len, or use more ranks"
-MAX_SKIPS = 5                                # updates in a row that are not finite and end a run
-DAMAGED = ("the weights are damaged. They are not saved, the last good checkpoint stays. Resuming repeats "
-           "what broke them, so change something: a lower --lr or --grad_clip, or --dtype float32")
+MAX_SKIPS = 5  # updates in a row that are not finite and end a run
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The algorithm
-# ------------------------------------------------------------------------------------------------------------
+# ----- The algorithm ----------------------------------------------------------------------------------------
 
 def group_advantages(rewards, normalize="std", eps=1e-6):
     """[P, G] rewards -> [P, G] advantages: each sample against the other answers to its own problem.
@@ -78,10 +63,8 @@ def group_advantages(rewards, normalize="std", eps=1e-6):
     >>> group_advantages(torch.tensor([[1., 0., 0., 1.], [0., 0., 0., 0.]]), "mean").tolist()
     [[0.5, -0.5, -0.5, 0.5], [0.0, 0.0, 0.0, 0.0]]
     """
-    if rewards.dim() != 2 or rewards.shape[1] < 2:
-        raise ValueError(f"a group needs at least two samples to compare, got shape {tuple(rewards.shape)}")
-    if not torch.isfinite(rewards).all():
-        raise ValueError("rewards must be finite: one NaN would spread over its whole group")
+    if rewards.dim() != 2 or rewards.shape[1] < 2 or not torch.isfinite(rewards).all():
+        raise ValueError(f"rewards must be finite, in groups of at least two, not {tuple(rewards.shape)}")
     if normalize not in ("std", "mean"):
         raise ValueError(f'normalize must be "std" or "mean", not {normalize!r}')
     rewards = rewards.float()
@@ -108,7 +91,7 @@ def grpo_loss(logp, old_logp, advantages, lengths=None, *, ref_logp=None, engine
       k3 = exp(ref - logp) - (ref - logp) - 1       http://joschu.net/blog/kl-approx.html
       w = min(exp(old - engine), tis_cap)           truncated importance weight; tis_cap 0: w = 1
 
-    agg says what one token weighs. `total` is the *global* count, over all micro-batches and ranks, so that
+    agg: what one token weighs. `total` is the *global* count, over all micro-batches and ranks, so that
     cutting a batch differently cannot change the gradient (default: the count of this call):
       "token"  1 / total response tokens                      TRL dapo, verl token-mean
       "seq"    1 / own length / total sequences               TRL grpo, verl seq-mean-token-mean
@@ -164,24 +147,23 @@ def mismatch(logp, engine_logp):
             "mismatch_mult": d.abs().exp().sum(), "mismatch_far": (d.abs() > math.log(2)).sum()}
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The run, in the order of time
-# ------------------------------------------------------------------------------------------------------------
+# ----- The run, in the order of time ------------------------------------------------------------------------
 
 def train(args, device):
     """Build the parts, then the loop: one turn is one step of the paper -> the signal that ended it, or 0."""
-    task, log = Task(args), together("report", lambda: Log(args))
+    model = policy_lib.open_model(args.model)
+    names = common.gather(policy_lib.checkpoints(f"{args.out}/checkpoints"))[0]  # a shared disk may lag
+    task = together("start", lambda: open_task(args, model, names))
     # the engine first: vLLM measures the memory that is free when it starts; it sleeps while the rest loads
-    engine = make_engine(args.engine, task.model.folder, max_model_len=task.longest, dtype=args.dtype,
+    engine = make_engine(args.engine, model.folder, max_model_len=task.longest, dtype=args.dtype,
                          device=device, max_seqs=args.max_seqs, gpu_memory=args.gpu_memory, seed=args.seed,
                          enable_sleep=True)
     engine.sleep()
-    learner = Learner(args, task, device)
-    state = learner.load()
-    step, generated = state["step"], state["generated"]
-    line = log.start(step, state.get("unwritten", []))
+    learner = Learner(args, task, model.folder, device)
+    step, generated, unwritten = learner.load()
+    log = Log(args, step, unwritten)
     engine.push(learner.policy.full_weights())
-    say(f"{task.model.parameters / 1e6:,.1f} M parameters, {len(task.problems):,} problems, {args.dtype}, "
+    say(f"{model.parameters / 1e6:,.1f} M parameters, {len(task.problems):,} problems, {args.dtype}, "
         f"engine {engine.name}, {dist.get_world_size()} x {device.type}\n{HEADER}")
     signals = common.catch_signals()
     training = Sampling(n=args.group, temperature=args.temperature, max_tokens=args.max_len, seed=args.seed)
@@ -192,24 +174,24 @@ def train(args, device):
         engine.wake()
         return rollout(engine, task.tokenizer, *work, task.grade, stop=lambda: bool(signals))
 
-    def validate():
-        """Scores on the held-out problems, by functions and seeds of evaluate.py; None if a signal came."""
-        samples, seconds = generate(task.eval_problems, task.eval_prompts, validation, "eval")
-        engine.sleep(keep_weights=True)
-        scores = samples and evaluate.curve_point(samples, task.eval_problems, args.eval_n)
-        return scores and {**scores, "eval_seconds": sum(seconds.values())}
+    def lap():
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # else a phase would end when its kernels are launched
+        clock.append(time.time())
 
     while True:
-        if line:  # of the last step, or of one that a signal or a kill cut short: it may want its validation
-            due = args.eval_every and (step % args.eval_every == 0 or step == args.steps)
-            scores = validate() if due else {}
-            if scores is None:
-                break
-            log.write({**line, **scores})
-            line = None
+        if log.line:  # of the last step, or of one that a signal or a kill cut short: validation may be due
+            if args.eval_every and (step % args.eval_every == 0 or step == args.steps):
+                samples, seconds = generate(task.eval_problems, task.eval_prompts, validation, "eval")
+                engine.sleep(keep_weights=True)
+                if samples is None:  # a signal
+                    break
+                scores = evaluate.curve_point(samples, task.eval_problems, args.eval_n)
+                log.line |= {**scores, "eval_seconds": sum(seconds.values())}
+            log.write()
         if step >= args.steps or common.any_rank(signals or os.path.exists(f"{args.out}/stop")):
             break
-        clock = Clock(device)
+        clock = [time.time()]
         batch = data.batch_indices(len(task.problems), step, args.prompts, args.seed)
         problems, prompts = [task.problems[i] for i in batch], [task.prompts[i] for i in batch]
 
@@ -218,134 +200,121 @@ def train(args, device):
             break
         engine.sleep()
         if not all(np.isfinite(s.logprobs).all() for s in samples):  # else they would only look unlucky
-            raise RankError(f"after step {step} the engine's log-probs are not finite: {DAMAGED}")
+            raise FloatingPointError(f"after step {step} the engine's log-probs are not finite")
         rewards = torch.tensor([s.reward for s in samples]).view(args.prompts, args.group)          # [P, G]
         advantages = group_advantages(rewards, args.advantage)                                      # [P, G]
 
         rows = torch.arange(args.prompts).chunk(args.updates)
         minibatches = [learner.pack(samples, advantages, prompts) for prompts in rows]
-        clock.lap("rollout")
+        lap()
         # the first mini-batch needs no old log-probs: its policy is still the old one
-        old = [None, *(learner.score(learner.policy, mini) for mini in minibatches[1:])]
+        old = [learner.score(learner.policy if k else None, mini) for k, mini in enumerate(minibatches)]
         ref = [learner.score(learner.reference, mini) for mini in minibatches]
-        clock.lap("logprobs")
+        lap()
         stats = Counter()
         for mini, old_logp, ref_logp in zip(minibatches, old, ref):
             learner.update(step, mini, old_logp, ref_logp, stats)
-        clock.lap("update")
+        lap()
         engine.push(learner.policy.full_weights())
-        clock.lap("sync")
+        lap()
 
         step, generated = step + 1, generated + sum(len(s.response_ids) for s in samples)
-        line = {"step": step, **rollout_metrics(samples, rewards), **update_metrics(stats),
-                **learner.metrics(), **clock.metrics(seconds), "tokens_total": generated}
-        log.write_rollouts(step, samples, problems, advantages)
+        line = {"step": step, "tokens_total": generated, **rollout_metrics(samples, rewards),
+                **update_metrics(stats), **machine_metrics(device, learner.pooled, clock, seconds),
+                "updates_skipped": learner.skipped, "lr": learner.optimizer.param_groups[0]["lr"]}
+        log.add(line, samples, problems, advantages)
         if step % args.save_every == 0 or step == args.steps:
-            learner.save(step, generated, [*log.unwritten(), line])
+            learner.save(step, generated, log.unwritten())
     if step and learner.saved != step:
-        learner.save(step, generated, log.unwritten() + ([line] if line else []))
+        learner.save(step, generated, log.unwritten())
     engine.close()
-    if step < args.steps:
-        say(f"stopped after step {step}; --resume goes on from checkpoint {learner.saved}")
-    else:
-        say(f"done. Next: python evaluate.py --model {args.out}/checkpoints/{learner.saved:06d}/hf\n"
-            f"            python figures.py {args.out}\n      or go on: --resume with a larger --steps")
+    saved = f"{args.out}/checkpoints/{learner.saved:06d}"
+    say(f"stopped after step {step}; --resume goes on from {saved}" if step < args.steps else
+        f"done. Next: python evaluate.py --model {saved}/hf\n            python figures.py {args.out}\n"
+        f"      or go on: --resume with a larger --steps")
     return signals[0] if signals else 0
 
 
-class Task:
-    """What is trained on, checked before anything is loaded: model, tokenizer, problems, prompts, grader."""
-
-    def __init__(self, args):
-        self.model, folder = policy_lib.open_model(args.model), f"{args.out}/checkpoints"
-        names = common.gather(policy_lib.checkpoints(folder))[0]  # of rank 0: a shared disk may lag
-        self.checkpoint = f"{folder}/{names[-1]}" if names and args.resume else None
-        together("start", lambda: self.open(args))
-        check_disk(args, self.model.parameters, len(names))
-        if args.resume:
-            say(f"resuming from {self.checkpoint}" if names else f"no checkpoint in {folder}: a fresh start")
-
-    def open(self, args):
-        if self.checkpoint:
-            policy_lib.check_checkpoint(self.checkpoint, self.model.shapes)
-        self.tokenizer = AutoTokenizer.from_pretrained(self.model.folder)
-        style = evaluate.load_style(args.style)
-        self.grade = evaluate.load_reward(args.reward, style)
-        response, most = max(args.max_len, args.eval_max_len), self.model.positions or 10**9
-        if response >= most:
-            raise ValueError(f"--max_len {response} leaves no room for a prompt in the {most} positions of "
-                             f"{args.model}: lower it below {most}")
-        room, sets = min(args.max_prompt_len, most - response), []
-        for path in (args.data, args.eval_data if args.eval_every else None):
-            problems, prompts, dropped = evaluate.load_prompts(
-                path, args, self.model, self.tokenizer, style, room) if path else ([], [], 0)
-            if dropped:
-                say(f"{path}: {dropped} of {dropped + len(problems)} prompts are longer than {room} tokens "
-                    f"and were dropped")
-            sets += [problems, prompts]
-        self.problems, self.prompts, self.eval_problems, self.eval_prompts = sets
-        data.batch_indices(len(self.problems), 0, args.prompts, args.seed)  # refuses a set that is too small
-        self.longest = response + max(map(len, self.prompts + self.eval_prompts))
-        self.budget = args.token_budget or max(32768 if torch.cuda.is_available() else 2048, self.longest)
-        if self.budget < self.longest:
-            raise ValueError(f"--token_budget {self.budget} holds no full sequence of {self.longest} tokens: "
-                             f"raise it, or lower --max_len or --max_prompt_len")
+Task = namedtuple("Task", "checkpoint tokenizer grade longest budget problems prompts eval_problems "
+                          "eval_prompts")
 
 
-def check_disk(args, parameters, there):
-    """Refuse a disk too small for the checkpoints to come: 16 bytes a parameter, 4 where only hf/ stays."""
-    need = parameters * 16 * max(1, (args.keep or 2) + 1 - there)
-    need += 0 if args.keep else parameters * 4 * (args.steps // args.save_every)
+def open_task(args, model, names):
+    """What can be refused before a weight is loaded -> Task. names: of the checkpoints that are there."""
+    checkpoint = f"{args.out}/checkpoints/{names[-1]}" if names and args.resume else None
+    if checkpoint:
+        policy_lib.check_checkpoint(checkpoint, model.shapes)
+    elif not args.resume and os.path.exists(f"{args.out}/metrics.jsonl"):
+        raise ValueError(f"{args.out} holds a run: --resume goes on, another --out starts afresh")
+    need = model.parameters * 16 * max(1, (args.keep or 2) + 1 - len(names))  # bytes; where only hf/ stays 4
+    need += 0 if args.keep else model.parameters * 4 * (args.steps // args.save_every)
     free = shutil.disk_usage(args.out).free
     if free < need:
-        raise RankError(f"{args.out} has {free / 2**30:.1f} GiB free, checkpoints need {need / 2**30:.1f}: "
-                        f"take another --out, a smaller --keep or a larger --save_every")
+        raise ValueError(f"{args.out} has {free / 2**30:.1f} GiB free, checkpoints need {need / 2**30:.1f}: "
+                         f"take another --out, a smaller --keep or a larger --save_every")
+    response, most = max(args.max_len, args.eval_max_len), model.positions or 10**9
+    if response >= most:
+        raise ValueError(f"--max_len {response} leaves no room for a prompt in the model's {most} positions")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model.folder)
+    style, room, sets = evaluate.load_style(args.style), min(args.max_prompt_len, most - response), []
+    grade = evaluate.load_reward(args.reward, style)
+    for path in [args.data, args.eval_data] if args.eval_every else [args.data]:
+        *both, dropped = evaluate.load_prompts(path, args, model, tokenizer, style, room)
+        sets += both
+        if dropped:
+            total = dropped + len(both[0])
+            say(f"{path}: {dropped} of {total} prompts are longer than {room} tokens and were dropped")
+    sets = sets if args.eval_every else [*sets, [], []]
+    data.batch_indices(len(sets[0]), 0, args.prompts, args.seed)  # refuses a set that is too small
+    longest = response + max(map(len, sets[1] + sets[3]))
+    budget = args.token_budget or max(32768 if torch.cuda.is_available() else 2048, longest)
+    if budget < longest:
+        raise ValueError(f"--token_budget {budget} holds no full sequence of {longest} tokens: raise it")
+    return Task(checkpoint, tokenizer, grade, longest, budget, *sets)
 
 
 class Learner:
     """The policy, its frozen reference and the optimizer: pack, score, update, save, load."""
 
-    def __init__(self, args, task, device):
-        self.args, self.task, self.device = args, task, device
-        # vLLM's pools count as torch's memory, also while they sleep
-        self.pooled = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+    def __init__(self, args, task, model, device):
+        self.args, self.task, self.model, self.device = args, task, model, device
+        self.pooled = torch.cuda.memory_allocated() if device.type == "cuda" else 0  # vLLM's, also asleep
         self.policy = self.build()
         self.reference = self.build(frozen=True) if args.kl_coef else None
-        self.optimizer = torch.optim.AdamW(self.policy.parameters(), args.lr, weight_decay=args.weight_decay,
-                                           fused=True)
+        self.optimizer = torch.optim.AdamW(self.policy.parameters(), args.lr, fused=True)
         self.saved = self.skipped = self.skipped_in_a_row = 0
 
     def build(self, frozen=False):
         """A Policy from --model, sharded wherever there is a GPU, a second rank or mixed precision."""
-        recompute, dtype = bool(self.args.recompute) and not frozen, getattr(torch, self.args.dtype)
-        policy = together("model", lambda: policy_lib.Policy(self.task.model.folder, recompute))
+        recompute, dtype = self.args.recompute and not frozen, getattr(torch, self.args.dtype)
+        policy = together("model", lambda: policy_lib.Policy(self.model, recompute))
         if frozen:
             policy.requires_grad_(False)
             for p in policy.parameters():  # not policy.to(dtype): that would round the rotary frequencies too
                 p.data = p.data.to(dtype)
-        shard = self.device.type == "cuda" or dist.get_world_size() > 1 or dtype != torch.float32
-        return policy.shard(dtype, self.device) if shard else policy
+        alone = self.device.type == "cpu" and dist.get_world_size() == 1 and dtype == torch.float32
+        return policy if alone else policy.shard(dtype, self.device)
 
     def pack(self, samples, advantages, prompts):
         """One update on some rows of `advantages` [P, G] -> this rank's micro-batches, each with its
         advantages [S] and engine log-probs [R], and the global count that the loss divides by."""
-        args, device = self.args, self.device
+        args, device, group = self.args, self.device, self.args.group
         kept = [p for p in prompts.tolist() if not args.drop_zero_variance or advantages[p].any()]
-        rows = [samples[p * args.group + j] for p in kept for j in range(args.group)]
-        micro = policy_lib.pack([(s.prompt_ids, s.response_ids.tolist()) for s in rows], self.task.budget,
-                                dist.get_rank(), dist.get_world_size(), device)
-        flat, none, out = advantages[kept].flatten(), np.zeros(0, np.float32), []
-        for m in micro:
-            logp = torch.from_numpy(np.concatenate([none, *(rows[i].logprobs for i in m.rows)]))
-            out.append((m, (flat[m.rows] if m.rows else torch.zeros(1)).to(device), logp.to(device)))
+        rows = [samples[p * group + j] for p in kept for j in range(group)]
+        flat, out = advantages[kept].flatten().tolist(), []
+        for m in policy_lib.pack([(s.prompt_ids, s.response_ids.tolist()) for s in rows], self.task.budget,
+                                 dist.get_rank(), dist.get_world_size(), device):
+            engine_logp = np.concatenate([[], *(rows[i].logprobs for i in m.rows)], dtype=np.float32)
+            mine = torch.tensor([flat[i] for i in m.rows] or [0.0])  # a rank without rows has an empty one
+            out.append((m, mine.to(device), torch.from_numpy(engine_logp).to(device)))
         tokens = sum(len(s.response_ids) for s in rows)
         return out, {"token": tokens, "seq": len(rows), "const": len(rows) * args.max_len}[args.loss_agg]
 
     @torch.no_grad()
     def score(self, model, mini):
-        """Log-probs [R] of every micro-batch under `model`; None without a model."""
+        """Log-probs [R] of every micro-batch under `model`; of each None without a model."""
         if model is None:
-            return None
+            return [None] * len(mini[0])
         scores = [model(m, self.args.temperature)[0] for m, _, _ in mini[0]]
         model.reshard()  # FSDP keeps embedding and head gathered after a forward that no backward follows
         return scores
@@ -353,19 +322,20 @@ class Learner:
     def update(self, step, mini, old_logp, ref_logp, stats):
         """One optimizer step. A loss or gradient that is not finite skips it, on all ranks together."""
         (micro, total), args = mini, self.args
-        options = {name: getattr(args, name) for name in LOSS_OPTIONS}
         if total == 0:
             stats["updates_empty"] += 1  # every group of it was all right or all wrong
             return
         for group in self.optimizer.param_groups:
             group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
+            group["weight_decay"] = args.weight_decay
         bar = tqdm(micro, desc="update", leave=False, disable=None if dist.get_rank() == 0 else True)
-        for i, (m, advantages, engine_logp) in enumerate(bar):
+        for (m, advantages, engine_logp), old, ref in zip(bar, old_logp, ref_logp):
             logp, entropy = self.policy(m, args.temperature, entropy_grad=args.entropy_coef != 0)
-            old = old_logp[i] if old_logp else logp.detach()
-            loss, sums = grpo_loss(logp, old, advantages, m.lengths, engine_logp=engine_logp, entropy=entropy,
-                                   ref_logp=ref_logp[i] if ref_logp else None, agg=args.loss_agg, total=total,
-                                   **options)
+            old = logp.detach() if old is None else old
+            loss, sums = grpo_loss(
+                logp, old, advantages, m.lengths, ref_logp=ref, engine_logp=engine_logp, entropy=entropy,
+                loss=args.loss, clip_low=args.clip_low, clip_high=args.clip_high, kl_coef=args.kl_coef,
+                entropy_coef=args.entropy_coef, tis_cap=args.tis_cap, agg=args.loss_agg, total=total)
             # FSDP averages gradients over ranks; the loss is divided by the global count already: undo that
             (loss * self.policy.grad_divisor).backward()
             sums |= {**mismatch(old, engine_logp), "loss": loss.detach()}
@@ -384,252 +354,207 @@ class Learner:
             stats["grad_norm"] += norm.item()
         self.optimizer.zero_grad()
         if self.skipped_in_a_row >= MAX_SKIPS:
-            raise RankError(f"{MAX_SKIPS} updates in a row had a loss or gradient that is not finite. The "
-                            f"last checkpoint stays: lower --lr or --grad_clip, look at the last rollouts")
-
-    def metrics(self):
-        """What the optimizer did; memory is the largest of all ranks, of the card or else of the process."""
-        unit = 2**30 if sys.platform == "darwin" else 2**20
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-        if self.device.type == "cuda":
-            used = (torch.cuda.max_memory_allocated() - self.pooled) / 2**30
-            torch.cuda.reset_peak_memory_stats()
-        rate = self.optimizer.param_groups[0]["lr"]
-        return {"updates_skipped": self.skipped, "lr": rate, "memory_gib": max(common.gather(used))}
+            raise FloatingPointError(f"{MAX_SKIPS} updates in a row had no finite loss or gradient")
 
     def save(self, step, generated, unwritten):
-        """A checkpoint. A full disk costs it, not the run. Damaged weights end the run: the last good one
-        must stay. `unwritten`: lines that metrics.jsonl does not hold yet."""
+        """A checkpoint. A full disk costs it, not the run. Damaged weights are a FloatingPointError.
+        `unwritten`: lines that metrics.jsonl does not hold yet."""
         if self.skipped_in_a_row:
             return say(f"no checkpoint at step {step}: the last update was not finite")
-        state = {"step": step, "generated": generated, "skipped": self.skipped, "unwritten": unwritten,
-                 "world": dist.get_world_size(), "config": vars(self.args)}
+        state = {"step": step, "generated": generated, "unwritten": unwritten, "skipped": self.skipped,
+                 "config": vars(self.args)}
         try:
             policy_lib.save_checkpoint(f"{self.args.out}/checkpoints", step, self.policy, self.optimizer,
                                        self.task.tokenizer, state, self.args.keep)
             self.saved = step
-        except FloatingPointError:
-            raise RankError(f"after step {step} a weight is not finite: {DAMAGED}") from None
         except OSError as e:
             say(f"ALARM {e}\n      training goes on; free some disk space or lower --keep")
 
     def load(self):
-        """Go on from the newest checkpoint, or take over another run's optimizer -> the state of this run."""
-        checkpoint = self.task.checkpoint or self.args.optimizer_from
+        """Go on from the last checkpoint, or take another run's moments -> step, tokens, unwritten lines."""
+        checkpoint, args = self.task.checkpoint or self.args.optimizer_from, vars(self.args)
         state = policy_lib.load_checkpoint(checkpoint, self.policy, self.optimizer) if checkpoint else {}
-        if not self.task.checkpoint:  # a stage boundary hands moments and weights over, not the step
-            for group in self.optimizer.param_groups:
-                group["weight_decay"] = self.args.weight_decay
-            return {"step": 0, "generated": 0}
-        self.saved, self.skipped, now = state["step"], state["skipped"], vars(self.args)
-        changed = [f"{k} {v} -> {now[k]}" for k, v in state["config"].items()
-                   if now.get(k, v) != v and k not in ("resume", "steps", "out", "engine", "report_to")]
-        if changed:
-            say("resuming with other options than before: " + ", ".join(changed))
-        return state
+        if not self.task.checkpoint:
+            return 0, 0, []
+        self.saved, self.skipped = state["step"], state["skipped"]
+        changed = [f"{k} {v} -> {args[k]}" for k, v in state["config"].items()
+                   if args.get(k, v) != v and k not in ("resume", "steps", "out", "engine", "report_to")]
+        say(f"resuming from {checkpoint}" + (" with other options: " + ", ".join(changed) if changed else ""))
+        return self.saved, state["generated"], state.get("unwritten", [])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What is measured, written and said (docs/metrics.md lists every name with its unit)
-# ------------------------------------------------------------------------------------------------------------
+# ----- What is measured, written and said (docs/metrics.md lists every name with its unit) ------------------
 
-HEADER = " step/total | reward  none   all |  length   cut | entropy mismatch gradient | seconds  tok/s | eval"
-# mean KL and ratio error of engine and trainer: an honest bf16 engine with an fp32 head was measured at 1.2e-3,
-# fp32 ones below 1e-9; NeMo-RL asserts 5e-4 and 1.05 for this very model in bf16
+HEADER = (" step/total | reward  none   all |  length   cut | entropy mismatch gradient | "
+          "seconds  tok/s | eval")
+COLUMNS = ("{reward:6.3f} {solve_none:5.2f} {solve_all:5.2f} | {length_mean:7.1f} {truncated:5.2f} | "
+           "{entropy:7.3f} {mismatch_kl:8.1e} {grad_norm:8.2e} | {seconds:7.1f} {speed:6.0f}")
+# bounds of mean KL and ratio error; a KL of 1.2e-3 was measured in bf16 with an fp32 head, below 1e-9 in fp32
 MISMATCH = {"float32": (1e-5, 1.01), "bfloat16": (5e-3, 1.1)}
 GROUPS = {"solve": "reward", "truncated": "length", "tokens": "length", "seconds": "time", "memory": "time",
           "reward": "reward", "length": "length", "mismatch": "mismatch", "eval": "eval"}  # all else: policy
-LOSS_OPTIONS = ("loss", "clip_low", "clip_high", "kl_coef", "entropy_coef", "tis_cap")
+REASONS = ("no_close", "no_box", "unparsed_answer", "unparsed_gold", "timeout", "error")
+TOKEN_MEANS = ("pg_loss", "entropy", "kl_ref", "approx_kl", "clip_fraction", "ratio_mean", "mismatch_mean",
+               "mismatch_kl", "mismatch_mult", "mismatch_far")
 
 
 def rollout_metrics(samples, rewards):
     """What the samples of a step say by themselves. rewards [P, G]; lengths in tokens, None of no sample."""
-    length = torch.tensor([len(s.response_ids) for s in samples], dtype=torch.float32)
-    cut = torch.tensor([s.finish_reason == "length" for s in samples])
-    right = rewards >= evaluate.RIGHT                                                               # [P, G]
-    out = {"reward": rewards.mean(), "solve_none": (~right).all(1).float().mean(),
-           "solve_all": right.all(1).float().mean(), "truncated": cut.float().mean(),
-           "length_mean": length.mean(), "length_max": length.max(), "length_min": length.min()}
-    for name, chosen in (("right", right.view(-1)), ("wrong", ~right.view(-1)), ("truncated", cut)):
-        out[f"length_{name}"] = length[chosen].mean() if chosen.any() else None
-    out = {name: x if x is None else x.item() for name, x in out.items()}
-    out |= {"tokens": int(length.sum()), "tokens_prompt": sum(len(s.prompt_ids) for s in samples)}
-    verdicts = Counter(s.verdict.split(":")[0] for s in samples)
-    reasons = ("no_close", "no_box", "unparsed_answer", "unparsed_gold", "timeout", "error")
-    return out | {f"reward_{reason}": verdicts[reason] for reason in reasons}
+    length = torch.tensor([len(s.response_ids) for s in samples]).view_as(rewards)
+    cut = torch.tensor([s.finish_reason == "length" for s in samples]).view_as(rewards)
+    right, verdicts = rewards >= evaluate.RIGHT, Counter(s.verdict.split(":")[0] for s in samples)
+    means = {"reward": rewards, "solve_none": (~right).all(1), "solve_all": right.all(1), "truncated": cut,
+             "length_mean": length, "length_right": length[right], "length_wrong": length[~right],
+             "length_truncated": length[cut]}
+    return {**{name: x.float().mean().item() if len(x) else None for name, x in means.items()},
+            "length_max": length.max().item(), "length_min": length.min().item(),
+            "tokens": length.sum().item(), "tokens_prompt": sum(len(s.prompt_ids) for s in samples),
+            **{f"reward_{reason}": verdicts[reason] for reason in REASONS}}
 
 
 def update_metrics(stats):
-    """Token sums of this rank's micro-batches -> means over all tokens and ranks."""
-    names = ("pg_loss", "entropy", "kl_ref", "approx_kl", "clip_fraction", "ratio_mean", "mismatch_mean",
-             "mismatch_kl", "mismatch_mult", "mismatch_far")
-    sums = torch.tensor([float(stats[name]) for name in ("tokens", "loss", *names)], dtype=torch.float64)
-    dist.all_reduce(sums)
-    (tokens, loss, *sums), updates = sums.tolist(), stats["updates"]
-    out = {name: x / tokens if tokens and name in stats else None for name, x in zip(names, sums)}
-    out |= {"loss": loss / updates if updates else None, "tokens_trained": int(tokens), "updates": updates,
-            "grad_norm": stats["grad_norm"] / updates if updates else None,
-            "updates_empty": stats["updates_empty"]}
-    return {name: x if x is None or math.isfinite(x) else None for name, x in out.items()}
+    """Token sums of this rank's micro-batches -> means over all tokens and ranks; None if not finite."""
+    sums, updates, nan = Counter(), stats["updates"], math.nan
+    for part in common.gather({name: float(x) for name, x in stats.items()}):
+        sums.update(part)
+    means = {name: sums.get(name, nan) / (sums["tokens"] or nan) for name in TOKEN_MEANS}
+    means |= {"loss": sums["loss"] / (updates or nan), "grad_norm": stats["grad_norm"] / (updates or nan)}
+    means = {name: x if math.isfinite(x) else None for name, x in means.items()}
+    return {**means, "updates": updates, "updates_empty": stats["updates_empty"],
+            "tokens_trained": int(sums["tokens"])}
 
 
-class Clock:
-    """Seconds of one step by phase."""
-
-    def __init__(self, device):
-        self.device, self.began, self.last, self.phases = device, time.time(), time.time(), {}
-
-    def lap(self, phase):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()  # else the time of a phase is that of launching its kernels
-        self.phases[phase], self.last = time.time() - self.last, time.time()
-
-    def metrics(self, rollout_seconds):
-        """Means over ranks; of "rollout" the rollout tells the parts."""
-        ranks = common.gather({**self.phases, **rollout_seconds})
-        means = {f"seconds_{k}": sum(r[k] for r in ranks) / len(ranks) for k in ranks[0] if k != "rollout"}
-        return {"seconds": time.time() - self.began, **means}
+def machine_metrics(device, pooled, clock, seconds):
+    """Memory: the largest of all ranks, of the card or else of the process. Seconds: means over ranks; clock
+    has the begin of the step and the end of each phase, `seconds` has the parts of the first phase."""
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**(30 if sys.platform == "darwin" else 20)
+    if device.type == "cuda":
+        used = (torch.cuda.max_memory_allocated() - pooled) / 2**30
+        torch.cuda.reset_peak_memory_stats()
+    phases = {**seconds, **dict(zip(("logprobs", "update", "sync"), np.diff(clock[1:])))}
+    ranks = common.gather((used, phases))
+    means = {f"seconds_{k}": sum(phases[k] for _, phases in ranks) / len(ranks) for k in phases}
+    return {"memory_gib": max(used for used, _ in ranks), "seconds": time.time() - clock[0], **means}
 
 
 def open_tracker(args):
-    """A function (numbers, step) that mirrors metrics to --report_to; a missing package is refused here."""
+    """A function (numbers, step) that mirrors metrics to --report_to, or None."""
+    path = os.path.abspath(args.out)
     if args.report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(f"{args.out}/tensorboard")
+        writer = SummaryWriter(f"{path}/tensorboard")
         writer.add_text("options", json.dumps(vars(args), indent=1))
         return lambda numbers, step: [writer.add_scalar(k, v, step) for k, v in numbers.items()]
-    tracker, path = importlib.import_module(args.report_to), os.path.abspath(args.out)
-    # the id lets a resumed run go on in the same curves
-    run = {"id": uuid.uuid5(uuid.NAMESPACE_URL, path).hex, "resume": "allow"}
-    project = os.environ.get("WANDB_PROJECT", "nanoscaler")
-    tracker.init(project=project, name=os.path.basename(path), config=vars(args),
-                 **(run if args.report_to == "wandb" else {}))
-    return lambda numbers, step: tracker.log(numbers, step=step)
+    if args.report_to != "none":
+        tracker = importlib.import_module(args.report_to)
+        same = {"id": uuid.uuid5(uuid.NAMESPACE_URL, path).hex, "resume": "allow"}  # one curve after --resume
+        tracker.init(project=os.environ.get("WANDB_PROJECT", "nanoscaler"), name=os.path.basename(path),
+                     config=vars(args), **(same if args.report_to == "wandb" else {}))
+        return tracker.log
 
 
 class Log:
     """metrics.jsonl (every number), rollouts/ (every sample), the console (one line a step), a tracker."""
 
-    def __init__(self, args):
-        self.args, self.rank, self.path = args, dist.get_rank(), f"{args.out}/metrics.jsonl"
-        self.rows, self.written, self.alarmed, self.unpaid, self.unreadable = [], 0, {}, 0, []
-        self.track = open_tracker(args) if args.report_to != "none" and self.rank == 0 else None
-
-    def start(self, step, waiting):
-        """Make metrics.jsonl agree with the checkpoint -> the line that still has to be finished, or None.
-        Lines of later steps go: those steps are done again. `waiting`: lines that the file did not have when
-        the checkpoint was written; the one of its own step may still want its validation."""
-        mine = together("metrics.jsonl", lambda: self.read(step) if self.rank == 0 else None)
-        self.rows = common.gather(mine)[0]
+    def __init__(self, args, step, waiting):
+        """Make metrics.jsonl agree with the checkpoint: lines of later steps go, as those are done again.
+        `waiting`: lines that the file did not have when the checkpoint was written."""
+        self.args, self.first, self.path = args, dist.get_rank() == 0, f"{args.out}/metrics.jsonl"
+        self.written, self.said, self.unpaid, self.example = 0, {}, 0, "those in rollouts/"
+        rows, self.track = together("report", lambda: self.open(step) if self.first else (None, None))
+        self.rows = common.gather(rows)[0]
         there = [row["step"] for row in self.rows]
-        self.rows += [row for row in waiting if row["step"] < step and row["step"] not in there]
+        waiting = waiting if step else [{"step": 0}] if args.eval_every else []
+        self.rows += [row for row in waiting if row["step"] not in there]
+        # the line of this very step may still want its validation: `write` finishes it
+        self.line = self.rows.pop() if self.rows[len(there):] and self.rows[-1]["step"] == step else None
         self.flush()
-        if step >= self.args.steps:
-            say(f"{self.args.out} has done its {self.args.steps} steps; a larger --steps goes on")
-        waiting = waiting if step else [{"step": 0}] if self.args.eval_every else []
-        return next((row for row in waiting if row["step"] == step and step not in there), None)
 
-    def read(self, step):
-        """What rank 0 does before the first step: config.json, a stop file left behind, the lines so far."""
-        options, stop, config = vars(self.args), f"{self.args.out}/stop", common.provenance()
-        config |= {"options": options, "world": dist.get_world_size(), "command": sys.argv}
+    def open(self, step):
+        """What rank 0 does before the first step -> the lines so far, the tracker of the next ones."""
+        stop, world = f"{self.args.out}/stop", dist.get_world_size()
+        config = common.provenance() | {"options": vars(self.args), "world": world, "command": sys.argv}
         common.write_atomic(f"{self.args.out}/config.json", json.dumps(config, indent=1))
-        say(textwrap.fill("  ".join(f"{k}={v}" for k, v in options.items()), 118, break_on_hyphens=False))
         if os.path.exists(stop):
             os.remove(stop)
             say(f"{stop} was there from before and has been removed")
-        if step == 0 or not os.path.exists(self.path):  # from step 0 everything is done again
-            return []
-        rows = common.read_lines(self.path, on_bad=lambda text: say(f"warning: {text}; the others are kept"))
-        return [row for row in rows if row.get("step", step + 1) <= step]
+        rows = []
+        if step and os.path.exists(self.path):  # from step 0 everything is done again
+            rows = common.read_lines(self.path, lambda text: say(f"warning: {text}; the others are kept"))
+        return [row for row in rows if row.get("step", step + 1) <= step], open_tracker(self.args)
 
     def unwritten(self):
-        return self.rows[self.written:]
+        """Lines that metrics.jsonl does not have yet, to be stored with the checkpoint."""
+        return self.rows[self.written:] + ([self.line] if self.line else [])
 
     def flush(self):
         """metrics.jsonl, written whole. A full disk keeps lines back until there is room."""
         text = common.json_lines(self.rows)
         try:
-            together(self.path, lambda: self.rank or common.write_atomic(self.path, text))
+            together(self.path, lambda: self.first and common.write_atomic(self.path, text))
             self.written = len(self.rows)
         except RankError as e:
-            say(f"ALARM {e}: {len(self.unwritten())} line(s) are kept and written later")
+            say(f"ALARM {e}: {len(self.rows) - self.written} line(s) are kept and written later")
 
-    def write(self, line):
-        """One line to metrics.jsonl, console and tracker, and the alarms it gives cause for."""
-        self.rows.append(line)
-        self.flush()
-        if self.track:
-            numbers = {f"{GROUPS.get(k.split('_')[0], 'policy')}/{k}": v for k, v in line.items()
-                       if isinstance(v, (int, float)) and k != "step"}
-            self.track(numbers, line["step"])
-        self.print_line({k: math.nan if v is None else v for k, v in line.items()})
-        if "reward" in line:
-            self.alarms(line)
-
-    def write_rollouts(self, step, samples, problems, advantages):
-        """Every sample of a step with its problem, reward and advantage, in rollouts/000STEP.jsonl.gz."""
-        group = self.args.group
-        items = [(problems[i // group], i % group, s, a)
-                 for i, (s, a) in enumerate(zip(samples, advantages.flatten().tolist()))]
-        self.unreadable = [p for p, _, s, _ in items if s.verdict == "unparsed_gold"]
-        rows = [{"step": step, "id": p.id, "sample": j, "problem": p.problem, "answer": p.answer,
-                 "response": s.text, "reward": s.reward, "advantage": a, "verdict": s.verdict,
-                 "prompt_tokens": len(s.prompt_ids), "response_tokens": len(s.response_ids),
-                 "finish_reason": s.finish_reason} for p, j, s, a in items]
+    def add(self, line, samples, problems, advantages):
+        """The numbers of a step, finished by `write`, and its samples, in rollouts/000STEP.jsonl.gz."""
+        self.line, step, rows = line, line["step"], []
+        for i, (s, advantage) in enumerate(zip(samples, advantages.flatten().tolist())):
+            p, j = problems[i // self.args.group], i % self.args.group
+            if s.verdict == "unparsed_gold":
+                self.example = f"{p.answer!r} of problem {p.id}"
+            rows.append({"step": step, "id": p.id, "sample": j, "problem": p.problem, "answer": p.answer,
+                         "response": s.text, "reward": s.reward, "advantage": advantage, "verdict": s.verdict,
+                         "prompt_tokens": len(s.prompt_ids), "response_tokens": len(s.response_ids),
+                         "finish_reason": s.finish_reason})
         try:
-            if self.rank == 0:
+            if self.first:
                 packed = gzip.compress(common.json_lines(rows).encode(), 3, mtime=0)
                 common.write_atomic(f"{self.args.out}/rollouts/{step:06d}.jsonl.gz", packed)
         except OSError as e:
             say(f"ALARM rollouts of step {step} not written ({e}); training goes on")
 
-    def print_line(self, m):
-        """The numbers of a step under HEADER."""
-        columns = ("{reward:6.3f} {solve_none:5.2f} {solve_all:5.2f} | {length_mean:7.1f} {truncated:5.2f} "
-                   "| {entropy:7.3f} {mismatch_kl:8.1e} {grad_norm:8.2e} | {seconds:7.1f} {speed:6.0f}")
+    def write(self):
+        """The finished line to metrics.jsonl, tracker and console, and the alarms it gives cause for."""
+        line, self.line = self.line, None
+        self.rows.append(line)
+        self.flush()
+        if self.track:
+            self.track({f"{GROUPS.get(k.split('_')[0], 'policy')}/{k}": v for k, v in line.items()
+                        if v is not None and k != "step"}, step=line["step"])
+        m = {k: math.nan if v is None else v for k, v in line.items()}
         text = [f"{m['step']:5d}/{self.args.steps:<5d}"]
-        text += [columns.format(**m, speed=m["tokens"] / m["seconds"])] if "reward" in m else []
+        text += [COLUMNS.format(**m, speed=m["tokens"] / m["seconds"])] if "reward" in m else []
         text += [f"{m['eval_reward']:.3f} ± {m['eval_se']:.3f}"] if "eval_reward" in m else []
         say(" | ".join(text).replace("nan", "  -"))
-
-    def alarm(self, name, value, text):
-        """Said once, and again when it has become half as bad again."""
-        if value > 1.5 * self.alarmed.get(name, 0):
-            self.alarmed[name] = value
-            say(f"ALARM {text}")
+        for name, value, words in self.alarms(m) if "reward" in m else []:
+            if value > 1.5 * self.said.get(name, 0):  # said once, and again when it is half as bad again
+                self.said[name] = value
+                say(f"ALARM {words}")
 
     def alarms(self, m):
-        """Signs of a run that looks healthy and is not, each with its cure."""
-        n, cut = self.args.prompts * self.args.group, f"{m['truncated']:.0%}"
-        self.unpaid = 0 if m["reward"] else self.unpaid + 1
-        if self.unreadable:
-            p, k = self.unreadable[0], len(self.unreadable)
-            self.alarm("gold", k, f"{k} of {n} samples can earn nothing: the grader cannot read the answers "
-                       f"they need, such as {p.answer!r} of problem {p.id}")
-        elif self.unpaid in (1, 3, 10):
-            say(f"ALARM no reward in {self.unpaid} step(s): of {n} samples {m['reward_no_close']} had no "
-                f"</think>, {m['reward_no_box']} no \\boxed{{}}, {cut} were cut off. A model that never writes "
-                f"</think> needs --style plain, one that is cut off a larger --max_len")
+        """Signs of a run that looks healthy and is not: [(name, how bad it is or 0, words and cure)]."""
+        n, golds, cut = self.args.prompts * self.args.group, m["reward_unparsed_gold"], m["truncated"]
         kl, mult, (most_kl, most_mult) = m["mismatch_kl"], m["mismatch_mult"], MISMATCH[self.args.dtype]
-        if kl is not None and (kl > most_kl or mult > most_mult):
-            self.alarm("mismatch", kl, f"engine and trainer disagree: KL {kl:.1e} (bound {most_kl:g}), ratio "
-                       f"error {mult:.3f} (bound {most_mult}). If it grows, the engine's weights are stale; "
-                       f"if not, it is precision: --dtype float32, or --tis_cap 2")
-        if m["truncated"] > 0.5:
-            self.alarm("cut", m["truncated"], f"{cut} of the samples were cut off at --max_len "
-                       f"{self.args.max_len} and earn nothing: raise it, or use a model that writes less")
+        self.unpaid = 0 if m["reward"] else self.unpaid + 1
+        gold = f"the grader cannot read the answers that {golds} of {n} samples need, such as {self.example}"
+        none = (f"no reward in {self.unpaid} step(s): of {n} samples {m['reward_no_close']} had no </think> "
+                f"(--style plain?), {m['reward_no_box']} no \\boxed{{}}, {cut:.0%} were cut off (--max_len?)")
+        gap = (f"engine and trainer disagree: KL {kl:.1e} (bound {most_kl:g}), ratio error {mult:.3f} (bound "
+               f"{most_mult}). If it grows, the engine's weights are stale; if not, take --tis_cap 2 or fp32")
+        long = f"{cut:.0%} of the samples were cut off at --max_len {self.args.max_len}: raise it"
+        return [("gold", golds, gold), ("reward", 0 if golds else self.unpaid, none),
+                ("mismatch", kl if kl > most_kl or mult > most_mult else 0, gap),
+                ("length", cut if cut > 0.5 else 0, long)]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Options
-# ------------------------------------------------------------------------------------------------------------
+# ----- Options ----------------------------------------------------------------------------------------------
 
 OPTIONS = {
     "model and data": [
         ("recipe", list(RECIPES), "deepscaler", None, "defaults of many options; what is given by hand wins"),
         ("model", str, "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", None, "folder or hub name"),
-        ("data", str, os.path.join(HERE, "assets/train.jsonl.gz"), None, "problems: a file or a hub name"),
+        ("data", str, str(evaluate.ASSETS.parent / "train.jsonl.gz"), None, "problems: a file or a hub name"),
         *evaluate.PROMPT_OPTIONS,
         ("max_prompt_len", int, 1024, 1, "tokens; longer prompts are dropped and counted"),
         ("max_len", int, 8192, 1, "tokens of a response: the stage's context")],
@@ -677,8 +602,8 @@ OPTIONS = {
         ("gpu_memory", float, 0.6, 0.01, "vLLM's share of each GPU"),
         ("max_seqs", int, 0, 0, "rows generated at once on each rank; 0: vLLM 256 (CPU 128), torch 64")],
 }
-SELECT = "python data.py select leaves problems out"
-GONE = {"--difficulty": SELECT, "--min_rate": SELECT, "--max_rate": SELECT, "--max_chars": SELECT,
+GONE = {**dict.fromkeys(("--difficulty", "--min_rate", "--max_rate", "--max_chars"),
+                        "python data.py select leaves problems out"),
         "--ref_model": "the reference of the KL term is --model", "--enforce_eager": "it was for debugging",
         "--show_every": "python figures.py RUN shows samples", "--logit_chunk": "tiles take at most 0.6 GB",
         "--max_skips": f"{MAX_SKIPS} bad updates in a row end a run", "--sleep": "vLLM always sleeps"}
@@ -687,19 +612,20 @@ GONE = {"--difficulty": SELECT, "--min_rate": SELECT, "--max_rate": SELECT, "--m
 def parse_args(argv=None):
     """Defaults, then those of --recipe and --loss, then what is given by hand."""
     p = common.Parser(OPTIONS, GONE, description=__doc__.split("\n")[0])
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe")
-    first.add_argument("--loss")
-    early, _ = first.parse_known_args(argv)
-    p.set_defaults(**{**RECIPES.get(early.recipe, {}), **(CISPO if early.loss == "cispo" else {})})
+    argv = sys.argv[1:] if argv is None else argv
+    early, _ = p.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    p.set_defaults(**RECIPES[early.recipe])
+    p.set_defaults(**CISPO if early.loss == "cispo" else {})
     args = p.parse(argv)
     if args.prompts % args.updates:
         p.error(f"--prompts {args.prompts} cannot be cut into {args.updates} equal mini-batches (--updates)")
     if max(args.eval_top_p, args.gpu_memory, args.drop_zero_variance, args.recompute) > 1:
         p.error("--eval_top_p, --gpu_memory, --drop_zero_variance and --recompute are at most 1")
+    if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
+        p.error(f"--report_to {args.report_to}: pip install {args.report_to}")
     if args.eval_data == "auto":
-        aime = os.path.join(HERE, "assets/benchmarks/aime24.jsonl")
-        args.eval_data = aime if args.data == p.get_default("data") else "none"
+        usual = args.data == p.get_default("data")
+        args.eval_data = str(evaluate.ASSETS / "aime24.jsonl") if usual else "none"
     args.eval_every *= args.eval_data != "none"
     args.recompute = int(torch.cuda.is_available()) if args.recompute < 0 else args.recompute
     return args
@@ -713,19 +639,21 @@ def main(argv=None):
     args.dtype = compute_dtype(args.dtype, device)
     try:
         with common.lock(f"{args.out}/lock"):
-            if common.any_rank(os.path.exists(f"{args.out}/metrics.jsonl") and not args.resume):
-                raise RankError(f"{args.out} holds a run: --resume goes on, another --out starts afresh")
             ended_by = train(args, device)
-    except RankError as e:
-        memory = MEMORY if common.is_out_of_memory(e) else ""
-        print(f"grpo.py: {e}{memory}", file=sys.stderr) if rank == 0 else None
-        sys.exit(2)
     except Exception as e:
-        if not common.is_out_of_memory(e):
+        advice, told = "", isinstance(e, (RankError, FloatingPointError))  # told: to all ranks alike
+        if common.is_out_of_memory(e):
+            advice = ("" if told else f" (rank {rank})") + (
+                ": lower --token_budget, --gpu_memory or --max_len, or use more ranks")
+        elif isinstance(e, FloatingPointError):
+            advice = (". The last good checkpoint stays. Resuming repeats what broke the weights, so change "
+                      "something: a lower --lr or --grad_clip, or --dtype float32")
+        elif not told:
             raise
-        sys.exit(f"out of memory on rank {rank} ({str(e).splitlines()[0]}){MEMORY}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        if rank == 0 or not told:
+            print(f"grpo.py: {str(e).strip()}{advice}", file=sys.stderr)
+        sys.exit(2)
+    dist.destroy_process_group()
     sys.exit(128 + ended_by if ended_by and world == 1 else 0)
 
 
