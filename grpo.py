@@ -460,7 +460,7 @@ class Log:
         """Make metrics.jsonl agree with the checkpoint: lines of later steps go, as those are done again.
         `waiting`: lines that the file did not have when the checkpoint was written."""
         self.args, self.first, self.path = args, dist.get_rank() == 0, f"{args.out}/metrics.jsonl"
-        self.written, self.said, self.unpaid, self.example = 0, {}, 0, "those in rollouts/"
+        self.written, self.said, self.unpaid, self.unreadable = 0, {}, 0, []
         rows, self.track = together("report", lambda: self.open(step) if self.first else (None, None))
         self.rows = common.gather(rows)[0]
         there = [row["step"] for row in self.rows]
@@ -499,10 +499,10 @@ class Log:
     def add(self, line, samples, problems, advantages):
         """The numbers of a step, finished by `write`, and its samples, in rollouts/000STEP.jsonl.gz."""
         self.line, step, rows = line, line["step"], []
+        # not their verdicts: a response without a box is graded before its gold is read
+        self.unreadable = [] if self.args.reward else [p for p, _ in data.unreadable_golds(problems)]
         for i, (s, advantage) in enumerate(zip(samples, advantages.flatten().tolist())):
             p, j = problems[i // self.args.group], i % self.args.group
-            if s.verdict == "unparsed_gold":
-                self.example = f"{p.answer!r} of problem {p.id}"
             rows.append({"step": step, "id": p.id, "sample": j, "problem": p.problem, "answer": p.answer,
                          "response": s.text, "reward": s.reward, "advantage": advantage, "verdict": s.verdict,
                          "prompt_tokens": len(s.prompt_ids), "response_tokens": len(s.response_ids),
@@ -534,10 +534,11 @@ class Log:
 
     def alarms(self, m):
         """Signs of a run that looks healthy and is not: [(name, how bad it is or 0, words and cure)]."""
-        n, golds, cut = self.args.prompts * self.args.group, m["reward_unparsed_gold"], m["truncated"]
+        n, golds, cut = self.args.prompts * self.args.group, len(self.unreadable), m["truncated"]
         kl, mult, (most_kl, most_mult) = m["mismatch_kl"], m["mismatch_mult"], MISMATCH[self.args.dtype]
         self.unpaid = 0 if m["reward"] else self.unpaid + 1
-        gold = f"the grader cannot read the answers that {golds} of {n} samples need, such as {self.example}"
+        example = ", ".join(f"{p.answer!r} of problem {p.id}" for p in self.unreadable[:2])
+        gold = f"the grader cannot read the answers of {golds} problems: no reward is possible for {example}"
         none = (f"no reward in {self.unpaid} step(s): of {n} samples {m['reward_no_close']} had no </think> "
                 f"(--style plain?), {m['reward_no_box']} no \\boxed{{}}, {cut:.0%} were cut off (--max_len?)")
         gap = (f"engine and trainer disagree: KL {kl:.1e} (bound {most_kl:g}), ratio error {mult:.3f} (bound "
