@@ -18,6 +18,7 @@ import measure
 import tables
 
 import policy
+import rollout
 
 
 def quick(script, folder, *options):
@@ -159,10 +160,10 @@ def test_gpu_parts_with_vllm_each_in_its_process(tmp_path):
 def report_of(check, folder, *more):
     """What a check says at tiny size -> {what: verdict}."""
     args = SimpleNamespace(size=gpu.SIZES["tiny"], tiny=True, out=str(folder / "x.json"), device="cpu",
-                           work=str(folder))
+                           work=str(folder), engine="torch")
     report = gpu.Report("correctness", args)
     check(args, report, torch.device("cpu"), *more)
-    return {row["what"]: row["verdict"] for row in report.rows}
+    return {row["what"]: row["verdict"] for row in report.rows if "verdict" in row}
 
 
 def test_a_wrong_head_is_found(tmp_path, monkeypatch):
@@ -184,6 +185,19 @@ def test_documents_that_see_each_other_are_found(tmp_path, monkeypatch):
     assert set(report_of(gpu.check_attention, tmp_path, "float32").values()) == {"ok"}
     monkeypatch.setattr(policy, "document_attention", leaky)
     assert set(report_of(gpu.check_attention, tmp_path, "float32").values()) == {"WRONG"}
+
+
+def test_an_engine_that_keeps_old_weights_is_found(tmp_path, monkeypatch):
+    """The torch engine loads the weights that the policy starts with, so the first push may do nothing."""
+    monkeypatch.setattr(rollout.TorchEngine, "push", lambda *_: None)
+    try:
+        said = report_of(lambda args, report, _: gpu.check_engine(args, report), tmp_path)
+    finally:
+        measure.leave()
+    assert said["KL(engine, trainer), first push"] == "ok"
+    assert [what for what, verdict in said.items() if verdict == "WRONG"] == [
+        f"KL, {name} changed{more}" for name in ("all weights", "the head")
+        for more in (", slept, pushed", ": as a share of stale weights'")]
 
 
 def test_a_part_that_fails_says_so_and_the_next_one_runs(tmp_path, monkeypatch):
