@@ -106,7 +106,9 @@ def catch_signals():
 
 def is_out_of_memory(error):
     """True for torch's own error, Python's, and the RuntimeErrors of allocators such as vLLM's."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "out of memory" in str(error).lower()
+    words = str(error).lower()
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or "out of memory" in words or "memoryerror" in words
 
 
 class lock:

@@ -53,7 +53,7 @@ def token_logprobs(hidden, head_weight, targets, temperature=1.0, chunk=0, entro
 
     hidden [T, H], head_weight [V, H], targets [T]; temperature > 0 divides the logits (sampling at 0.6 means
     training at 0.6) -> logp [T], entropy [T] in nats, fp32. entropy_grad=False: the entropy is a metric only.
-    Memory: two tiles whatever T is, and an fp32 gradient of the head. Idea: verl's FusedLinearForPPO.
+    Memory: a tile or two whatever T is, and an fp32 gradient of the head. Idea: verl's FusedLinearForPPO.
 
     >>> h, w, y = torch.randn(5, 8), torch.randn(11, 8), torch.arange(5)
     >>> fast, plain = token_logprobs(h, w, y, 0.6, chunk=2), token_logprobs_plain(h, w, y, 0.6)
@@ -79,9 +79,11 @@ class TokenLogprobs(torch.autograd.Function):
         ctx.save_for_backward(hidden, head, targets, lse, entropy)
         ctx.set_materialize_grads(False)  # an entropy that is only a metric comes back as None
         ctx.tiles = [slice(i, i + chunk) for i in range(0, len(hidden), chunk)]
-        ctx.temperature, ctx.last = temperature, None
+        ctx.temperature, ctx.last, ctx.buffer = temperature, None, None
+        if hidden.dtype == torch.float32:  # for all tiles: a CPU pays dearly for fresh pages
+            ctx.buffer = hidden.new_empty(min(chunk, len(hidden)), len(head))
         for t in ctx.tiles:
-            ctx.last = logits(hidden[t], head, temperature)
+            ctx.last = logits(hidden[t], head, temperature, ctx.buffer)
             for b in blocks(ctx.last):
                 z, top = ctx.last[b], ctx.last[b].amax(-1)
                 e = z.sub_(top[:, None]).exp()  # shifted: the entropy is then a sum of small terms
@@ -103,7 +105,7 @@ class TokenLogprobs(torch.autograd.Function):
         for t in reversed(ctx.tiles):
             log_q, ctx.last = ctx.last, None
             if log_q is None:
-                log_q = logits(hidden[t], head, ctx.temperature).sub_(lse[t, None])
+                log_q = logits(hidden[t], head, ctx.temperature, ctx.buffer).sub_(lse[t, None])
             for b in blocks(log_q):
                 factor = -up[t][b]
                 if grad_entropy is not None:
@@ -111,15 +113,18 @@ class TokenLogprobs(torch.autograd.Function):
                 log_q[b].exp_().mul_(factor)
             dz = log_q.scatter_add_(-1, targets[t, None], up[t]).to(hidden.dtype)
             grad_hidden[t] = sum(d @ w for d, w in zip(dz.split(piece, 1), head.split(piece)))
-            grad_head += dz.T @ hidden[t]
+            if dz.dtype == torch.float32:
+                grad_head.addmm_(dz.T, hidden[t])
+            else:
+                grad_head += dz.T @ hidden[t]
         return grad_hidden, grad_head.to(head.dtype), None, None, None
 
 
-def logits(hidden, head, temperature):
+def logits(hidden, head, temperature, buffer):
     """[t, H], [V, H] -> [t, V] in fp32: a bf16 result would round a logit of 20 by up to 0.06."""
-    if hidden.dtype == torch.float32:
-        return torch.addmm(hidden.new_empty(1), hidden, head.T, beta=0, alpha=1 / temperature)
-    return torch.mm(hidden, head.T, out_dtype=torch.float32).div_(temperature)
+    if buffer is None:
+        return torch.mm(hidden, head.T, out_dtype=torch.float32).div_(temperature)
+    return buffer[:len(hidden)].addmm_(hidden, head.T, beta=0, alpha=1 / temperature)
 
 
 def blocks(z):

@@ -3,8 +3,7 @@ r"""reward.py: is the last \boxed{} after </think> the right answer?  1.0 or 0.0
     python reward.py --answer '\frac{2}{4}x' --gold 'x/2'    explain one verdict
     python reward.py FILE.jsonl                              grade rows of response or answer, gold, problem
 
-The reward decides what the policy becomes, so three things matter, in this order: it must not be exploitable,
-it must be right, it must be fast.  The file follows the way of an answer:
+The reward must not be exploitable, must be right and must be fast, in this order.  The way of an answer:
 
     extract    the last \boxed{...} after the last </think>      no fallback to free text: that pays hedging
     tokens     one spelling for everything LaTeX has many for    formatting never matters
@@ -21,9 +20,9 @@ Model output is hostile: every operation is bounded BEFORE it is done; what cann
 """
 
 import argparse
-import atexit
 import collections
 import concurrent.futures
+import contextlib
 import faulthandler
 import functools
 import itertools
@@ -33,6 +32,8 @@ import numbers
 import os
 import random
 import re
+import resource
+import string
 import subprocess
 import sys
 import threading
@@ -47,9 +48,7 @@ MAX_BITS = 60_000        # of any exact integer: 9^{9^9} would otherwise fill me
 PRECISION = 300          # digits of inexact numbers; what agrees to 200 of them is equal
 SEEN_BITS = 600          # longer integers would lose digits among inexact numbers
 SECONDS = 0.8            # for one comparison, sympy apart
-SYMPY_SECONDS = 1.0
-ROW_SECONDS = 10.0       # for one row in a worker of explain_all
-WORKER_BYTES = 2 << 30
+SYMPY_SECONDS, ROW_SECONDS, WORKER_BYTES = 1.0, 10.0, 2 << 30          # of the workers
 
 # What `explain` returns.  reason: equal, different, restated, no_close, no_box, unparsed_answer,
 # unparsed_gold, too_large, timeout, or "error: ...", which is a fault of this file and should alarm.
@@ -64,6 +63,11 @@ class Undecided(ValueError):
     """The value exists perhaps, but computing it would break a bound, or its digits do not decide."""
 
 
+def refuse(when, why, error=Unparsed):
+    if when:
+        raise error(why)
+
+
 # What reading or comparing raises on bad input, and nothing else: a name misspelt in this file shall surface.
 REFUSALS = (ArithmeticError, ValueError, RecursionError)
 
@@ -76,37 +80,29 @@ BOX = re.compile(r"\\boxed[ \t\n]*(?=\{)")
 GLUE = re.compile(r"(?:[\s,;.:$*&]|\\[,;:! \[\]()\\]|\\q?quad\b|\\text\{[\s,]*(?:and)?[\s,]*\}|\band\b)*")
 
 
-def box_at(text, start):
-    r"""(content, end) of the \boxed{...} at `start`; content is None if it is empty or not closed."""
-    box, depth = BOX.match(text, max(start, 0)), 0
-    for m in BRACE.finditer(text, box.end(), box.end() + MAX_CHARS + 2) if box else ():
-        depth += (m[0] == "{") - (m[0] == "}")
-        if depth == 0:
-            return text[box.end() + 1:m.start()].strip() or None, m.end()
-    return None, 0
-
-
 def last_boxes(response, require_think=True):
     r"""The boxes that end a response, one after another with only punctuation and "and" between them.
 
-    Only what follows the last </think> counts; the opening tag may sit in the prompt.  An unclosed or empty
-    last box is no answer, whatever stands before it: falling back would pay a model for hedging.
+    Only what follows the last </think> counts.  An unclosed or empty last box is no answer, whatever stands
+    before it: falling back would pay a model for hedging.
 
     >>> last_boxes(r"<think>\boxed{0}</think> \boxed{1}? So $\boxed{2}$, $\boxed{3}$ and $\boxed {4}$.")
     ['2', '3', '4']
-    >>> last_boxes(r"\boxed{2}"), last_boxes(r"</think> \boxed{2} \boxed{3")
-    ([], [])
     """
     _, close, text = response.rpartition("</think>") if isinstance(response, str) else ("", "", "")
-    start, contents = text.rfind("\\boxed"), []
-    content, _ = box_at(text, start) if close or not require_think else (None, 0)
-    while content is not None and len(contents) < 20:
-        contents.insert(0, content)
-        before = text.rfind("\\boxed", 0, start)
-        content, end = box_at(text, before)
-        if start - end > 40 or not GLUE.fullmatch(text, end, start):
+    start, contents, end = text.rfind("\\boxed"), [], len(text)
+    while (close or not require_think) and len(contents) < 20:
+        box, depth, after = BOX.match(text, max(start, 0)), 0, 0
+        for m in BRACE.finditer(text, box.end(), box.end() + MAX_CHARS + 2) if box else ():
+            depth += (m[0] == "{") - (m[0] == "}")
+            if depth == 0:
+                after = m.end()
+                break
+        content = text[box.end() + 1:after - 1].strip() if after else ""
+        if not content or contents and (end - after > 40 or not GLUE.fullmatch(text, after, end)):
             break
-        start = before
+        contents.insert(0, content)
+        start, end = text.rfind("\\boxed", 0, start), start
     return contents
 
 
@@ -116,13 +112,12 @@ def extract_answer(response, require_think=True):
     >>> extract_answer(r"<think>\boxed{1}</think> so \boxed{2}, no: \boxed {\frac{1}{2}}.")
     '\\frac{1}{2}'
     """
-    return next(reversed(last_boxes(response, require_think)), None)
+    return (last_boxes(response, require_think) or [None])[-1]
 
 
 # ---- tokens: strings, '12.5' number, '\\frac' command, 'a' letter, '"cm' word, or one other character
 
 def table(text):
-    """`a=b c=d` as a dict."""
     return dict(pair.split("=", 1) for pair in text.split())
 
 
@@ -176,8 +171,7 @@ SHORT_UNITS = words("""cm mm km kg mg ml mL ft yd yds mi lb lbs oz hr hrs min mi
     kW inch feet foot yards miles meters hours days weeks months years cents percent pct""")
 COUNTS = {word: n for n, word in enumerate("""zero one two three four five six seven eight nine ten eleven
     twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen""".split())}
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-COUNTS |= {word: 10 * n for n, word in enumerate(TENS, 2)}
+COUNTS |= table("twenty=20 thirty=30 forty=40 fifty=50 sixty=60 seventy=70 eighty=80 ninety=90")
 FACTORS = {word: Fraction(text) for word, text in table("""hundred=100 thousand=1000 million=1e6 billion=1e9
     dozen=12 trillion=1e12 half=1/2 halve=1/2 third=1/3 quarter=1/4 fourth=1/4 fifth=1/5 sixth=1/6 seventh=1/7
     eighth=1/8 ninth=1/9 tenth=1/10 hundredth=1/100 thousandth=1/1000 millionth=1e-6 十=10 百=100 千=1000
@@ -189,7 +183,7 @@ DOMAINS = table(r"""integer=Z integers=Z whole=Z \integers=Z real=R reals=R \rea
     non-negative=+0 nonzero=!0 non-zero=!0 even=even prime=prime""")
 QUALIFIERS = words("""where for with is are being any all every each some an a the arbitrary constant
     constants number numbers value values of in fixed""")
-QUALIFIERS |= DOMAINS.keys() | words(r"\in \forall \and , ( )")
+QUALIFIERS |= DOMAINS.keys() | words(r"\in \forall \and , ( )") | set(string.ascii_letters)
 PROSE = words("""all any every real reals number numbers except excluding there solution solutions roots exist
     exists answer final option choice where for only the about approximately roughly empty set integer
     integers constant""")
@@ -285,8 +279,8 @@ REWRITES = [(re.compile(pattern), *new) for pattern, *new in (
 # 1e-5 and 3.61e-10 are numbers, 24e-32 is 24e - 32.
 SCIENTIFIC = r"(?:(?<![0-9.(a-zA-Z])[0-9]|[0-9]*\.[0-9]+)[eE][+-][0-9]{1,4}(?![0-9.])"
 TOKEN = re.compile(rf"(?P<num>{SCIENTIFIC}|(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][0-9]{{1,4}}(?![0-9.]))?)"
-                   r'|(?P<cmd>\\(?:[A-Za-z]+|.))|"(?P<text>[^"]*)"|(?P<run>[A-Za-z]+)|(?P<cjk>[\u4e00-\u9fff]+)'
-                   r"|\s+|(?P<op>.)", re.S)
+                   r'|(?P<cmd>\\(?:[A-Za-z]+|.))|"(?P<text>[^"]*)"|(?P<run>[A-Za-z]+)'
+                   r"|(?P<cjk>[\u4e00-\u9fff]+)|\s+|(?P<op>.)", re.S)
 INNER_FUNCTION = re.compile("(arcsin|arccos|arctan|sqrt|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|pi)")
 # What a phrase means, on tokens joined by blanks, in this order.
 PHRASES = [(re.compile(pattern), new) for pattern, new in (
@@ -309,8 +303,7 @@ def tokenize(source):
     >>> tokenize(r"\left( \dfrac12\,\text{ cm}\right), 2cosx.")
     ['(', '\\frac', '12', '"cm', ')', ',', '2', '\\cos', 'x']
     """
-    if len(source) > MAX_CHARS:
-        raise Unparsed("too long")
+    refuse(len(source) > MAX_CHARS, "too long")
     tokens = lexed(extract_answer(source, False) or "" if "\\boxed" in source else source)
     if any(t[0] == '"' or t == "\\approx" for t in tokens):
         joined = " ".join(tokens)
@@ -327,7 +320,6 @@ def trimmed(tokens):
 
 
 def lexed(source):
-    """The tokens as they stand there."""
     source = source.translate(UNICODE).strip()
     if "\\begin" not in source:                          # elsewhere `\\frac` was escaped twice in the data
         source = re.sub(r"\\\\(?=[A-Za-z])", r"\\", source)
@@ -353,7 +345,7 @@ def spoken(word):
     word = word.replace(".", "").lower() if len(word) > 1 else word
     tens, _, ones = word.partition("-")
     if tens in COUNTS and COUNTS.get(ones or "zero", 10) < 10:
-        return [str(COUNTS[tens] + COUNTS.get(ones, 0))]
+        return [str(int(COUNTS[tens]) + COUNTS.get(ones, 0))]
     if word[0] in FACTORS and word[1:] in UNITS:                       # 万元
         return ['"' + word[0], '"' + word[1:]]
     return [("\\" if word in ("and", "or") else '"') + word]
@@ -399,6 +391,7 @@ CONSTANTS |= {name: ("word", name) for name in ("\\integers", "\\naturals", "\\r
 BIG = {"\\sum": "sum", "\\prod": "prod", "\\int": "int", "\\lim": "lim"}
 ATOMS = (GREEK | FUNCTIONS | MARKS | CONSTANTS.keys() | OPEN.keys() | BIG.keys() | words(
     r"\frac \binom \cross \sqrt \begin")) - {"|"}
+DOTS, RADIAN = CONSTANTS["\\ldots"], ("/", CONSTANTS["\\pi"], HALF_TURN)
 
 
 def is_number(token):
@@ -420,8 +413,9 @@ def negative(tree):
     return times(MINUS_ONE, tree)
 
 
-def is_power(tree):
-    return tree[0] == "^" or tree[0] == "*" and is_power(tree[2])
+def signed(sign, tree):
+    tree = negative(tree) if sign in ("-", "\\mp") else tree
+    return ("pm", tree) if sign[0] == "\\" else tree
 
 
 class Parser:
@@ -455,13 +449,9 @@ class Parser:
     def tree(self, level=LIST):
         """The longest expression whose operators all bind at least as tightly as `level`."""
         self.depth += 1                          # every recursion passes here: nothing exceeds Python's stack
-        if self.depth > MAX_DEPTH:
-            raise Unparsed("too deep")
-        if sign := self.accept("+", "-") if level < ATOM else "":
-            tree = self.tree(max(level, POWER))
-            tree = negative(tree) if sign == "-" else tree
-        elif sign := self.accept("\\pm", "\\mp"):
-            tree = self.both_signs(sign)
+        refuse(self.depth > MAX_DEPTH, "too deep")
+        if sign := self.accept("+", "-", "\\pm", "\\mp") if level < ATOM else "":
+            tree = signed(sign, self.tree(PRODUCT if sign[0] == "\\" else max(level, POWER)))
         else:
             tree = self.primary()
         while (longer := self.extended(tree, level)) is not None:
@@ -469,49 +459,46 @@ class Parser:
         self.depth -= 1
         return tree
 
-    def both_signs(self, sign):
-        tree = self.tree(PRODUCT)
-        return ("pm", tree if sign == "\\pm" else negative(tree))
-
     def extended(self, left, level):
         """`left` with the operator that follows it, or None.  Juxtaposition multiplies."""
         t = self.peek()
-        factor = t[:1].isalnum() or t in ATOMS or is_number(t) or t == "|" and not self.in_bars
-        factor = factor or t[:1] == '"'
+        factor = t[:1].isalnum() or t[:1] == '"' or t in ATOMS or is_number(t)
+        factor = factor or t == "|" and not self.in_bars
         binding = INFIX.get(t, PRODUCT if factor else -1)
         if binding < level or t == ":" and self.in_set:
             return None
         if binding == LIST:
             return self.elements(left)
-        if binding == RELATION and t != "\\pmod":
-            return self.relation(left)
         if t[0] == '"':
             return self.with_word(left)
         if t not in INFIX:
-            if is_number(t) and (is_number(self.peek(-1)) and not is_power(left) or self.peek(-1)[0] == '"'):
-                raise Unparsed("two numbers side by side")
+            power = (left[-1] if left[0] == "*" else left)[0] == "^"             # 2^6 3^5
+            beside = is_number(self.peek(-1)) and not power or self.peek(-1)[0] == '"'
+            refuse(is_number(t) and beside, "two numbers side by side")
             return times(left, self.tree(POWER))
         self.at += 1
-        if binding == UNION:
-            return (t[1:], left, self.tree(RELATION))
-        if binding == RELATION:
-            return ("mod", left, self.tree(PRODUCT))
+        if t in RELATIONS:
+            ops, sides = [RELATIONS[t]], [left, self.tree(RATIO)]
+            while op := self.accept(*RELATIONS):
+                ops.append(RELATIONS[op])
+                sides.append(self.tree(RATIO))
+            return relation(ops, sides)
+        if t == "\\pmod" or binding == UNION:
+            return ("mod", left, self.tree(PRODUCT)) if t == "\\pmod" else (t[1:], left, self.tree(RELATION))
         if binding == RATIO:
             return ("ratio", *(left[1:] if left[0] == "ratio" else [left]), self.tree(SUM))
         if binding == SUM:
-            term = self.both_signs(t) if t[0] == "\\" else self.tree(PRODUCT)
-            term = negative(term) if t == "-" else term
+            term = signed(t, self.tree(PRODUCT))
             return term if left == ZERO else ("+", *(left[1:] if left[0] == "+" else [left]), term)
         if binding == PRODUCT:
             return ("/", left, self.tree(POWER)) if t == "/" else times(left, self.tree(POWER))
         if t == "\\degree":
-            return ("*", left, ("/", CONSTANTS["\\pi"], HALF_TURN)) if self.in_trig else ("deg", left)
+            return ("*", left, RADIAN) if self.in_trig else ("deg", left)
         if t in "!'":                            # behind a number, a prime is minutes, dropped as units are
             return ("!", left) if t == "!" else left
         if t == "^":
             return ("^", left, self.tree(EXPONENT))
-        if left[0] != "num" or left[1].denominator != 1:
-            raise Unparsed("subscript")
+        refuse(left[0] != "num" or left[1].denominator != 1, "subscript")
         return ("base", str(left[1]), self.subscript())
 
     def with_word(self, left):
@@ -522,8 +509,7 @@ class Parser:
             return ("num", left[1] * factor[1]) if left[0] == "num" else times(left, factor)
         if word in ("degree", "degrees", "deg") and left[0] != "deg":
             return ("deg", left)
-        if word not in UNITS or word in ("C", "F") and left[0] != "deg":
-            raise Unparsed("a word that changes the value")
+        refuse(word not in UNITS or word in ("C", "F") and left[0] != "deg", "a word that changes the value")
         if self.accept("^"):
             self.tree(ATOM)
         self.at += self.peek() in ("/", "*") and self.peek(1)[:1] == '"'
@@ -536,19 +522,15 @@ class Parser:
             second = self.accept("\\and", "\\or")                    # 1, 2, and 3
             kind = "or" if "\\or" in (separator, second) else kind
             items.append(self.tree(UNION))
-            if len(items) > MAX_ITEMS:
-                raise Unparsed("too many elements")
+            refuse(len(items) > MAX_ITEMS, "too many elements")
         last = items[-1]
         if last[0] == "mod" and last[1][0] not in ("assign", "rel"):                # n = 0, 2 (mod 6)
             items = [item if item[0] == "mod" else ("mod", item, last[2]) for item in items]
-        return progression(kind, items)
-
-    def relation(self, left):
-        ops, sides = [], [left]
-        while op := self.accept(*RELATIONS):
-            ops.append(RELATIONS[op])
-            sides.append(self.tree(RATIO))
-        return relation(ops, sides)
+        at = items.index(DOTS) if DOTS in items else 0   # 1, 2, \ldots, 9 as first, step and last
+        steps = {y[1] - x[1] for x, y in zip(items[:at], items[1:at]) if x[0] == y[0] == "num"}
+        if len(steps) != 1 or any(t[0] != "num" for t in items[:at]) or len(items) > at + 2:
+            return (kind, *items)
+        return ("steps", items[0], ("num", steps.pop()), *items[at + 1:])
 
     def group(self, opening):
         """What stands in brackets, whose opening token was just taken: a group, tuple or set."""
@@ -563,19 +545,10 @@ class Parser:
         closing = self.take()
         if opening in ("(", "[") and closing in (")", "]") and tree[0] == "list":
             return ("tuple", opening + closing, *tree[1:])
-        if closing != OPEN[opening]:
-            raise Unparsed("brackets")
+        refuse(closing != OPEN[opening], "brackets")
         if opening == "\\{" and tree[0] not in ("rel", "builder", "set", "or", "steps"):
             return ("set", *(tree[1:] if tree[0] == "list" else [tree]))
         return {"|": ("abs", tree), "\\lfloor": ("floor", tree), "\\lceil": ("ceil", tree)}.get(opening, tree)
-
-    def argument(self):
-        r"""Of \frac and \binom: a group, else one digit or symbol as TeX reads it."""
-        t = self.peek()
-        if t.isdigit() and len(t) > 1:
-            self.tokens[self.at] = t[1:]
-            return number(t[0])
-        return self.tree(ATOM)
 
     def primary(self):
         """What needs no operator: a number, name, word, bracket, function, fraction, root or matrix."""
@@ -585,11 +558,11 @@ class Parser:
         if t in CONSTANTS and self.peek() != "_":
             return CONSTANTS[t]
         if t[0] == '"':
-            name = [t[1:]]
+            name = t[1:]
             while self.peek()[:1] == '"':
-                name.append(self.take()[1:])
-            clock = re.fullmatch(r"0?(\d+[:\d]*)(am|pm|)", " ".join(name))
-            return ("clock", *clock.groups()) if clock else ("word", " ".join(name))
+                name += " " + self.take()[1:]
+            clock = re.fullmatch(r"0?(\d+[:\d]*)(am|pm|)", name)
+            return ("clock", *clock.groups()) if clock else ("word", name)
         if t[0].isalpha() or t in GREEK:
             return self.symbol(t)
         if t in OPEN:
@@ -612,10 +585,17 @@ class Parser:
             return self.big(BIG[t])
         return self.environment(self.subscript()) if t == "\\begin" else self.take("factor")
 
+    def argument(self):
+        r"""Of \frac and \binom: a group, else one digit or symbol as TeX reads it."""
+        t = self.peek()
+        if t.isdigit() and len(t) > 1:
+            self.tokens[self.at] = t[1:]
+            return number(t[0])
+        return self.tree(ATOM)
+
     def symbol(self, name):
         """x, a_1, y', and f(2): a value of a function, not f times 2."""
-        if self.accept("_"):
-            name += "_" + self.subscript()
+        name += "_" + self.subscript() if self.accept("_") else ""
         while self.accept("'"):
             name += "'"
         inner = self.peek(1)
@@ -625,8 +605,7 @@ class Parser:
         return ("var", name)
 
     def subscript(self):
-        """The text behind `_`, without its brackets."""
-        start, depth = self.at, 0
+        start, depth = self.at, 0                # the text behind `_`, without its brackets
         while self.take() in ("{", "(") or depth:
             depth += (self.peek(-1) in ("{", "(")) - (self.peek(-1) in ("}", ")"))
             if depth == 0:
@@ -640,34 +619,31 @@ class Parser:
             base = self.tree(ATOM) if self.accept("_") else base
             power = self.tree(EXPONENT) if self.accept("^") else power
         outer, self.in_trig = self.in_trig, name in TRIG
-        if bracket := self.accept("(", "[", "{"):
-            tree = self.group(bracket)
-        else:
-            tree = self.tree(POWER)
-            while (self.peek() in ATOMS - FUNCTIONS - OPEN.keys() or self.peek()[:1].isalnum()):
-                tree = times(tree, self.tree(POWER))
+        bracket = self.accept("(", "[", "{")
+        tree = self.group(bracket) if bracket else self.tree(POWER)
+        while not bracket and (self.peek() in ATOMS - FUNCTIONS - OPEN.keys() or self.peek()[:1].isalnum()):
+            tree = times(tree, self.tree(POWER))
         self.in_trig = outer
         if power == MINUS_ONE:
             name, power = "arc" + name, None     # \sin^{-1} is the inverse
-        name, base = ("ln", base or TEN) if name == "lg" else ("ln" if name == "log" else name, base)
-        arguments = tree[2:] if tree[0] == "tuple" else [tree]
-        tree = ("^", CONSTANTS["e"], tree) if name == "exp" else (name, *arguments)
+        base = TEN if name == "lg" else base
+        name = "ln" if name in ("lg", "log") else name
+        tree = (name, *(tree[2:] if tree[0] == "tuple" else [tree]))
+        tree = ("^", CONSTANTS["e"], *tree[1:]) if name == "exp" else tree
         tree = ("/", tree, ("ln", base)) if base else tree
         return tree if power is None else ("^", tree, power)
 
     def big(self, kind):
         r"""\sum_{k=a}^{b} body, \int_a^b body dx, \lim_{x \to a} body.  Only built: sympy evaluates it."""
-        name = low = high = ZERO
+        name = low = ZERO
         if self.accept("_"):
             if kind == "int":
                 low = self.tree(EXPONENT)
-            else:
+            else:                                # \to is read as =
                 self.take("{")
-                name = self.primary()
-                self.take("=")                   # as \to is read, too
-                low = self.tree(SUM)
+                name, _, low = self.primary(), self.take("="), self.tree(SUM)
                 self.take("}")
-        high = self.tree(EXPONENT) if self.accept("^") else high
+        high = self.tree(EXPONENT) if self.accept("^") else ZERO
         if kind == "int":
             end = max((i for i in range(self.at, len(self.tokens) - 1) if self.tokens[i] == "d"), default=0)
             body, self.at = Parser(self.tokens[self.at:end], self.depth).whole(), end + 1
@@ -687,34 +663,22 @@ class Parser:
         while not self.accept("\\end"):
             if self.accept("\\\\"):
                 rows.append([])
-            elif not self.accept("&", *([",", '"if', '"for', '"when', ";", "."] if is_cases else [])):
-                rows[-1].append(self.condition() if is_cases and rows[-1] else self.tree(RATIO - is_cases))
+            elif self.accept("&", *([",", '"if', '"for', '"when', ";", "."] if is_cases else [])):
+                continue
+            elif is_cases and rows[-1]:          # a relation, or words up to the end of the line: n is even
+                line = [*itertools.takewhile(lambda t: t not in ("\\\\", "\\end", ""), self.tokens[self.at:])]
+                self.at += len(line)
+                words = " ".join(t.strip('".') for t in line) if '"' in "".join(line) else ""
+                rows[-1].append(("word", words) if words else Parser(trimmed(line), self.depth).whole())
+            else:
+                rows[-1].append(self.tree(RATIO - is_cases))
         self.subscript()
         rows = [row for row in rows if row]
-        if len({len(row) for row in rows}) != 1:
-            raise Unparsed("ragged")
+        refuse(len({len(row) for row in rows}) != 1, "ragged")
         if is_cases:                             # one column: a system, x = 1, y = 2
-            pairs = [("pair", *row) for row in rows]
-            return ("list", *sum(rows, [])) if len(rows[0]) == 1 else ("cases", *pairs)
+            cells = [row[0] if len(row) == 1 else ("pair", *row) for row in rows]
+            return ("list" if len(rows[0]) == 1 else "cases", *cells)
         return ("matrix", str(len(rows)), *itertools.chain(*rows))
-
-    def condition(self):
-        """A relation, or words up to the end of the line: n is even."""
-        end = next(i for i in range(self.at, len(self.tokens)) if self.tokens[i] in ("\\\\", "\\end", ""))
-        line, self.at = self.tokens[self.at:end], end
-        if any(t[0] == '"' for t in line):
-            return ("word", " ".join(t.strip('".') for t in line))
-        return Parser(trimmed(line), self.depth).whole()
-
-
-def progression(kind, items):
-    r"""1, 2, \ldots, 9 as first, step and last, however many terms are written; any other list as it is."""
-    dots = CONSTANTS["\\ldots"]
-    at = items.index(dots) if dots in items else 0
-    steps = {y[1] - x[1] for x, y in zip(items[:at], items[1:at]) if x[0] == y[0] == "num"}
-    if len(steps) != 1 or any(t[0] != "num" for t in items[:at]) or len(items) > at + 2:
-        return (kind, *items)
-    return ("steps", items[0], ("num", steps.pop()), *items[at + 1:])
 
 
 def is_name(tree):
@@ -731,11 +695,11 @@ def relation(ops, sides):
     if ops[-1] == "~" and not is_name(sides[-2]):        # x = 1/3 \approx 0.33 says 1/3
         decimal = sides[-1][1] if sides[-1][0] == "num" else Fraction(1, 3)
         digits = next((k for k in range(20) if (decimal * 10 ** k).denominator == 1), math.inf)
-        if abs(inexact(value(sides[-2], {})) - inexact(decimal)) > mp().mpf(10) ** -digits:
-            raise Unparsed("not a rounding")
+        error = abs(inexact(value(sides[-2], {})) - inexact(decimal))
+        refuse(error > mp().mpf(10) ** -digits, "not a rounding")
         ops, sides = ops[:-1], sides[:-1]
-    if ops == ["in"] and not (is_name(sides[0]) and sides[1][0] in STRUCTURES):
-        raise Unparsed("element of what is no set")
+    is_set = ops != ["in"] or is_name(sides[0]) and sides[1][0] in STRUCTURES
+    refuse(not is_set, "element of what is no set")
     if ops in (["in"], ["~"]):
         return ("assign", *sides)
     if set(ops) - {"="}:
@@ -761,7 +725,6 @@ def builder(left, condition):
 
 
 def nodes(tree):
-    """The tree and everything in it."""
     stack = [tree]
     while stack:
         yield (node := stack.pop())
@@ -785,16 +748,15 @@ def signs_chosen(tree, tied):
     if tree[0] in ("list", "or", "set", "assign"):
         return mapped(lambda part: signs_chosen(part, tied), tree)
     count = sum(t[0] == "pm" for t in nodes(tree))
-    if count > 3 and not tied:
-        raise Unparsed("too many signs")
+    refuse(count > 3 and not tied, "too many signs")
 
     def chosen(t, signs):
         t = times(next(signs), chosen(t[1], signs)) if t[0] == "pm" else mapped(lambda p: chosen(p, signs), t)
         rational = {part[0] for part in nodes(t)} <= {"num", "+", "*", "/"}
         return ("num", value(t, {})) if rational else t              # 3 \pm 1 is finished
 
-    choices = itertools.product((ONE, MINUS_ONE), repeat=count)
-    choices = [[sign] * count for sign in (ONE, MINUS_ONE)] if tied else choices
+    both = (ONE, MINUS_ONE)
+    choices = [[sign] * count for sign in both] if tied else itertools.product(both, repeat=count)
     return ("list", *(chosen(tree, iter(signs)) for signs in choices)) if count else tree
 
 
@@ -824,7 +786,7 @@ def tick():
 
 def exact(*values):
     for v in values:                             # a loop, for this is asked more often than anything else
-        if not isinstance(v, Fraction):
+        if type(v) is not Fraction:
             return False
     return True
 
@@ -837,30 +799,26 @@ def inexact(x):
     """As an mpmath number; a Fraction with too many digits would be cut, and what is cut could matter."""
     if not isinstance(x, Fraction):
         return x
-    if bits(x) > SEEN_BITS:
-        raise Undecided("too many digits")
+    refuse(bits(x) > SEEN_BITS, "too many digits", Undecided)
     return mp().mpf(x.numerator) / x.denominator
 
 
 def real(x):
     x = inexact(x)
-    if mp().im(x) and mp().mag(mp().im(x)) > mp().mag(x) - 800:
-        raise Unparsed("not real")
+    refuse(mp().im(x) and mp().mag(mp().im(x)) > mp().mag(x) - 800, "not real")
     return mp().re(x)
 
 
 def natural(x, limit):
-    if not exact(x) or x.denominator != 1 or x < 0:
-        raise Unparsed("not a natural number")
-    if x > limit:
-        raise Undecided("argument")
+    refuse(not exact(x) or x.denominator != 1 or x < 0, "not a natural number")
+    refuse(x > limit, "argument", Undecided)
     return int(x)
 
 
 def binomial(n, k):
-    n, k = natural(n, 10 ** 9), natural(k, 10 ** 9)
-    if natural(Fraction(n - k), n) and min(k, n - k) * n.bit_length() > MAX_BITS:      # k > n is undefined
-        raise Undecided("binomial")
+    n, k = natural(n, 10 ** 9), natural(k, 10 ** 9)      # k > n is undefined
+    rest = natural(Fraction(n - k), n)
+    refuse(rest and min(k, rest) * n.bit_length() > MAX_BITS, "binomial", Undecided)
     return math.comb(n, k)
 
 
@@ -871,23 +829,21 @@ def add(*terms):
     terms = [inexact(t) for t in terms if t]
     total, sizes = sum(terms), [mp().mag(t) for t in terms]
     size = mp().mag(total) - max(sizes) if total else -math.inf
-    if min(sizes) < max(sizes) - 200 or -930 < size < -330:
-        raise Undecided("digits lost")
+    refuse(min(sizes) < max(sizes) - 200 or -930 < size < -330, "digits lost", Undecided)
     return total if size > -930 else Fraction(0)
 
 
 def power(x, n):
     if exact(n) and n.denominator == 1:
-        if abs(n) * (bits(x) if exact(x) else 1) > MAX_BITS and x not in (0, 1, -1):
-            raise Undecided("power")
+        large = abs(n) * (bits(x) if exact(x) else 1) > MAX_BITS
+        refuse(large and x not in (0, 1, -1), "power", Undecided)
         return x ** n.numerator
     if x == 0:
         return 0 if mp().re(inexact(n)) > 0 else 1 / Fraction(0)
     if exact(n) and n.denominator % 2 and not mp().im(inexact(x)) and x < 0:
         return power(-x, n) * (-1) ** n.numerator        # odd roots of negatives are real, as at school
     exponent = inexact(n) * mp().ln(inexact(x))
-    if exponent and not -200 < mp().mag(exponent) < 20:
-        raise Undecided("exponent")
+    refuse(exponent and not -200 < mp().mag(exponent) < 20, "exponent", Undecided)
     return mp().exp(exponent)
 
 
@@ -895,8 +851,7 @@ def floor(x):
     if exact(x):
         return math.floor(x)
     x = real(x)
-    if mp().mag(x) > 300:
-        raise Undecided("floor of a large number")
+    refuse(mp().mag(x) > 300, "floor of a large number", Undecided)
     near = mp().nint(x)                                  # log_2 8 comes out a hair below 3
     return int(near if abs(x - near) < mp().mpf(10) ** -100 else mp().floor(x))
 
@@ -904,16 +859,14 @@ def floor(x):
 def elementary(name, x):
     """A function of mpmath, where 300 digits show what it does: sin x is x for a tiny x."""
     x = inexact(x)
-    limit = 7 if name in HYPERBOLIC else 200 if name.startswith("arc") else 40
-    if name != "ln" and x and not -200 < mp().mag(x) < limit:
-        raise Undecided("argument")
+    limit = 7 if name[-1] == "h" else 200 if name.startswith("arc") else 40
+    refuse(name != "ln" and x and not -200 < mp().mag(x) < limit, "argument", Undecided)
     result = getattr(mp(), name.replace("arc", "a"))(x)
     if not mp().isfinite(result) or result and mp().mag(result) > 900:
         raise ZeroDivisionError                          # tan 90 degrees, ln 0
     return result if result and mp().mag(result) > -900 else Fraction(0)                # sin pi
 
 
-HYPERBOLIC = words("sinh cosh tanh coth sech csch")
 COUNTING = {"!": lambda n: math.factorial(natural(n, 4_000)), "binom": binomial}       # of whole numbers only
 DIVISORS = {"gcd": lambda *xs: math.gcd(*(natural(abs(x), 10 ** 100) for x in xs)),
             "lcm": lambda *xs: math.lcm(*(natural(abs(x), 10 ** 100) for x in xs))}
@@ -921,7 +874,7 @@ STEPS = {"floor": floor, "ceil": lambda x: -floor(-x)}             # agree at so
 SIGNED = {"abs": abs, "max": lambda *xs: max(xs, key=real), "min": lambda *xs: min(xs, key=real)}
 OPERATIONS = COUNTING | DIVISORS | STEPS | SIGNED | {
     "+": add, "*": lambda x, y: x * y, "/": lambda x, y: x / y, "^": power, "deg": lambda x: x}
-UNARY = COUNTING.keys() - {"binom"} | STEPS.keys() | {"abs", "deg"}
+SEVERAL = ("+", "*", "/", "^", "binom", "gcd", "lcm", "max", "min")    # arguments
 JUMPS = frozenset((*COUNTING, *DIVISORS, *STEPS, *SIGNED, "alternating"))
 
 
@@ -935,30 +888,26 @@ def value(tree, point):
     if kind == "num":
         return parts[0]
     if kind == "var":
-        if parts[0] not in point:
-            raise Unparsed("a variable")
+        refuse(parts[0] not in point, "a variable")
         return point[parts[0]]
     if kind == "const":
         return {"pi": mp().pi, "e": mp().e, "i": mp().j, "inf": mp().inf}[parts[0]] * 1
     tick()
     if kind == "big":
         raise Undecided("sum, product, integral or limit")
-    known = kind in OPERATIONS or "\\" + kind in FUNCTIONS
-    if not known or len(parts) > 1 and (kind in UNARY or kind not in OPERATIONS):
-        raise Unparsed("no value: " + kind)
+    if len(parts) > 1 and kind not in SEVERAL or kind not in OPERATIONS and "\\" + kind not in FUNCTIONS:
+        raise Unparsed("no value")
     values = [value(part, point) for part in parts]
     values = [inexact(v) for v in values] if kind in "*/" and not exact(*values) else values
     result = OPERATIONS[kind](*values) if kind in OPERATIONS else elementary(kind, *values)
     result = Fraction(result) if isinstance(result, int) else result
-    if exact(result) and bits(result) > MAX_BITS:
-        raise Undecided("number")
-    if not exact(result) and not mp().isfinite(result):
-        raise ZeroDivisionError
+    if not isinstance(result, Fraction):
+        return result if mp().isfinite(result) else 1 / 0
+    refuse(bits(result) > MAX_BITS, "number", Undecided)
     return result
 
 
 def same(x, y):
-    """Are two values equal?  Inexact ones to 200 digits."""
     if exact(x, y):
         return x == y
     x, y = inexact(x), inexact(y)
@@ -967,16 +916,12 @@ def same(x, y):
 
 @functools.lru_cache(maxsize=500)
 def sample(names, kinds, constants):
-    """Points at which two expressions are compared: positive unless signs matter, of several magnitudes.
-
-    Functions that jump are asked at whole numbers, too: small ones, the neighbours of the constants in the
-    expressions, and large ones with many divisors.
-    """
+    """Points at which to compare: positive unless signs matter; whole numbers for functions that jump."""
     rng = random.Random(0)
     tops = (2000, 9000, 30000, 400, 5000, 90000)
     rows = [[Fraction(rng.randrange(1, top), 1013) for _ in names] for top in tops]
     whole = [[rng.randrange(1, top) for _ in names] for top in (6, 9, 14, 24, 40, 80, 200, 999) * 2]
-    if kinds - COUNTING.keys() - {"alternating"}:
+    if kinds - COUNTING.keys() - {"alternating"}:        # large ones, of many divisors, beside the constants
         smooth = math.prod((64, 81, 125, 49, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47))
         bases = [(smooth, smooth), (smooth * 53 * 59 * 61 * 67 * 71, 1), (10 ** 4, 7), (10 ** 6 - 1, 1)]
         bases += [(max(c + d, 1), c) for c in (123456, *constants) for d in (-1, 0, 1)]
@@ -998,20 +943,19 @@ def sampled(b, a):
     names = tuple(sorted({t[1] for t in parts if t[0] == "var"}))
     if not names or len(names) > 40:
         return [(value(b, {}), {})]
-    kinds = {t[0] for t in parts}
+    kinds = JUMPS & {t[0] for t in parts}
     if any(t[0] == "^" and t[1][0] == "num" and t[1][1] < 0 and variables(t[2]) for t in parts):
-        kinds.add("alternating")                         # (-1)^n has a meaning for whole numbers only
+        kinds |= {"alternating"}                         # (-1)^n has a meaning for whole numbers only
     large, found = sorted({int(t[1]) for t in parts if t[0] == "num" and 4 < t[1] < 10 ** 9}), []
-    for point in sample(names, JUMPS & kinds, tuple(large[:6]) if JUMPS & kinds else ()):
+    for point in sample(names, kinds, tuple(large[:6]) if kinds else ()):
         try:
             found.append((value(b, point), point))
         except (ArithmeticError, ValueError) as error:
             tick()
             reason = str(error)
-    if not found:                                        # the gold is defined nowhere, or too large there
-        raise Undecided(reason)
+    refuse(not found, "" if found else reason, Undecided)        # defined nowhere, or too large there
     found.sort(key=lambda pair: not exact(pair[0]) and mp().im(pair[0]) != 0)
-    return found if JUMPS & kinds else found[:3]
+    return found if kinds else found[:3]
 
 
 # ---- equality by kind: a is always the answer, b the gold
@@ -1019,6 +963,7 @@ def sampled(b, a):
 LISTS = words("list or set")
 SETS = words("rel cup cap setminus reals")
 STRUCTURES = LISTS | SETS | words("tuple matrix ratio assign base word mod cases pair clock builder steps")
+INFINITE = {CONSTANTS["\\infty"]: 1, negative(CONSTANTS["\\infty"]): -1}
 FLIP = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
 
 
@@ -1051,68 +996,62 @@ def equal(a, b):
         return equal_unordered(a[1:], b[1:])
     if "pair" not in kinds and {a[0], b[0], *(t[0] for t in (*a[1:], *b[1:]) if isinstance(t, tuple))} & SETS:
         return equal_sets(a, b)
-    if kinds <= {"matrix", "tuple"} and a[:2] != b[:2]:
-        xs, ys = as_vector(a, ("()", "[]") if b[0] == "matrix" else ("()",)), as_vector(b, ("()",))
-        return bool(xs) and bool(ys) and len(xs) == len(ys) and all(map(equal, xs, ys))
+    if kinds <= {"matrix", "tuple"} and a[:2] != b[:2]:              # a column, a row, a tuple as vectors
+        vectors = [t[1] in ("()", "1", str(len(t) - 2)) for t in (a, b)]
+        row = a[1] == "[]" and b[0] == "matrix"
+        return (vectors[0] or row) and vectors[1] and all_equal(a[2:], b[2:])
     if kinds & STRUCTURES:
-        return a[0] == b[0] != "base" and not kinds & LISTS and len(a) == len(b) and all(
-            equal(x, y) if isinstance(x, tuple) else x == y for x, y in zip(a[1:], b[1:]))
+        return a[0] == b[0] != "base" and not kinds & LISTS and all_equal(a[1:], b[1:])
     return equal_values(a, b)
 
 
-def as_vector(tree, brackets):
-    """The entries of a column, a row or a tuple in such brackets, else None."""
-    if tree[0] == "matrix":
-        return tree[2:] if tree[1] in ("1", str(len(tree) - 2)) else None
-    return tree[2:] if tree[1] in brackets else None
+def all_equal(xs, ys):
+    return len(xs) == len(ys) and all(equal(x, y) if isinstance(x, tuple) else x == y for x, y in zip(xs, ys))
 
 
 def equal_labelled(a, b):
-    """Congruences, clock times and ratios."""
     if a[0] == b[0] == "mod":
         x, y = (t[1][2] if t[1][0] == "assign" else t[1] for t in (a, b))
-        if {x[0], y[0], a[2][0]} != {"num"} or a[2] != b[2]:
-            return a[2] == b[2] and equal(x, y)
-        return (x[1] - y[1]) % b[2][1] == 0
+        plain = x[0] == y[0] == b[2][0] == "num"
+        return a[2] == b[2] and ((x[1] - y[1]) % b[2][1] == 0 if plain else equal(x, y))
     if "clock" in (a[0], b[0]):                          # am or pm may be missing, but not differ
         (x, half), (y, gold_half) = (t[1:] if t[0] == "clock" else (f"{t[-1]}:00", "") for t in (a, b))
         return x == y and (not half or not gold_half or half == gold_half)
-    if a[0] == b[0] == "ratio":
-        return len(a) == len(b) and all(map(equal, a[1:], b[1:]))
-    x, y = (("/", *t[1:]) if t[0] == "ratio" and len(t) == 3 else t for t in (a, b))
+    if a[0] == b[0]:
+        return all_equal(a[1:], b[1:])
+    x, y = (("/", *t[1:]) if t[0] == "ratio" and len(t) == 3 else t for t in (a, b))     # 5:8 is 5/8
     return STRUCTURES.isdisjoint((x[0], y[0])) and equal_values(x, y)
 
 
-def in_degrees(tree, radians=False):
-    if tree[0] != "deg":
-        return mapped(lambda part: in_degrees(part, radians), tree)
-    return ("*", tree[1], ("/", CONSTANTS["\\pi"], HALF_TURN)) if radians else tree[1]
+def in_degrees(tree, unit=ONE):
+    return ("*", tree[1], unit) if tree[0] == "deg" else mapped(lambda part: in_degrees(part, unit), tree)
 
 
 def equal_values(a, b):
-    r"""Two values, where 30^\circ is 30 and also \pi/6."""
+    r"""Two values, where 30^\circ is 30 and also \pi/6.  A plain gold wants a finished answer."""
     if is_literal(a) and is_literal(b):
         return value(a, {}) == value(b, {})
-    kinds = [{t[0] for t in nodes(tree)} for tree in (a, b)]
-    if CONSTANTS["\\infty"] in (*nodes(a), *nodes(b)) or unfinished(a, b):
-        return False                                     # of infinities, only the same tree is equal
-    if "deg" not in kinds[0] | kinds[1]:
+    ours, theirs = [*nodes(a)], [*nodes(b)]
+    kinds = [{t[0] for t in parts} for parts in (ours, theirs)]
+    degrees, plain = ["deg" in k for k in kinds], "var" not in kinds[1] and is_finished(b, False)
+    unfinished = plain and not is_finished(a, is_literal(b) and not degrees[1])
+    if unfinished or CONSTANTS["\\infty"] in ours + theirs:         # of infinities, the same tree is equal
+        return False
+    if not any(degrees):
         return agree(a, b)
-    return agree(in_degrees(a), in_degrees(b)) or "deg" not in kinds[0] & kinds[1] and agree(
-        in_degrees(a, True), in_degrees(b, True))
-
-
-PROVABLE = ("digits lost", "too many digits", "sum, product, integral or limit")
+    return agree(in_degrees(a), in_degrees(b)) or not all(degrees) and agree(
+        in_degrees(a, RADIAN), in_degrees(b, RADIAN))
 
 
 def agree(a, b):
     """The same value at every sample point where the gold b is defined; sympy where digits do not decide."""
     try:
         points = [] if a == b else sampled(b, a)
-    except Undecided as error:
-        if str(error) not in PROVABLE:           # of a tower of powers sympy knows no more
-            raise
-        return ask_sympy(a, b)
+    except Undecided as error:                   # of a tower of powers sympy knows no more
+        provable = str(error) in ("digits lost", "too many digits", "sum, product, integral or limit")
+        proved = _sympy.ask([a, b], SYMPY_SECONDS) if provable else None
+        refuse(proved is None, "out of time" if provable else str(error), Undecided)
+        return proved
     try:
         return all(same(value(a, point), y) for y, point in points)
     except ArithmeticError:
@@ -1126,20 +1065,13 @@ def is_literal(tree):
     return tree[0] == "num" or tree[0] == "/" and is_literal(tree[1]) and is_literal(tree[2])
 
 
-def unfinished(a, b):
-    r"""Is the gold b plain (number, fraction, root, multiple of \pi) and the answer still to be calculated?
-
-    >>> unfinished(("+", ONE, ONE), TWO), unfinished(("^", TWO, TEN), ("num", Fraction(1024)))
-    (True, False)
-    """
-    rational = is_literal(b) and all(t[0] != "deg" for t in nodes(b))
-    return not variables(b) and is_finished(b, False) and not is_finished(a, rational)
-
-
 def is_finished(tree, rational, depth=0):
     r"""No sums, functions or nested operations: 2^{10}, \binom{25}2, 3 \cdot 10^5, \frac{\sqrt3}2, 2^6 3^5.
 
     For a `rational` gold a product of two plain numbers or anything with e, i, \pi is unfinished, too.
+
+    >>> is_finished(("+", ONE, ONE), True), is_finished(("^", TWO, TEN), True)
+    (False, True)
     """
     literals, bases, counts, stack = 0, [], 0, [tree]
     while stack:
@@ -1148,9 +1080,7 @@ def is_finished(tree, rational, depth=0):
             literals += t not in (ONE, MINUS_ONE)
         elif t[0] in "*/" or t[0] == "deg":
             stack += [t[1]] if t[0] == "/" and is_literal(t[2]) else t[1:]
-        elif t[0] in ("^", "!", "binom") and not depth:
-            if not all(is_finished(part, rational, 1) for part in t[1:]):
-                return False
+        elif t[0] in ("^", "!", "binom") and not depth and all(is_finished(p, rational, 1) for p in t[1:]):
             counts += t[0] != "^"
             bases += [t[1]] if t[0] == "^" else []
         elif t[0] != "const" or rational:        # e^{i\pi} for -1
@@ -1167,48 +1097,35 @@ def items(tree):
     return [x for part in tree[1:] for x in items(part)] if tree[0] in LISTS else [tree]
 
 
-def named(tree):
-    """(x,y)=(1,2) as x=1, y=2; any other list as its elements."""
-    if tree[0] == "assign" and tree[1][0] == tree[2][0] == "tuple" and len(tree[1]) == len(tree[2]):
-        return [("assign", name, v) for name, v in zip(tree[1][2:], tree[2][2:])]
-    return items(tree)
-
-
 def equal_lists(a, b):
-    """Unordered elements; names that differ (x=2, y=3) belong to their values."""
-    xs, ys = named(a), named(b)
+    """Unordered elements; names that differ (x=2, y=3) belong to their values; (x,y)=(1,2) is x=1, y=2."""
+    xs, ys = ([("assign", *pair) for pair in zip(t[1][2:], t[2][2:])] if t[0] == "assign" and
+              t[1][0] == t[2][0] == "tuple" and len(t[1]) == len(t[2]) else items(t) for t in (a, b))
     names = {y[1] for y in ys if y[0] == "assign" and y[1][0] == "var"}
     xs = a[2:] if len(names) > 1 and a[0] == "tuple" and a[1] == "()" else xs
     if len(names) == len(ys) > 1 and not any(x[0] == "assign" for x in xs):    # 2, 3 for x=2, y=3; not 3, 2
-        return len(xs) == len(ys) and all(equal(x, y[2]) for x, y in zip(xs, ys))
+        return all_equal(xs, [y[2] for y in ys])
     return equal_unordered(xs, ys)
 
 
 def equal_unordered(xs, ys):
-    """Every element of the gold once, none extra."""
-    rest = list(ys)
+    rest = list(ys)                                      # every element of the gold once, none extra
     for x in xs if len(xs) == len(ys) else ():
-        found = next((i for i, y in enumerate(rest) if equal(x, y)), None)
-        if found is None:
-            return False
-        del rest[found]
+        i = next((i for i, y in enumerate(rest) if equal(x, y)), len(rest))
+        del rest[i:i + 1]
     return not rest and len(xs) == len(ys)
 
 
 # ---- equations and inequalities
 
-def zero_form(tree):
-    """left - right of an equation between values, else None."""
-    sides = tree[1:] if tree[0] == "assign" else tree[2:] if tree[:2] == ("rel", "=") else ()
-    values = sides and STRUCTURES.isdisjoint(t[0] for side in sides for t in nodes(side))
-    return ("+", sides[0], negative(sides[1])) if values else None
-
-
 def ratio(a, b):
-    """The constant factor between two expressions that must be zero, or None."""
-    if not a or not b or not variables(a) or variables(a) != variables(b):
+    """The constant factor between left - right of two equations between values, or None."""
+    forms = [("+", t[-2], negative(t[-1])) for t in (a, b) if (t[0], len(t)) in (("assign", 3), ("rel", 4))]
+    if len(forms) < 2 or STRUCTURES & {t[0] for form in forms for t in nodes(form)}:
         return None
-    ratios = [value(("/", a, b), point) for y, point in sampled(b, a) if y]
+    a, b = forms
+    points = sampled(b, a) if variables(a) == variables(b) != set() else ()
+    ratios = [value(("/", a, b), point) for y, point in points if y]
     return ratios[0] if ratios and ratios[0] and all(same(r, ratios[0]) for r in ratios) else None
 
 
@@ -1225,32 +1142,30 @@ def equal_assign(a, b):
         return equal_sets(a, b)                  # x in (0,1)
     elif "rel" not in (a[0], b[0]):
         return equal(*(t[2] if t[0] == "assign" else t for t in (a, b)))
-    if b[0] == "assign" and not variables(b[2]):
+    if b[0] == "assign" and not variables(b[2]) or any(t[0] == "rel" and t[1] != "=" for t in (a, b)):
         return False                             # 2x = 10 restates the problem whose answer is x = 5
-    return ratio(zero_form(a), zero_form(b)) is not None
+    return ratio(a, b) is not None
 
 
 def equal_relation(a, b):
     """Chains term by term, or one relation up to a factor, whose sign turns an inequality round."""
-    ops, gold_ops = a[1].split(), b[1].split()
-    for o, sides in ((ops, a[2:]), ([FLIP.get(x, x) for x in reversed(ops)], a[:1:-1])):
-        if o == gold_ops and all(map(equal, sides, b[2:])):
+    ops, gold_ops, flipped = a[1].split(), b[1].split(), [FLIP.get(op, op) for op in a[1].split()]
+    for o, sides in ((ops, a[2:]), (flipped[::-1], a[:1:-1])):
+        if o == gold_ops and all_equal(sides, b[2:]):
             return True
     if len(ops) != 1 or len(gold_ops) != 1 or ops[0] not in FLIP or solved(b):
         return False                             # x < 2 is asked for: 3x - 6 < 0 is the problem, no answer
-    factor = ratio(*(zero_form(("rel", "=", *t[2:])) for t in (a, b)))
-    if factor is None or ops[0] in ("=", "!="):
-        return factor is not None and ops == gold_ops
-    return (ops[0] if real(factor) > 0 else FLIP[ops[0]]) == gold_ops[0]
+    factor = ratio(a, b)
+    turned = factor is not None and ops[0] not in ("=", "!=") and real(factor) < 0
+    return factor is not None and gold_ops == (flipped if turned else ops)
 
 
 # ---- sets of real numbers
 
 def ends(tree):
     """The values in a structure: ends of intervals, elements, sides of relations."""
-    if tree[0] not in STRUCTURES:
-        return [tree]
-    return [end for part in tree[1:] if isinstance(part, tuple) for end in ends(part)]
+    parts = [part for part in tree[1:] if isinstance(part, tuple)]
+    return [end for part in parts for end in ends(part)] if tree[0] in STRUCTURES else [tree]
 
 
 def solved(tree):
@@ -1261,43 +1176,28 @@ def solved(tree):
 
 def places(*trees):
     """Every end point of sets, places between them and beyond: numbers that show how the sets differ."""
-    points = {t for tree in trees for t in ends(tree) if t[0] != "var" and not infinite(t)}
+    points = [t for tree in trees for t in ends(tree) if t[0] != "var" and t not in INFINITE]
     points = sorted(real(value(in_degrees(t), {})) for t in points) or [mp().mpf(0)]
-    points = [x for i, x in enumerate(points) if i == 0 or not same(x, points[i - 1])]
     return points + [(x + y) / 2 for x, y in zip(points, points[1:])] + [points[0] - 1, points[-1] + 1]
 
 
 def equal_sets(a, b):
-    """Do two sets hold the same numbers?"""
-    names = variables(a), variables(b)
-    kinds = {t[0] for tree in (a, b) for t in nodes(tree)} & STRUCTURES
-    if not (solved(a) and solved(b)) or max(map(len, names)) > 1 or all(names) and names[0] != names[1] or \
-            not kinds <= LISTS | SETS | {"tuple", "assign"}:
-        return False                             # x > 2 is (2,oo), but not y > 2
+    names, kinds = variables(a) | variables(b), {t[0] for tree in (a, b) for t in nodes(tree)} & STRUCTURES
+    known = len(names) < 2 and kinds <= LISTS | SETS | {"tuple", "assign"}     # x > 2 is (2,oo), not y > 2
     finished = [all(is_finished(t, False) for t in ends(tree) if t[0] != "var") for tree in (a, b)]
-    return finished != [False, True] and all(contains(a, x) == contains(b, x) for x in places(a, b))
-
-
-def infinite(tree):
-    """+1 or -1 for an infinity, else 0."""
-    return (tree == CONSTANTS["\\infty"]) - (tree == negative(CONSTANTS["\\infty"]))
+    return known and solved(a) and solved(b) and finished != [False, True] and all(
+        contains(a, x) == contains(b, x) for x in places(a, b))
 
 
 def holds(left, op, right, x):
-    """Is `left op right` true where the variable is x?"""
-    u, v = (mp().inf * infinite(t) if infinite(t) else x if t[0] == "var" else real(value(in_degrees(t), {}))
-            for t in (left, right))
+    u, v = (x if t[0] == "var" else mp().inf * INFINITE[t] if t in INFINITE else
+            real(value(in_degrees(t), {})) for t in (left, right))
     order = 0 if mp().isfinite(u) and mp().isfinite(v) and same(u, v) else -1 if u < v else 1
     return order in {"<": (-1,), "<=": (-1, 0), ">": (1,), ">=": (0, 1), "=": (0,), "!=": (-1, 1)}.get(op, ())
 
 
 def contains(tree, x):
-    """Is the number x in a set?"""
     kind, *parts = tree
-    if kind == "reals":
-        return True
-    if kind == "assign":
-        return contains(parts[1], x)
     if kind == "list" and all(part[0] == "rel" for part in parts):   # x > 2, x < 5, unless nothing is left
         together = any(all(contains(part, y) for part in parts) for y in places(tree))
         return (all if together else any)(contains(part, x) for part in parts)
@@ -1305,26 +1205,24 @@ def contains(tree, x):
         return any(contains(part, x) for part in parts)
     if kind in ("cap", "setminus"):
         return contains(parts[0], x) and contains(parts[1], x) == (kind == "cap")
-    if kind == "rel":
-        return all(holds(*side, x) for side in zip(parts[1:], parts[0].split(), parts[2:]))
-    if kind != "tuple":
-        if variables(tree):
-            raise Unparsed("a name is no set")
-        return holds(tree, "=", ("var", ""), x)
-    if len(parts) != 3 or STRUCTURES & {parts[1][0], parts[2][0]}:
-        raise Unparsed("not an interval")
-    low, high = ("<=" if bracket in "[]" else "<" for bracket in parts[0])
-    return holds(parts[1], low, ("var", ""), x) and holds(("var", ""), high, parts[2], x)
+    if kind == "assign":
+        return contains(parts[1], x)
+    if kind == "tuple" and len(parts) == 3 and not STRUCTURES & {parts[1][0], parts[2][0]}:
+        ops = " ".join("<=" if bracket in "[]" else "<" for bracket in parts[0])
+        parts = [ops, parts[1], ("var", ""), parts[2]]
+    elif kind != "rel":
+        refuse(kind == "tuple" or variables(tree), "no set")
+        return kind == "reals" or holds(tree, "=", ("var", ""), x)
+    return all(holds(*side, x) for side in zip(parts[1:], parts[0].split(), parts[2:]))
 
 
 # ---- sympy: a worker process that can be killed
 
 class Worker:
-    """`python reward.py --worker KIND`, one JSON line in, one out.
+    """`python reward.py --worker KIND`: one JSON line in, one out, killed when it takes too long.
 
-    A fresh interpreter, not a fork: forking a process with torch, CUDA or threads is unsafe, and spawn would
-    import the caller's __main__ again.  SIGALRM would only work in the main thread and not inside a long C
-    call: so time is kept here and the process killed.  It ends by itself when its parent does.
+    A fresh interpreter: forking a process with torch, CUDA or threads is unsafe, spawn would import the
+    caller's __main__ again, SIGALRM works only in the main thread and not inside a long C call.
     """
 
     def __init__(self, kind):
@@ -1344,7 +1242,6 @@ class Worker:
                 return json.loads(self.read(seconds))
             except (OSError, ValueError):
                 self.stop()
-                return None
 
     def read(self, seconds):
         """One line, or nothing when time is up: then the process is killed and its output ends."""
@@ -1362,27 +1259,8 @@ class Worker:
 
 
 _sympy = Worker("sympy")
-atexit.register(lambda: _sympy.stop())
-
-
-def _after_fork():
-    """A fork may happen while another thread holds the lock; the child must not share the worker's pipes."""
-    global _lock, _sympy
-    _lock, _sympy = threading.RLock(), Worker("sympy")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
-
-def ask_sympy(a, b):
-    """Does sympy prove two values equal?"""
-    verdict = _sympy.ask([a, b], SYMPY_SECONDS)
-    if verdict is None:
-        raise Undecided("out of time")
-    return verdict
-
-
+# A fork may happen while another thread holds the lock; the child must not share the worker's pipes.
+os.register_at_fork(after_in_child=lambda: globals().update(_lock=threading.RLock(), _sympy=Worker("sympy")))
 SYMPY_NAMES = table("""!=factorial ceil=ceiling binom=binomial abs=Abs ln=log max=Max min=Min +=Add *=Mul
     ^=Pow sum=Sum prod=Product int=Integral""")
 
@@ -1392,19 +1270,18 @@ def sympy_tree(node, sp):
     kind = node[0]
     if kind == "num":
         return sp.Rational(*map(int, node[1].split("/")))
-    if kind == "var":
-        return sp.Symbol(node[1], positive=True)
-    if kind == "const":
-        return {"pi": sp.pi, "e": sp.E, "i": sp.I, "inf": sp.oo}[node[1]]
+    if kind in ("var", "const"):
+        constants = {"pi": sp.pi, "e": sp.E, "i": sp.I, "inf": sp.oo}
+        return constants[node[1]] if kind == "const" else sp.Symbol(node[1], positive=True)
     parts = [sympy_tree(t, sp) for t in node[1:] if isinstance(t, list)]
-    if kind == "big":
-        name, low, high, body = parts
-        if node[1] == "lim":
-            return sp.Limit(body, name, low).doit()
-        return getattr(sp, SYMPY_NAMES[node[1]])(body, name if low == high else (name, low, high)).doit()
     if kind in ("/", "deg"):
         return parts[0] / parts[1] if kind == "/" else parts[0]
-    return getattr(sp, SYMPY_NAMES.get(kind) or kind.replace("arc", "a"))(*parts)
+    if kind != "big":
+        return getattr(sp, SYMPY_NAMES.get(kind) or kind.replace("arc", "a"))(*parts)
+    name, low, high, body = parts
+    if node[1] == "lim":
+        return sp.Limit(body, name, low).doit()
+    return getattr(sp, SYMPY_NAMES[node[1]])(body, name if low == high else (name, low, high)).doit()
 
 
 def prove_equal(job):
@@ -1415,13 +1292,21 @@ def prove_equal(job):
 
 
 def worker_main(kind):
-    """Serve jobs until the input closes."""
+    """Serve jobs until the input closes, or until the parent is gone: a forked sibling may keep the pipe."""
     sys.path.pop(0)                    # a random.py next to this file must not shadow the library
-    serve = {"sympy": prove_equal, "grade": lambda row: explain(*row)}[kind]
-    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    parent = os.getppid()
+
+    def follow_parent():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=follow_parent, daemon=True).start()
+    serve = prove_equal if kind == "sympy" else lambda row: explain(*row)
     if kind == "sympy":
         __import__("sympy")            # slow, so it happens before `ready`, outside any job's time
-    limit_memory()
+    with contextlib.suppress(ValueError, OSError):       # a number may grow faster than a clock can stop it
+        resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, WORKER_BYTES))
     print("ready", flush=True)
     for line in sys.stdin:
         faulthandler.dump_traceback_later(ROW_SECONDS, exit=True)    # should nobody be left to kill it
@@ -1433,75 +1318,44 @@ def worker_main(kind):
         print(json.dumps(result), flush=True)
 
 
-def end_with(parent):
-    """A forked sibling may keep the pipe open: the end of the input does not tell that the parent is gone."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
-def limit_memory():
-    """The kernel's limit, where there is one: a number may grow faster than a clock can stop it."""
-    try:
-        import resource
-        resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, WORKER_BYTES))
-    except (ImportError, ValueError, OSError):
-        pass
-
-
 # ---- reading and comparing two texts
 
 # What a text says.  tree: None outside the grammar; tied: the tree with every \pm of a tuple the same sign;
 # domain: what the qualifier behind the answer says of its parameters (Z, R, +, ...).
 Reading = collections.namedtuple("Reading", "tokens tree tied domain parameters")
-NOTHING = Reading(None, None, None, frozenset(), frozenset())
-_readings, _cached_characters = {}, 0
-
-
 DECLARING = words(r"\in is an any integer constant arbitrary")
 
 
-def unqualified(tokens):
-    r"""(tokens, domain, parameters) without `for all real x`, `where c is any constant`, `, k \in Z`."""
-    start = len(tokens)
-    while start > 1 and ((t := tokens[start - 1].strip('"')) in QUALIFIERS or len(t) == 1 and t.isalpha()):
-        start -= 1
-    for i in range(max(start, 1), len(tokens) - 1):
-        ahead = tokens[i + 2].strip('"') if tokens[i] in (",", "(") and tokens[i + 2:] else ""
-        if tokens[i] in ('"where', '"with', '"for', "\\forall") or ahead in DECLARING:
-            tail = [t.strip('"') for t in tokens[i:]]
-            return trimmed(tokens[:i]), frozenset(DOMAINS[t] for t in tail if t in DOMAINS), frozenset(tail)
-    return tokens, frozenset(), frozenset()
+@functools.lru_cache(maxsize=1500)
+def parsed(text):
+    """The Reading of a text; a qualifier (`for all real x`, `c is a constant`) is no part of its tree."""
+    tokens, domain, words = None, (), ()
+    try:
+        body = tokens = tokenize(text)
+        start = len(tokens)
+        while start > 1 and tokens[start - 1].strip('"') in QUALIFIERS:
+            start -= 1
+        for i in range(max(start, 1), len(tokens) - 1):
+            ahead = tokens[i + 2].strip('"') if tokens[i] in (",", "(") and tokens[i + 2:] else ""
+            if tokens[i] in ('"where', '"with', '"for', "\\forall") or ahead in DECLARING:
+                words = [t.strip('"') for t in tokens[i:]]
+                body, domain = trimmed(tokens[:i]), [DOMAINS[t] for t in words if t in DOMAINS]
+                break
+        tree, tied = Parser(body).whole(), None
+        if "\\pm" in body or "\\mp" in body:
+            tied = signs_chosen(tree, True) if tree[0] == "tuple" else None
+            tree = signs_chosen(tree, "\\mp" in body)
+        return Reading(tokens, tree, tied, frozenset(domain), frozenset(words))
+    except REFUSALS:
+        return Reading(tokens, None, None, frozenset(), frozenset())
 
 
 def read(text):
-    """The Reading of a text.  Remembered, for a gold is read often: at most 400 bytes a character."""
-    global _cached_characters
-    if text in _readings:
-        return _readings[text]
-    found = NOTHING
-    try:
-        found = NOTHING._replace(tokens=tokenize(text))
-        body, domain, parameters = unqualified(found.tokens)
-        tree, tied = Parser(body).whole(), None
-        if "\\pm" in body or "\\mp" in body:
-            tied = signs_chosen(tree, True)
-            independent = signs_chosen(tree, "\\mp" in body)
-            tree, tied = independent, tied if tree[0] == "tuple" else None
-        found = Reading(found.tokens, tree, tied, domain, parameters)
-    except REFUSALS:
-        pass
-    if _cached_characters > 100_000:
-        _readings.clear()
-        _cached_characters = 0
-    if len(text) <= 300:
-        _readings[text] = found
-        _cached_characters += len(text)
-    return found
+    """A gold is read often, so Readings are remembered: 1500 of at most 80 characters, 400 bytes for each."""
+    return parsed(text) if len(text) <= 80 else parsed.__wrapped__(text)
 
 
 def compare(answer, gold, problem=None):
-    """The reason of the verdict on two texts."""
     m, g = (re.fullmatch("(-?)([0-9]+)", text.strip()) for text in (answer, gold))
     if m and g:
         digits, gold_digits = m[2].lstrip("0"), g[2].lstrip("0")
@@ -1509,13 +1363,11 @@ def compare(answer, gold, problem=None):
     a, b = read(answer), read(gold)
     if a.tokens and a.tokens == b.tokens:
         return "equal"
-    option = re.fullmatch(r'\( "?([A-H]) \) [^A-H"]+', " ".join(a.tokens or ()))
-    if option and spelled(b.tokens) in [*"abcdefgh"]:
-        return "equal" if spelled(b.tokens) == option[1].lower() else "different"             # (B) 12
     name, tokens = spelled(b.tokens), [*(a.tokens or ()), *(b.tokens or ())]
-    choice = any(r.tokens in map(list, "ABCDEFGH") for r in (a, b))
-    if name and (choice or any(t[0] == '"' or len(t) > 3 and t.isalpha() for t in tokens)):
-        return "equal" if name == spelled(a.tokens) else "different"
+    option = name in [*"abcdefgh"] and re.fullmatch(r'\( "?([A-H]) \) [^A-H"]+', " ".join(a.tokens or ()))
+    choice = option or name and any(r.tokens in map(list, "ABCDEFGH") for r in (a, b))
+    if choice or name and any(t[0] == '"' or len(t) > 3 and t.isalpha() for t in tokens):
+        return "equal" if name == (option[1].lower() if option else spelled(a.tokens)) else "different"
     if a.tree is None or b.tree is None:
         return "unparsed_gold" if b.tree is None else "unparsed_answer"
     try:
@@ -1529,16 +1381,15 @@ def compare(answer, gold, problem=None):
 
 
 def matches(a, b, answer, problem):
-    """Are two Readings equal under one of their interpretations?"""
+    x, y = a.tree, b.tree
     if a.domain and b.domain and a.domain != b.domain or not a.domain ^ b.domain <= {"Z", "R"}:
         return False
-    x, y = a.tree, b.tree
     if y[0] == "or" and STRUCTURES.isdisjoint(t[0] for t in y[1:]) and all(agree(t, y[1]) for t in y[2:]):
         y = y[1]                                     # the gold gives one value in two forms: 30.4 or 152/5
+    if x[0] == "num" and y[0] in LISTS and re.fullmatch(r"[1-9][0-9]{0,2}(,[1-9][0-9]{2})+", answer):
+        x = ("list", *map(number, answer.split(",")))
     if equal(x, y) or a.tied and not b.tied and equal(a.tied, y):
         return True
-    if x[0] == "num" and y[0] in LISTS and re.fullmatch(r"[1-9][0-9]{0,2}(,[1-9][0-9]{2})+", answer):
-        return equal(("list", *map(number, answer.split(","))), y)
     x, y = bound_renamed(x), bound_renamed(y)
     ours, theirs = variables(x) - variables(y), variables(y) - variables(x)
     if len(ours) == len(theirs) == 1:                # k\pi, k \in \mathbb{Z} for n\pi: another name
@@ -1554,9 +1405,8 @@ def bound_renamed(tree):
     """f(z) = z as f(x) = x."""
     if tree[0] in LISTS:
         return mapped(bound_renamed, tree)
-    is_definition = tree[0] in ("assign", "rel") and tree[-2][0] == "var"
-    m = re.fullmatch(r"(.+)\(([a-z])\)", tree[-2][1]) if is_definition else None
-    if not m or "x" in variables(tree[-1]):
+    name = tree[-2][1] if tree[0] in ("assign", "rel") and tree[-2][0] == "var" else ""
+    if not (m := re.fullmatch(r"(.+)\(([a-z])\)", name)) or "x" in variables(tree[-1]):
         return tree
     return (*tree[:-2], ("var", m[1] + "(x)"), substituted(tree[-1], ("var", m[2]), ("var", "x")))
 
@@ -1575,17 +1425,17 @@ def bare(tokens):
 def formulas(problem):
     """The problem's tokens in one string, and every tree that stands in one of its formulas."""
     found = [read(next(filter(None, m.groups()))).tree for m in FORMULA.finditer(problem[:20_000])]
-    trees = {t for tree in found if tree for t in nodes(tree) if is_operation(t)}
     pieces = re.split(r"\n\s*\n", problem[:20_000])
-    return bare(t for piece in pieces for t in lexed(piece[:MAX_CHARS])), trees
+    return bare(t for piece in pieces for t in lexed(piece[:MAX_CHARS])), {
+        t for tree in found if tree for t in nodes(tree) if is_operation(t)}
 
 
 def is_operation(tree):
-    """Something to be calculated: more than a number, a name, or a number times a name."""
-    if tree[0] == "*":
-        scaled = is_literal(tree[1]) and tree[2][0] in ("var", "const", "num")
-        return not (scaled or is_literal(tree) or is_name(tree))
-    return tree[0] not in STRUCTURES | {"var", "const", "num", "deg"} and not is_literal(tree)
+    """Is there something to calculate: more than a number, a name, or a number times a name?"""
+    if is_literal(tree) or tree[0] in STRUCTURES | {"var", "const", "num", "deg"}:
+        return False
+    scaled = tree[0] == "*" and is_literal(tree[1]) and tree[2][0] in ("var", "const", "num")
+    return not scaled and (tree[0] != "*" or not is_name(tree))
 
 
 def restates(a, b, problem):
@@ -1595,28 +1445,26 @@ def restates(a, b, problem):
     True
     """
     run, trees = formulas(problem)
-    values, own = [x[2] if x[0] == "assign" else x for x in items(a.tree)], {*nodes(b.tree)}
-    if any(x in trees and x not in own for x in values):
-        return True
+    values, own = {x[2] if x[0] == "assign" else x for x in items(a.tree)}, {*nodes(b.tree)}
     text, gold = bare(a.tokens), bare(b.tokens)
     in_gold = text in gold or text.endswith(gold)        # x^2 for f(x) = x^2, AB = 5 for 5
-    return text in run and not in_gold and any(map(is_operation, nodes(a.tree)))
+    return not trees.isdisjoint(values - own) or not in_gold and text in run and any(
+        map(is_operation, nodes(a.tree)))
 
 
 # ---- public interface
 
 def gold_texts(gold):
-    """The accepted texts of a gold: a text, a number, or a list of them (any counts)."""
+    r"""The accepted texts of a gold: a text (forms separated by \text{OR}), a number, or a list of them."""
     if isinstance(gold, str):
-        forms = re.split(r"\\text\s*\{\s*OR\s*\}", gold)             # the data's way to list accepted forms
+        forms = re.split(r"\\text\s*\{\s*OR\s*\}", gold)
         return [gold, *forms] if len(forms) > 1 else [gold]
     if isinstance(gold, (list, tuple)):
         return [text for g in gold if not isinstance(g, (list, tuple)) for text in gold_texts(g)]
-    try:
-        real_number = isinstance(gold, numbers.Real) and not isinstance(gold, bool) and math.isfinite(gold)
-        return [str(gold)] if real_number else []
-    except (ValueError, OverflowError):          # more digits than Python converts
-        return []
+    with contextlib.suppress(ValueError, OverflowError):             # more digits than Python converts
+        if isinstance(gold, numbers.Real) and not isinstance(gold, bool) and math.isfinite(gold):
+            return [str(gold)]
+    return []
 
 
 def judge(found, gold, problem=None):
@@ -1627,29 +1475,25 @@ def judge(found, gold, problem=None):
     """
     global _deadline, _ticks
     verdicts = [Verdict(0.0, "unparsed_gold", found[-1], gold)]
-    with _lock:
-        for text in gold_texts(gold):
+    for text in gold_texts(gold):
+        with _lock:
             _deadline, _ticks, answer = time.monotonic() + SECONDS, 0, found[-1]
             try:
-                if len(found) > 1 and is_list(text) and not any(map(is_list, found)):
-                    answer = ", ".join(found)
+                if len(found) > 1:
+                    lists = [(read(part).tree or " ")[0] in LISTS for part in (text, *found)]
+                    answer = ", ".join(found) if lists[0] and not any(lists[1:]) else answer
                 reason = compare(answer, text, problem)
             except Exception as error:
                 reason = f"error: {type(error).__name__}: {error}"
                 warnings.warn(f"grading {answer[:200]!r} against {text[:200]!r}: {reason}", RuntimeWarning)
-            verdicts.append(Verdict(float(reason == "equal"), reason, answer, gold))
+        verdicts.append(Verdict(float(reason == "equal"), reason, answer, gold))
     return max(verdicts, key=lambda v: (v.reward, v.reason != "unparsed_gold"))
 
 
-def is_list(text):
-    tree = read(text).tree
-    return tree is not None and tree[0] in LISTS
-
-
 def grade(answer, gold, problem=None):
-    r"""Does `answer` (the text inside the box) equal `gold`?  What cannot be read is wrong.
+    r"""Does `answer` (the text inside the box) equal `gold`, a text, a number, or a list of which any counts?
 
-    `gold` is a text, a number, or a list of which any element counts.  The conventions, by example:
+    What cannot be read is wrong.  The conventions, by example:
 
     >>> def check(right, *pairs):
     ...     assert all(grade(*pair) is right for pair in pairs)
@@ -1666,41 +1510,32 @@ def grade(answer, gold, problem=None):
     >>> check(True, (r"\textbf{(C)}", "C"), ("yes", r"\text{Yes}"), ("52_{8}", "52_8"), ("5/8", "5:8"))
     >>> check(False, ("52_9", "52_8"), ("4:1", "1:4"), ("2:8", "1:4"), ("B", r"\text{(C)}"), ("3/30", "3:30"))
     >>> check(False, ("3+4", "7"), (r"\log_2 8", "3"), ("45x+30", "15(3x+2)", "Factor $45x+30$."))
-    >>> grade("6", ["5", "6"]), grade("6", None), grade("6", float("nan"))
-    (True, False, False)
     """
-    return isinstance(answer, str) and judge([answer], gold, problem).reward == 1.0
+    return explain_answer(answer, gold, problem).reward == 1.0
 
 
 def explain_answer(answer, gold, problem=None):
     """`explain` for the text inside the box."""
-    return judge([answer], gold, problem)
+    return judge([answer if isinstance(answer, str) else ""], gold, problem)
 
 
 def explain(response, gold, problem=None, require_think=True):
-    r"""The `Verdict` on a whole response: reward, why, the answer found, the gold.
-
-    With the problem's text, an answer that only repeats a formula of the problem earns nothing.
+    r"""The `Verdict` on a whole response; with the problem, repeating a formula of it earns nothing.
 
     >>> explain(r"<think>...</think> \boxed{x+1}", r"1+x")
     Verdict(reward=1.0, reason='equal', answer='x+1', gold='1+x')
-    >>> explain(r"the answer is 5", "5").reason, explain("</think> 5", "5").reason
-    ('no_close', 'no_box')
-    >>> explain(r"</think> \boxed{1}, \boxed{2} and \boxed{3}", "3, 2, 1").answer
-    '1, 2, 3'
+    >>> explain(r"</think> \boxed{1}, \boxed{2} and \boxed{3}", "3, 2, 1").answer, explain("5", "5").reason
+    ('1, 2, 3', 'no_close')
     """
-    found = last_boxes(response, require_think)
-    if not found:
-        closed = isinstance(response, str) and ("</think>" in response or not require_think)
-        return Verdict(0.0, "no_box" if closed else "no_close", None, gold)
-    return judge(found, gold, problem)
+    if found := last_boxes(response, require_think):
+        return judge(found, gold, problem)
+    closed = isinstance(response, str) and ("</think>" in response or not require_think)
+    return Verdict(0.0, "no_box" if closed else "no_close", None, gold)
 
 
 def compute_reward(response, gold, problem=None, require_think=True):
     r"""1.0 if the last box after the last </think> holds the gold, else 0.0.
 
-    >>> compute_reward(r"<think>hm</think> \boxed{\frac{2}{4}x}", r"x/2")
-    1.0
     >>> compute_reward(r"</think> \boxed{8!-7!}", "35280", problem="Find $8!-7!$.")
     0.0
     """
@@ -1718,49 +1553,26 @@ def compute_rewards(responses, golds, problems=None, workers=0, require_think=Tr
 
 
 def explain_all(rows, workers=0):
-    r"""The Verdicts on rows of `explain`'s arguments, in order.
+    """The Verdicts on rows of `explain`'s arguments, in order.
 
-    One process grades thousands a second and bounds the time of each answer by itself, so `workers`,
-    processes that are killed when an answer takes ROW_SECONDS, pay only for large files.
-
-    >>> [v.reason for v in explain_all([(r"</think>\boxed{1}", "1"), (r"</think>\boxed{2}", "1")])]
-    ['equal', 'different']
+    One process grades thousands a second and bounds its time, so `workers` pay only for large files; they
+    are killed when an answer takes ROW_SECONDS.
     """
-    if not workers:
-        return [explain(*row) for row in rows]
-    with concurrent.futures.ThreadPoolExecutor(workers) as threads:
-        graded = list(threads.map(explain_remotely, [rows[i::workers] for i in range(workers)]))
-    return [graded[i % workers][i // workers] for i in range(len(rows))]
-
-
-def explain_remotely(rows):
-    """Verdicts from a worker of our own; what cannot be sent (a gold that is no JSON) is graded here."""
-    worker, verdicts = Worker("grade"), []
-    for row in rows:
+    def remotely(row, worker):
         try:
             verdict = worker.ask(json.loads(json.dumps(row)), ROW_SECONDS)
-            verdicts.append(Verdict(*(verdict or (0.0, "timeout", None))[:3], row[1]))
-        except (TypeError, ValueError, RecursionError):
-            verdicts.append(explain(*row))
-    worker.stop()
+        except (TypeError, ValueError, RecursionError):                      # a gold that is no JSON
+            return explain(*row)
+        return Verdict(*(verdict or (0.0, "timeout", None))[:3], row[1])
+
+    if not workers:
+        return [explain(*row) for row in rows]
+    pool = [Worker("grade") for _ in range(workers)]
+    with concurrent.futures.ThreadPoolExecutor(workers) as threads:
+        verdicts = list(threads.map(remotely, rows, itertools.cycle(pool)))
+    for worker in pool:
+        worker.stop()
     return verdicts
-
-
-# ---- command line
-
-def grade_file(path):
-    """Grade the rows of a file; print how many got which reason."""
-    verdicts = []
-    with open(path) as file:
-        for n, line in enumerate(file, 1):
-            row = json.loads(line)
-            if not isinstance(row, dict) or "gold" not in row or not row.keys() & {"response", "answer"}:
-                raise ValueError(f'line {n} of {path} needs "gold", and "response" or "answer"')
-            explained, text = (explain, "response") if "response" in row else (explain_answer, "answer")
-            verdicts.append(explained(row[text], row["gold"], row.get("problem")))
-    for reason, n in collections.Counter(v.reason for v in verdicts).most_common():
-        print(f"{n:8d}  {reason}")
-    print(f"{sum(v.reward for v in verdicts):.0f} of {len(verdicts)} right")
 
 
 def main():
@@ -1772,17 +1584,26 @@ def main():
     parser.add_argument("--worker", choices=["sympy", "grade"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        worker_main(args.worker)
-    elif args.file:
-        try:
-            grade_file(args.file)
-        except (OSError, ValueError) as error:
-            parser.exit(1, f"{parser.prog}: {error}\n")
-    elif args.answer is not None and args.gold is not None:
-        for name, shown in explain_answer(args.answer, args.gold, args.problem)._asdict().items():
-            print(f"{name:8s} {shown}")
-    else:
-        parser.error("give FILE.jsonl, or --answer and --gold")
+        return worker_main(args.worker)
+    if not args.file:
+        if args.answer is None or args.gold is None:
+            parser.error("give FILE.jsonl, or --answer and --gold")
+        verdict = explain_answer(args.answer, args.gold, args.problem)
+        return print("\n".join(f"{name:8s} {shown}" for name, shown in verdict._asdict().items()))
+    verdicts = []
+    try:
+        with open(args.file) as file:
+            rows = [json.loads(line) for line in file]
+        for n, row in enumerate(rows, 1):
+            if not isinstance(row, dict) or "gold" not in row or not row.keys() & {"response", "answer"}:
+                raise ValueError(f'line {n} of {args.file} needs "gold", and "response" or "answer"')
+            explained, text = (explain, "response") if "response" in row else (explain_answer, "answer")
+            verdicts.append(explained(row[text], row["gold"], row.get("problem")))
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    for reason, n in collections.Counter(v.reason for v in verdicts).most_common():
+        print(f"{n:8d}  {reason}")
+    print(f"{sum(v.reward for v in verdicts):.0f} of {len(verdicts)} right")
 
 
 if __name__ == "__main__":

@@ -363,7 +363,7 @@ class TorchEngine(Engine):
         ids, logprobs = [list(prompt) for prompt in prompts], [[] for _ in prompts]
         waiting, running = list(range(len(prompts)))[::-1], []  # prompt running[r] is row r of the cache
         config, head = self.model.config, self.model.get_output_embeddings().weight
-        slots = min(self.max_seqs, len(prompts))
+        wide, slots = head.float().t(), min(self.max_seqs, len(prompts))
         length = max(map(len, prompts), default=0) + sampling.max_tokens
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         cache = head.new_zeros(config.num_hidden_layers, 2, slots, config.num_key_value_heads, length, width)
@@ -383,7 +383,7 @@ class TorchEngine(Engine):
                 cache=cache[:, :, len(running) - len(rows):len(running)],
                 distance=positions[..., None] - seen).last_hidden_state
             hidden = hidden[range(len(rows)), [len(x) - 1 for x in fed]]
-            logits = hidden.float() @ head.float().t()  # in fp32, as the trainer's and vLLM's
+            logits = hidden.float() @ wide  # in fp32, as the trainer's and vLLM's
             tokens, logps = sample_tokens(logits, [seeds[i] for i in rows], [len(logprobs[i]) for i in rows],
                                           sampling.temperature, sampling.top_p)
             for i, token, logp in zip(rows, tokens.tolist(), logps.tolist()):

@@ -3,21 +3,16 @@
     python schedule.py --run runs/deepscaler --gpus 8           # 8K -> 16K -> 24K as published
     python schedule.py --run runs/deepscaler                    # go on after a crash, a kill, a reboot
     python schedule.py --preset toy                             # the whole story on a laptop
-    python schedule.py --preset justrl --gpus 8                 # the other school: one long stage
     python schedule.py --dry_run --gpus 8 --gpu_type H100-80    # memory, hours, dollars, before a GPU is used
     python schedule.py --switch auto --gpus 8 --run RUN         # a stage ends where its response length turns
-    python schedule.py --stages 8192:500:8,16384:200:16:lr=5e-7 --run RUN --lr 2e-6    # any other schedule
     python schedule.py --gpus 8 --run SHARED_DISK --torchrun "--nnodes 4 --node_rank R --rdzv_backend c10d
                        --rdzv_endpoint HOST:29500"              # on each of four nodes, R from 0 to 3
 
-grpo.py and evaluate.py run as programs, one after another; options unknown here are handed to grpo.py.
-RUN/plan.json holds the words of the command line and what is done; to go on means old words, then new words.
-Only weights pass from stage to stage: the optimizer is fresh, the KL reference is the stage's start, the data
-order is new. Left out on purpose: job queues, retries (a crash wants a look before it is repeated).
+grpo.py and evaluate.py run as programs, one after another. RUN/plan.json holds the words of the command line
+and what is done; to go on means old words, then new words. Only weights pass from stage to stage: optimizer,
+KL reference and data order are new. Left out on purpose: job queues, retries, searches.
 """
-import argparse
 import contextlib
-import difflib
 import glob
 import json
 import os
@@ -27,51 +22,41 @@ import shutil
 import subprocess
 import sys
 import time
-import urllib.request
+from pathlib import Path
 
 import numpy as np
 import torch
 
 import common
+import evaluate
+import grpo
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-TOY = os.path.join(HERE, "toy")
 MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
-LATER = ":save_every=10:eval_every=10:eval_n=16"
-PRESETS = {name: shlex.split(words) for name, words in {  # words that stand before those of the command line
-    "deepscaler": f"""--run runs/deepscaler --model {MODEL}
-        --stages 8192:1040:8:save_every=20:eval_every=20:eval_n=8,16384:480:16{LATER},24576:200:16{LATER}""",
+LATER = "save_every=10:eval_every=10:eval_n=16"
+PRESETS = {  # words that stand before those of the command line
+    "deepscaler": f"--run runs/deepscaler --model {MODEL} --stages 8192:1040:8,16384:480:16:{LATER},"
+                  f"24576:200:16:{LATER}",
     "justrl": f"--run runs/justrl --model {MODEL} --stages 15360:4380:8 --recipe justrl",
-    "toy": f"""--run runs/toy --model '{TOY}/model' --stages 40:70:8,80:50:8,120:30:8 --switch auto
-        --turn_window 8 --benchmarks '{TOY}/heldout.jsonl' --data '{TOY}/train.jsonl.gz'
-        --evaluate '-n 16 --max_tokens 192 --temperature 1 --top_p 1' --eval_data '{TOY}/heldout.jsonl'
+    "toy": f"""--run runs/toy --model '{HERE}/toy/model' --stages 40:70:8,80:50:8,120:30:8 --switch auto
+        --turn_window 8 --data '{HERE}/toy/train.jsonl.gz' --eval_data '{HERE}/toy/heldout.jsonl'
+        --benchmarks '{HERE}/toy/heldout.jsonl' --evaluate '-n 16 --max_tokens 192 --temperature 1 --top_p 1'
         --eval_every 10 --eval_n 2 --eval_max_len 192 --eval_temperature 1 --save_every 5 --recipe improved
         --prompts 128 --updates 1 --lr 2e-4 --engine torch --max_seqs 256 --token_budget 8192
-        --max_prompt_len 128"""}.items()}
-COSTS = [  # what others paid for the same model, by their own accounts
-    ("DeepScaleR", "8K, 16K, 24K, about 1,750 steps, A100-80", "3,800", "4,500", "43.1"),
-    ("NeMo-RL", "8K, 240 steps at about 252 s on 8 H100", "134 (computed)", "", "28.3"),
-    ("AReaL v0.1", "three stages, 8 H800", "4,160", "", "40.2"),
-    ("Archer", "one 32K stage, 520 steps, H800", "1,900", "", "48.7"),
-    ("JustRL", "one 16K stage, 4,380 steps, A800", "11,500", "", "52.6"),
-    ("ProRL v1", "2,450 steps, H100", "16,000", "", "48.0"),
-    ("Open-RS", "7,000 problems, 4 A40 for 24 h", "96", "42", "29.7 (re-measured)"),
-]
+        --max_prompt_len 128"""}
 
 
 # ----- the turning point ------------------------------------------------------------------------------------
-
-def turning_point(steps, length, truncated, reward, window, fall=0.05, rise=0.05, z=4.0):
+def turning_point(steps, length, truncated, reward, window):
     """Where a stage should have ended (responses grow again, more are cut off, reward is flat), or None.
 
-    steps, length, truncated, reward: [n], a number for each step. The newest window of steps is compared with
-    the trough, the last window whose mean length is within one standard error of the lowest. Length fell to
-    it (by `fall` of its size) and has risen since (by `rise` and `z` standard errors), truncation has risen
-    (`z`), reward has not (one error, or 40 % of its former pace); all that for half a window of steps.
-    A function of the past alone: asked again, at any time, it says the same.
+    All but window: [n], a number for each step. The newest window of steps is compared with the trough, the
+    last window whose mean length is within one standard error of the lowest. Length fell to it by 5 %, has
+    risen since by 5 % and 4 standard errors, truncation by 4, reward by less than 1 or at 40 % of its former
+    pace; all that for half a window. A function of the past alone: asked again later, it says the same.
     """
-    w, x = window, np.array([length, truncated, reward], dtype=float)
-    if x.shape[1] < 3 * w:
+    w, held, x = window, 0, np.array([length, truncated, reward], dtype=float)
+    if x.shape[1] < max(1, 3 * w):
         return None
     windows = np.lib.stride_tricks.sliding_window_view(x, w, axis=1)  # [3, n - w + 1, w]
     mean = windows.mean(2)
@@ -83,7 +68,6 @@ def turning_point(steps, length, truncated, reward, window, fall=0.05, rise=0.05
     phi = ((noise[..., 1:] * noise[..., :-1]).sum(2).cumsum(1) / square + 4 / w).clip(0, 0.9)
     variance = square / np.arange(1, mean.shape[1] + 1) / (w - 2)
     se = np.sqrt(2 * variance / w * (1 + phi) / (1 - phi))  # of two AR(1) windows' difference
-    held = 0
     for now in range(2 * w, mean.shape[1]):
         past = mean[0, :now - w + 1]
         trough = int(np.flatnonzero(past <= past.min() + se[0, now])[-1])
@@ -92,103 +76,78 @@ def turning_point(steps, length, truncated, reward, window, fall=0.05, rise=0.05
         errors = (after - before) / se[:, now] / np.sqrt([1, 1, 2 / 3])
         pace = (mean[2, trough] - mean[2, 0]) / max(1, trough)
         flat = errors[2] < 1 or after[2] - before[2] < 0.4 * pace * (now - trough)
-        fell_and_rose = before[0] <= (1 - fall) * top and after[0] >= (1 + rise) * before[0]
-        held = held + 1 if fell_and_rose and min(errors[:2]) > z and flat else 0
+        fell_and_rose = before[0] <= 0.95 * top and after[0] >= 1.05 * before[0]
+        held = held + 1 if fell_and_rose and min(errors[:2]) > 4 and flat else 0
         if held >= w // 2:
             first, last = ([int(steps[i]), int(steps[i + w - 1])] for i in (trough, now))
             series = zip(("length", "truncated", "reward"), np.stack([before, after, errors], 1).tolist())
-            return {"turn": first[0], "seen_at": last[1], "before": first, "after": last, "top": float(top),
-                    **dict(series)}
+            return dict(series, turn=first[0], seen_at=last[1], before=first, after=last, top=float(top))
     return None
 
 
 def describe_turn(e):
     """The evidence in plain words."""
-    (short, long, z), cut, reward = e["length"], e["truncated"], e["reward"]
-    return (f"by step {e['turn']} responses had become shorter, from {e['top']:.1f} to {short:.1f} tokens. "
-            f"Since then (steps {e['after'][0]}-{e['after'][1]} against {e['before'][0]}-{e['before'][1]}) "
-            f"they grow again, to {long:.1f} ({z:+.1f} standard errors), more are cut off at the limit, "
-            f"{cut[0]:.1%} -> {cut[1]:.1%} ({cut[2]:+.1f}), and it hardly pays, reward {reward[0]:.3f} -> "
-            f"{reward[1]:.3f} ({reward[2]:+.1f}): the model needs more room")
+    changes = ", ".join(f"{name} {e[name][0]:.3g} -> {e[name][1]:.3g} ({e[name][2]:+.1f} standard errors)"
+                        for name in ("length", "truncated", "reward"))
+    return (f"by step {e['turn']} responses had become shorter, from {e['top']:.1f} tokens. They grow again "
+            f"and it hardly pays: the model needs more room. {e['before']} to {e['after']}: {changes}")
 
 
-def read_metrics(folder, validation=False):
-    """Lines of metrics.jsonl about a training step, each step once; `validation`: the others as well."""
-    path = os.path.join(folder, "metrics.jsonl")
-    lines = common.read_lines(path, on_bad=lambda text: None) if os.path.exists(path) else ()
-    return list({row["step"]: row for row in lines if validation or "reward" in row}.values())
+def read_metrics(folder):
+    """Lines of metrics.jsonl, one for each step: a step done again after a crash counts as done last."""
+    path, rows = f"{folder}/metrics.jsonl", {}
+    for row in common.read_lines(path, on_bad=lambda text: None) if os.path.exists(path) else ():
+        rows[row["step"]] = rows.get(row["step"], {}) | row
+    return list(rows.values())
 
 
 # ----- options ----------------------------------------------------------------------------------------------
-
-PER_STAGE = {"--max_len": "--stages", "--steps": "--stages", "--group": "--stages", "--out": "--run",
-             "--resume": "--run (it is always on)", "--optimizer_from": "--optimizer carry"}
-GONE = {f"--{name}": successor for names, successor in [
-    ("ablation token_limit", "python bench/staging.py compares staged with direct training at equal tokens"),
-    ("reference", "the reference of the KL term is a stage's own start"),
-    ("nproc_per_node ranks", "--gpus"),
-    ("nnodes node_rank rdzv_backend rdzv_endpoint master_addr master_port max_restarts",
-     'options of torchrun stand in one quoted --torchrun "--nnodes 2 ..."'),
-    ("bench_n bench_max_tokens bench_temperature bench_top_p",
-     'options of evaluate.py stand in one quoted --evaluate "-n 4 ..."'),
-    ("turn_z turn_flat turn_fall turn_rise", "the bounds are the same everywhere")] for name in names.split()}
-
-
-def parser():
-    p = common.Parser(gone=GONE, description="Stages of grpo.py with a growing context. Options that are not "
-                      "listed here go to grpo.py.")
-    add = p.add_argument_group("what is trained").add_argument
-    add("--run", help="folder of the whole run; one that exists is continued (default: runs/PRESET)")
-    add("--preset", choices=list(PRESETS), default="deepscaler", help="toy: on a laptop")
-    add("--stages", help="CONTEXT:STEPS:SAMPLES[:OPTION=VALUE...],... with samples for each problem and "
-        "options of grpo.py for one stage (default: the preset's)")
-    add("--model", help="start weights, folder or hub name (default: the preset's)")
-    add("--optimizer", choices=["fresh", "carry"], default="fresh", help="Adam's state in the next stage")
-    add("--seed", type=int, default=0, help="stage k trains with seed + k - 1: a new data order")
-    add = p.add_argument_group("when a stage ends").add_argument
-    add("--switch", choices=["steps", "auto"], default="steps", help="auto: at the turning point of the "
-        "response length, --stages' steps at most; not in the last stage, which nothing follows")
-    add("--turn_window", type=int, default=0, help="steps of a window; 0: a twentieth of the stage, 10 to 50")
-    add = p.add_argument_group("machines").add_argument
-    add("--gpus", type=int, default=0, help="processes on each node; 0: the GPUs found, else 1 (toy: 2)")
-    add("--torchrun", default="", help="options of torchrun on this node, quoted, for nodes that share a "
-        'disk: "--nnodes 2 --node_rank 0 --rdzv_backend c10d --rdzv_endpoint HOST:PORT"')
-    add = p.add_argument_group("evaluation after each stage").add_argument
-    add("--benchmarks", nargs="+", default=["aime24", "math500", "amc23", "minerva", "olympiad"],
-        help="names or files")
-    add("--evaluate", default="", help='more options of evaluate.py, quoted: "-n 4 --max_tokens 8192"')
-    add("--no_eval", action="store_true", help="no evaluate.py at all")
-    add("--no_base_eval", action="store_true", help="do not evaluate the start model")
-    add = p.add_argument_group("prediction and cost").add_argument
-    add("--dry_run", action="store_true", help="predict memory, time, dollars, check that it fits, and leave")
-    add("--gpu_type", help=f"{', '.join(GPUS)} (default: what is found here, else A100-80)")
-    add("--gpu_memory_gib", type=float, default=0.0, help="memory of a GPU, to describe any other card")
-    add("--gpu_price", type=float, help="dollars an hour (default: an assumption for --gpu_type)")
-    add("--mean_len", type=int, default=0, help="of a response; 0: half the context, at most 5,000 tokens")
-    return p
+OPTIONS = {
+    "what is trained": [
+        ("run", str, None, None, "folder; a run that is there goes on (default: runs/PRESET)"),
+        ("preset", list(PRESETS), "deepscaler", None, "toy: on a laptop; justrl: one long stage"),
+        ("stages", str, None, None, "CONTEXT:STEPS:SAMPLES[:OPTION=VALUE...],... (default: the preset's)"),
+        ("model", str, None, None, "start weights, folder or hub name (default: the preset's)"),
+        ("optimizer", ["fresh", "carry"], "fresh", None, "Adam's state in the next stage"),
+        ("seed", int, 0, None, "stage k trains with seed + k - 1: a new data order"),
+        ("switch", ["steps", "auto"], "steps", None, "auto: a stage before the last may end where it turns"),
+        ("turn_window", int, 0, 0, "steps of a window, 4 or more; 0: a twentieth of the stage, 10 to 50")],
+    "evaluation after each stage": [
+        ("benchmarks", str, " ".join(evaluate.FIVE), None, "names or files, quoted"),
+        ("evaluate", str, "", None, 'more options of evaluate.py, quoted: "-n 4 --max_tokens 8192"'),
+        ("no_eval", bool, False, None, "no evaluate.py at all"),
+        ("no_base_eval", bool, False, None, "do not evaluate the start model")],
+    "machines and their cost": [
+        ("gpus", int, 0, 0, "processes on each node; 0: the GPUs found, else 1 (toy: 2)"),
+        ("torchrun", str, "", None, "options of torchrun on this node, quoted, for nodes that share a disk"),
+        ("gpu_price", float, 0.0, 0, "dollars an hour, for the report; 0: --dry_run assumes one"),
+        ("dry_run", bool, False, None, "predict memory, time, dollars, check that it fits, and leave"),
+        ("gpu_type", str, "", None, "for --dry_run, see the end; if left away, the GPU found, else A100-80"),
+        ("gpu_memory_gib", float, 0.0, 0, "for --dry_run, to describe any other card"),
+        ("mean_len", int, 0, 0, "for --dry_run, of responses; 0: half the context, at most 5,000 tokens")]}
+GONE = {f"--{name}": f"use {successor}" for successor, names in {
+    "--stages": "max_len steps group", "--run": "out resume", "--optimizer carry": "optimizer_from",
+    '--torchrun "--nnodes 2 ..."': "nnodes node_rank rdzv_backend rdzv_endpoint master_addr master_port",
+    '--evaluate "-n 4 ..."': "bench_n bench_max_tokens bench_temperature bench_top_p",
+    "--gpus": "nproc_per_node", "bench/staging.py": "ablation"}.items() for name in names.split()}
 
 
-def parse(p, words):
-    """-> (this program's options, words for grpo.py). Of two equal options the later one counts."""
-    preset = p.parse_known_args(words)[0].preset
-    args, rest = p.parse_known_args(PRESETS[preset] + words)
-    own = [name for action in p._actions for name in action.option_strings]
-    for name in (word.split("=")[0] for word in rest if word.startswith("--")):
-        if name in GONE or difflib.get_close_matches(name, own, 1, 0.87):
-            p.refuse([name])  # misspelt; what resembles none of these options goes to grpo.py
-        if name in PER_STAGE:
-            p.error(f"{name} is set for each stage: use {PER_STAGE[name]}")
-    window = args.turn_window
-    if min(args.gpus, args.gpu_memory_gib, args.mean_len, window) < 0 or window in (1, 2, 3):
-        p.error("--gpus, --gpu_memory_gib and --mean_len must not be negative, --turn_window 0 or at least 4")
-    nodes = re.search(r"--nnodes[= ](?:\d+:)?(\d+)", args.torchrun)
-    rank = re.search(r"--node[_-]rank[= ](\d+)", args.torchrun)
-    args.nodes, args.node_rank = int(nodes[1]) if nodes else 1, int(rank[1]) if rank else 0
+def parse(words):
+    """-> this program's options; .rest: words for grpo.py. Of two equal options the later one counts."""
+    own = common.Parser(OPTIONS, description="Stages of grpo.py. Options that are not listed go to grpo.py.",
+                        epilog=f"GPU types: {', '.join(GPUS)}")
+    words = shlex.split(PRESETS[own.parse_known_args(words)[0].preset]) + words
+    args, args.rest = own.parse_known_args(words)
+    theirs = [row for rows in grpo.OPTIONS.values() for row in rows
+              if f"--{row[0]}" not in GONE and not hasattr(args, row[0])]
+    common.Parser(OPTIONS | {"grpo.py": theirs}, grpo.GONE | GONE).parse(words)  # refuses unknown words
+    nodes = re.search(r"--nnodes[= ](?:\d+:)?(\d+)", args.torchrun + " --nnodes 1")
+    rank = re.search(r"--node.rank[= ](\d+)", args.torchrun)
+    args.nodes, args.node_rank = int(nodes[1]), int(rank[1]) if rank else 0
     if args.nodes > 1 and not rank:
-        p.error("several nodes need --node_rank in --torchrun: 0 on the one that keeps the plan, 1, 2, ...")
-    found = torch.cuda.device_count()
-    args.gpus = args.gpus or (min(2, found or 2) if args.preset == "toy" else max(1, found))
-    return args, rest
+        raise ValueError("--torchrun: several nodes need --node_rank: 0 where the plan is kept, 1, 2, ...")
+    args.gpus = args.gpus or torch.cuda.device_count() or 1 + (args.preset == "toy")
+    return args
 
 
 def parse_stages(text):
@@ -198,383 +157,246 @@ def parse_stages(text):
     """
     stages = []
     for number, entry in enumerate(text.split(","), 1):
-        shape, *extra = re.split(r":(?=[a-z_])", entry.strip())
-        numbers = re.fullmatch(r"(\d+):(\d+):(\d+)", shape)
-        if not numbers or not all("=" in option for option in extra):
-            raise ValueError(f"--stages: {entry!r} is not CONTEXT:STEPS:SAMPLES[:OPTION=VALUE...], for "
-                             f"example 8192:1040:8")
-        max_len, steps, group = map(int, numbers.groups())
-        if max_len < 1 or steps < 1 or group < 2:
-            raise ValueError(f"--stages: {entry!r} needs a context, steps and at least 2 samples a problem")
-        words = [word for option in extra for word in ("--" + option).split("=", 1)]
-        stages.append({"folder": f"stage{number}", "max_len": max_len, "steps": steps, "group": group,
-                       "extra": words, "picked": None, "evidence": None})
+        found = re.fullmatch(r"\s*(\d+):(\d+):(\d+)((?::[a-z]\w*=[^:]+)*)\s*", entry)
+        if not found:
+            raise ValueError(f"--stages: {entry!r} is not CONTEXT:STEPS:SAMPLES[:OPTION=VALUE...]")
+        extra = [word for pair in found[4].split(":")[1:] for word in f"--{pair}".split("=", 1)]
+        stages.append({"folder": f"stage{number}", "max_len": int(found[1]), "steps": int(found[2]),
+                       "group": int(found[3]), "extra": extra, "picked": None, "evidence": None})
     return stages
 
 
-def watched(args, stages, k):
+def window_of(args, k):
     """Steps of the windows in which stage k is watched for its turn; 0 if it is not."""
-    if args.switch == "steps" or k + 1 == len(stages):
-        return 0
-    return args.turn_window or min(50, max(10, stages[k]["steps"] // 20))
+    watched = args.switch == "auto" and k + 1 < len(args.plan)
+    return watched * max(4, args.turn_window or min(50, max(10, args.plan[k]["steps"] // 20)))
 
 
-def stage_words(args, rest, stages, k):
+def stage_words(args, k):
     """Words for grpo.py; the model is the checkpoint that the stage before handed on."""
-    stage, handed = stages[k], checkpoint(args.run, stages[k - 1]) if k else None
-    # what stands in --stages by hand wins over options for all stages; what a preset put there does not
-    by_hand = not any(args.stages in words for words in PRESETS.values())
-    return ["--model", os.path.join(handed, "hf") if handed else args.model,
-            *(["--keep", str(stage.get("keep", 0))] if watched(args, stages, k) else []),
-            *["--recompute", "1"] * args.dry_run,  # as on a GPU, wherever this runs
-            *(rest + stage["extra"] if by_hand else stage["extra"] + rest),
-            "--max_len", str(stage["max_len"]), "--steps", str(stage["steps"]), "--resume",
-            "--group", str(stage["group"]), "--seed", str(args.seed + k),
-            "--out", os.path.join(os.path.abspath(args.run), stage["folder"]),
-            *(["--optimizer_from", handed] if handed and args.optimizer == "carry" else [])]
+    stage, before = args.plan[k], checkpoint(args, k - 1) if k else ""
+    # options for one stage win over those for all, unless a preset brought them
+    preset = any(args.stages in words for words in PRESETS.values())
+    words = stage["extra"] + args.rest if preset else args.rest + stage["extra"]
+    words = ["--keep", str(stage.get("keep", 0))] * (window_of(args, k) > 0) + words
+    words += ["--optimizer_from", before] * (k > 0 and args.optimizer == "carry")
+    shape = "--max_len {max_len} --steps {steps} --group {group} --resume --seed".format(**stage).split()
+    return [*words, *shape, str(args.seed + k), "--model", f"{before}/hf" if k else args.model,
+            "--out", f"{args.run}/stage{k + 1}"]
 
 
-def evaluate_words(args, grpo, name, model):
-    """Words for evaluate.py: as in training, where --evaluate says nothing else."""
-    words = ["--model", model, "--name", name, "--out", os.path.join(os.path.abspath(args.run), "eval"),
-             "--seed", str(args.seed), "--benchmarks", *args.benchmarks]
-    for option in ("style", "engine", "dtype", "max_seqs", "examples", "reward", "instruction"):
-        words += [f"--{option}", str(grpo[option])] if grpo.get(option) else []
-    return words + ["--no_chat"] * bool(grpo["no_chat"]) + shlex.split(args.evaluate)
-
-
-def check(args, rest, stages):
-    """grpo.py's own options for each stage. What cannot work is refused here, before any work."""
-    import evaluate
-    import grpo
-    if not os.path.isdir(args.model) and (args.model.count("/") > 1 or args.model[:1] in ("/", ".", "~")):
-        raise ValueError(f"--model {args.model}: there is no such folder")
-    card(args)
-    options = [vars(grpo.parse_args(stage_words(args, rest, stages, k))) for k in range(len(stages))]
-    for k, (stage, a) in enumerate(zip(stages, options)):
-        window, every = watched(args, stages, k), a["save_every"]
-        if window and every > window:
-            raise ValueError(f"--switch auto compares windows of {window} steps and returns to a checkpoint: "
-                             f"--save_every {every} must be at most {window}, or --turn_window larger")
-        if window and a["keep"]:
-            raise ValueError(f"--switch auto may return to any checkpoint: leave --keep {a['keep']} away")
-        # --keep 0 keeps all weights, but the optimizer's state of few
-        stage["keep"] = stage["steps"] // every + 1 if args.optimizer == "carry" else 0
-    if not args.no_eval:
-        evaluate.parse_args(evaluate_words(args, options[0], "base", args.model))
-    return options
+def evaluate_words(args, name, model, options):
+    """Words for evaluate.py: as in training (`options` of grpo.py), where --evaluate says nothing else."""
+    same = ("style", "instruction", "examples", "reward", "engine", "dtype", "max_seqs")
+    words = [f"--{option}={options[option]}" for option in same if options[option]]
+    words += ["--model", model, "--name", name, "--out", f"{args.run}/eval", "--benchmarks"]
+    words += shlex.split(args.benchmarks) + ["--no_chat"] * options["no_chat"]
+    return words + shlex.split(args.evaluate)
 
 
 # ----- the plan ---------------------------------------------------------------------------------------------
-
-def read_plan(run):
-    path = os.path.join(run, "plan.json")
-    plan = common.read_json(path) if os.path.exists(path) else None
-    if plan is not None and not (isinstance(plan, dict) and plan.get("stages") and "words" in plan):
+def open_plan(run, argv):
+    """Options of the words of earlier calls, then `argv`; .words, .plan: the stages, .options: grpo.py's for
+    each of them. What cannot work is refused before any work."""
+    path, cwd = f"{run}/plan.json", os.getcwd()
+    old = common.read_json(path) if os.path.exists(path) else {"words": [], "stages": [], "cwd": cwd}
+    if not isinstance(old, dict) or {"words", "stages", "cwd"} - set(old):
         raise ValueError(f"{path} is of another version of this program and cannot be continued. Its weights "
                          f"can: --model {run}/stageN/checkpoints/STEP/hf, the --stages left, another --run")
-    return plan
+    said, run = old["words"], os.path.abspath(run)
+    new = [] if argv == said[-len(argv):] or len(argv) == 2 and argv[0] == "--run" else argv
+    os.chdir(old["cwd"] if os.path.isdir(old["cwd"]) else cwd)  # words may name relative paths
+    args = parse(said + new)
+    args.run, args.words, args.plan, args.options = run, said + new, parse_stages(args.stages), []
+    carry_on(args, parse(said), old["stages"])
+    for k in range(len(args.plan)):
+        a = vars(grpo.parse_args(["--recompute", "1"] * args.dry_run + stage_words(args, k)))  # as on a GPU
+        if window_of(args, k) and (a["save_every"] > window_of(args, k) or a["keep"]):
+            raise ValueError(f"--switch auto may return to any checkpoint: leave --keep away, --save_every "
+                             f"{a['save_every']} must be at most {window_of(args, k)}, the window")
+        # --keep 0 keeps all weights, but the optimizer's state of few
+        args.plan[k]["keep"] = a["steps"] // a["save_every"] + 1 if args.optimizer == "carry" else 0
+        args.options.append(a)
+    evaluate.parse_args(evaluate_words(args, "base", args.model, args.options[0]))
+    if said and new:
+        print(f"changed from here on (paths count from {os.getcwd()}): {shlex.join(new)}", flush=True)
+    return args
 
 
-def saved_steps(run, stage):
-    """Steps of a stage's checkpoints, in order; a name without suffix is complete."""
-    folder = os.path.join(run, stage["folder"], "checkpoints")
-    return sorted(int(name) for name in os.listdir(folder) if name.isdigit()) if os.path.isdir(folder) else []
-
-
-def checkpoint(run, stage):
-    """The checkpoint that a stage hands on."""
-    step = stage["picked"] or stage["steps"]
-    return os.path.join(os.path.abspath(run), stage["folder"], "checkpoints", f"{step:06d}")
-
-
-def carry_on(run, plan, before, args, stages):
-    """Give the stages what was done of them. Words that would alter finished work are refused."""
-    results = glob.glob(os.path.join(glob.escape(run), "eval", "*.json"))
-    begun = results or os.path.isdir(os.path.join(run, "stage1"))
-    fixed = ["model", "preset", "seed", "optimizer"] if begun else []
-    for name in fixed + (["benchmarks", "evaluate"] if results else []):
-        was, now = getattr(before, name), getattr(args, name)
-        if was != now:
-            raise ValueError(f"{run} was begun with --{name} {was}, not {now}: leave it away to go on, or "
-                             f"start another --run")
-    for number, was in enumerate(plan["stages"]):
-        if not os.path.isdir(os.path.join(run, was["folder"])):
+def carry_on(args, before, stages):
+    """Take over what was done. Words that would alter finished work are refused."""
+    begun = stages and (os.path.isdir(f"{args.run}/stage1") or os.path.isdir(f"{args.run}/eval"))
+    for name in ("model", "preset", "seed", "optimizer", "benchmarks", "evaluate") if begun else ():
+        if getattr(before, name) != getattr(args, name):
+            raise ValueError(f"{args.run} was begun with --{name} {getattr(before, name)}: leave the new one "
+                             f"away, or take another --run")
+    for k, was in enumerate(stages):
+        now = args.plan[k] if k < len(args.plan) else {"steps": 0}
+        fixed = ["max_len", "group"] + ["steps", "extra"] * (was["picked"] is not None)
+        if not os.path.isdir(f"{args.run}/{was['folder']}"):
             break
-        now, done = stages[number] if number < len(stages) else {}, max(saved_steps(run, was), default=0)
-        same = ["max_len", "group"] + ["steps", "extra"] * (was["picked"] is not None)
-        if any(now.get(name) != was[name] for name in same):
-            shape = ":".join(str(was[name]) for name in ("max_len", "steps", "group"))
-            raise ValueError(f"--stages: {was['folder']} of {run} was begun with {shape} and cannot change; "
-                             f"later stages can, and the steps of one that is not finished")
-        if now["steps"] < done:
-            raise ValueError(f"--stages: {was['folder']} of {run} has done {done} steps, not {now['steps']}")
+        if now["steps"] < max([0, *saved_steps(args, k)]) or any(now[name] != was[name] for name in fixed):
+            raise ValueError(f"--stages: {was['folder']} was begun with {was['max_len']}:{was['steps']}:"
+                             f"{was['group']}. Only later stages and steps that are not done may change")
         now.update(picked=was["picked"], evidence=was["evidence"])
 
 
-def changes(before, args, rest):
-    """What new words change, in a line; `rest`: those of them that go to grpo.py."""
-    found = [f"--{name} {was} -> {getattr(args, name)}" for name, was in vars(before).items()
-             if name not in ("run", "dry_run", "nodes", "node_rank") and was != getattr(args, name)]
-    found += [f"for grpo.py {shlex.join(rest)}"] if rest else []
-    return f"changed from here on (finished stages keep what they had): {', '.join(found)}\n" if found else ""
+def save_plan(args):
+    content = {"words": args.words, "cwd": os.getcwd(), "model": args.model, "stages": args.plan}
+    if args.node_rank == 0:  # all nodes decide alike, from what is on the shared disk; one writes it down
+        common.write_atomic(f"{args.run}/plan.json", json.dumps(content, indent=1))
+
+
+def saved_steps(args, k):
+    """Steps of stage k's checkpoints, in order; a name without suffix is complete."""
+    names = glob.glob("*", root_dir=f"{args.run}/stage{k + 1}/checkpoints")
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def checkpoint(args, k):
+    """The checkpoint that stage k hands on."""
+    return f"{args.run}/stage{k + 1}/checkpoints/{args.plan[k]['picked'] or args.plan[k]['steps']:06d}"
 
 
 # ----- running programs -------------------------------------------------------------------------------------
-
-class Stopped(Exception):
-    """A signal or a failed program ended the schedule; the plan says where it goes on. args: (code, words)"""
-
-
-def launch(args, script, options, number):
-    """Start a program on this node: plain python for one process, torchrun for more."""
-    command = [sys.executable, os.path.join(HERE, script), *options]
+def program(args, name, script, options, look=lambda: None):
+    """A program on all nodes, to its end. The schedule ends as well if it failed or a signal came.
+    name: of the rendezvous, so that a late node joins no other program. look() is called again and again."""
+    command, told = [sys.executable, f"{HERE}/{script}", *options], 0
     if args.gpus > 1 or args.torchrun:
-        where = shlex.split(args.torchrun) or ["--standalone"]
-        # a rendezvous of its own for every program: a late node must not join the one before
-        where += ["--rdzv_id", str(number)] if args.nodes > 1 else []
+        where = shlex.split(args.torchrun) + ["--rdzv_id", name] if args.nodes > 1 else ["--standalone"]
         command[1:1] = ["-m", "torch.distributed.run", *where, "--nproc_per_node", str(args.gpus)]
     print("$ " + shlex.join(command), flush=True)
     # A session of its own: Ctrl-C in a terminal comes to this process alone, which passes it on. By itself
     # torchrun gives its workers 30 seconds, less than a large checkpoint takes.
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True,
-                            env={"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3600", **os.environ})
-
-
-def wait(child, signals, look=lambda: None):
-    """Wait for a program -> exit code. look() once a second; a first and a second signal are passed on."""
-    told, turn = False, 0
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True,
+                             env={"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3600", **os.environ})
     try:
         while child.poll() is None:
-            if signals and not told:
-                told = True
-                child.send_signal(signals[0])
-            if turn % 10 == 0:
-                look()
-            turn += 1
-            time.sleep(0.1)
-    except KeyboardInterrupt:  # what common.catch_signals makes of the second one
-        child.terminate()
-        child.wait()
-    return child.returncode
-
-
-def say(args, **word):
-    """Tell the other nodes what the node of rank 0 does: they wait for its word before each program, since a
-    shared disk may lag and two nodes may see different things on it. The beat shows that it lives."""
-    if args.nodes > 1:
-        common.write_atomic(os.path.join(args.run, "word.json"), json.dumps(word | {"beat": time.time()}))
-
-
-def other_node(args, patience=600):
-    """A node of rank above 0: start its share of each program that node 0 names -> exit code."""
-    signals, path, last = common.catch_signals(), os.path.join(args.run, "word.json"), time.time()
-    number, beat = None, None
-    if os.path.exists(path):  # of an earlier start, until its beat changes
-        beat = common.read_json(path)["beat"]
-    while not signals:
-        word = common.read_json(path) if os.path.exists(path) else {"beat": beat}
-        if word["beat"] != beat:
-            beat, last = word["beat"], time.time()
-            if "code" in word:
-                return word["code"]
-            if word["number"] != number:
-                number = word["number"]
-                wait(launch(args, word["script"], word["options"], number), signals)
-        elif time.time() - last > patience:
-            raise ValueError(f"node 0 says nothing in {args.run}: does it run, and is the disk shared?")
-        time.sleep(0.2)
-    return 128 + signals[0]
-
-
-class Schedule:
-    """A plan, and what node 0 does with it. options: grpo.py's for each stage, see `check`."""
-
-    def __init__(self, args, rest, plan, options):
-        self.args, self.rest, self.plan, self.options = args, rest, plan, options
-        self.run, self.stages, self.signals = args.run, plan["stages"], common.catch_signals()
-        self.looked, self.again = 0, f"python schedule.py --run {shlex.quote(args.run)} goes on from here"
-
-    def work(self):
-        """Do what is left to do -> exit code, which the other nodes are told as well."""
-        code = 2
-        try:
-            code = self.run_stages()
-        except Stopped as e:
-            code, words = e.args
-            print(f"schedule.py: {words}", file=sys.stderr)
-        finally:
-            say(self.args, code=code)
-        return code
-
-    def run_stages(self):
-        """Everything that is left to do, in order. Each line is safe to repeat."""
-        self.save_plan()
-        if not self.args.no_base_eval:
-            self.evaluate("base", self.args.model)
-        for k, stage in enumerate(self.stages):
-            if stage["picked"] is None:
-                self.train(k)
-            self.remove_checkpoints(k)
-            self.evaluate(stage["folder"], os.path.join(checkpoint(self.run, stage), "hf"))
-            report(self)
-        print(f"done: {os.path.join(self.run, 'report.md')}")
-        return 0
-
-    def save_plan(self):
-        common.write_atomic(os.path.join(self.run, "plan.json"), json.dumps(self.plan, indent=1))
-
-    def program(self, script, options, look=lambda: None):
-        """One program on all nodes, to its end."""
-        number, code = time.time_ns(), 0
-
-        def say_and_look():
-            say(self.args, number=number, script=script, options=options)
+            for signal in args.signals[told:]:
+                child.send_signal(signal)
+            told = len(args.signals)
             look()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(1)
+    finally:  # nothing to do, unless a second signal has raised KeyboardInterrupt
+        child.terminate()
+    again = f"python schedule.py --run {shlex.quote(args.run)} goes on from here"
+    if args.signals:
+        print(f"schedule.py: stopped by a signal, what is done is saved; {again}", file=sys.stderr)
+        sys.exit(128 + args.signals[0])
+    if child.wait():
+        sys.exit(f"schedule.py: {script} ended with exit code {child.returncode}, see above; then {again}")
 
-        if not self.signals:
-            code = wait(launch(self.args, script, options, number), self.signals, say_and_look)
-        if self.signals:
-            raise Stopped(128 + self.signals[0], f"stopped by a signal, what is done is saved; {self.again}")
-        if code:
-            raise Stopped(1, f"{script} ended with exit code {code}, see above; once mended, {self.again}")
 
-    def evaluate(self, name, model):
-        """evaluate.py on one model, unless it was done; a killed one goes on with the samples it lacks."""
-        if not self.args.no_eval and not os.path.exists(os.path.join(self.run, "eval", name + ".json")):
-            self.program("evaluate.py", evaluate_words(self.args, self.options[0], name, model))
+def measure(args, name, model):
+    """evaluate.py on one model, unless it was done; a killed one goes on with the samples it lacks."""
+    if not args.no_eval and not os.path.exists(f"{args.run}/eval/{name}.json"):
+        program(args, f"eval-{name}", "evaluate.py", evaluate_words(args, name, model, args.options[0]))
 
-    def train(self, k):
-        """One stage, to its last step or its turn; the plan then names the checkpoint that is handed on."""
-        stage = self.stages[k]
-        self.wait_for_orphans(os.path.join(self.run, stage["folder"]))
-        if not self.outcome(k):
-            self.program("grpo.py", stage_words(self.args, self.rest, self.stages, k), lambda: self.look(k))
-        patience = time.time() + 60 * (self.args.nodes > 1)  # a shared disk may lag
-        while not self.outcome(k) and time.time() < patience:
-            time.sleep(1)
-        if not self.outcome(k):
-            done = max(saved_steps(self.run, stage), default=0)
-            raise Stopped(1, f"{stage['folder']} ended at step {done} of {stage['steps']}: by its stop file, "
-                          f"or ALARM lines above say why; {self.again}")
-        stage["picked"], stage["evidence"] = self.outcome(k)
-        self.save_plan()
-        if stage["evidence"]:
-            words = describe_turn(stage["evidence"])
-            print(f"{stage['folder']}: {words}. Checkpoint {stage['picked']} goes on", flush=True)
 
-    def outcome(self, k):
-        """(step of the checkpoint to hand on, evidence of the turn) of a stage that may end, else None."""
-        stage, window = self.stages[k], watched(self.args, self.stages, k)
-        saved = saved_steps(self.run, stage)
-        rows = read_metrics(os.path.join(self.run, stage["folder"])) if window else []
-        series = [[row[key] for row in rows] for key in ("step", "length_mean", "truncated", "reward")]
-        evidence = turning_point(*series, window) if rows else None
-        # only steps on the grid: what a signal or a stop file saved must not change the choice
-        grid = [step for step in saved if step % self.options[k]["save_every"] == 0]
-        if evidence and grid:
-            return max([step for step in grid if step < evidence["turn"]], default=grid[0]), evidence
-        return (stage["steps"], None) if stage["steps"] in saved else None
+def watch(args, k, stop):
+    """Has stage k turned? Then the plan names its last checkpoint before, and grpo.py is asked to leave."""
+    rows = read_metrics(f"{args.run}/stage{k + 1}") if window_of(args, k) else ()
+    series = [[row[key] for row in rows if "reward" in row]
+              for key in ("step", "length_mean", "truncated", "reward")]
+    evidence = turning_point(*series, window_of(args, k))
+    # only steps on the grid: what a signal or a stop file saved must not change the choice
+    grid = [step for step in saved_steps(args, k) if step % args.options[k]["save_every"] == 0]
+    if evidence and grid and not args.plan[k]["picked"]:
+        picked = max([step for step in grid if step < evidence["turn"]], default=grid[0])
+        args.plan[k].update(picked=picked, evidence=evidence)
+        save_plan(args)
+        print(f"stage{k + 1}: {describe_turn(evidence)}. Checkpoint {picked} goes on", flush=True)
+        stop.touch()
 
-    def look(self, k):
-        """At a stage that trains: once it has turned, grpo.py is asked to save and leave."""
-        path = os.path.join(self.run, self.stages[k]["folder"], "metrics.jsonl")
-        size = os.path.getsize(path) if watched(self.args, self.stages, k) and os.path.exists(path) else 0
-        if size != self.looked and (self.outcome(k) or [0, 0])[1]:
-            open(os.path.join(os.path.dirname(path), "stop"), "w").close()
-        self.looked = size  # bytes: only new lines are worth a look
 
-    def wait_for_orphans(self, folder):
-        """A grpo.py that a killed schedule.py left behind is asked to save and leave, and waited for."""
-        told, stop = False, os.path.join(folder, "stop")
-        while os.path.exists(os.path.join(folder, "lock")) and not self.signals:
-            try:
-                with common.lock(os.path.join(folder, "lock")):
-                    return
-            except common.RankError as e:
-                if not told:
-                    print(f"{e}\nIt is asked to save and leave ({stop}), and waited for", flush=True)
-                    open(stop, "w").close()
-                told = True
-                time.sleep(0.5)
+def train(args, k):
+    """One stage, to its last step or its turn; the plan then names the checkpoint that is handed on."""
+    stage, stop = args.plan[k], Path(args.run, f"stage{k + 1}/stop")  # grpo.py sees it, saves and leaves
+    while args.node_rank == 0 and stop.with_name("lock").exists():
+        try:
+            with common.lock(stop.with_name("lock")):
+                break
+        except common.RankError as e:
+            print(f"{e}. What a killed schedule.py left behind is asked to save and leave", flush=True)
+            stop.touch()
+            time.sleep(2)
+    watch(args, k, stop)
+    if not stage["picked"] and stage["steps"] not in saved_steps(args, k):
+        program(args, f"stage{k + 1}", "grpo.py", stage_words(args, k), lambda: watch(args, k, stop))
+    end = time.time() + 60 * (args.nodes > 1)  # a shared disk may lag
+    while time.time() < end and not stage["picked"] and stage["steps"] not in saved_steps(args, k):
+        time.sleep(1)
+    watch(args, k, stop)
+    done = max(saved_steps(args, k), default=0)
+    if not stage["picked"] and done != stage["steps"]:
+        sys.exit(f"schedule.py: stage{k + 1} ended at step {done} of {stage['steps']}, by its stop file or "
+                 f"for what ALARM lines say; the same command goes on")
+    stage["picked"] = stage["picked"] or done
+    save_plan(args)
 
-    def remove_checkpoints(self, k):
-        """Of a stage that kept all its checkpoints only the one that is handed on stays."""
-        stage = self.stages[k]
-        for step in saved_steps(self.run, stage) if watched(self.args, self.stages, k) else ():
-            if step != stage["picked"]:
-                shutil.rmtree(os.path.join(self.run, stage["folder"], "checkpoints", f"{step:06d}"))
+
+def work(args):
+    """Everything that is left to do, in order; each line is safe to repeat."""
+    args.signals = common.catch_signals()
+    save_plan(args)
+    if not args.no_base_eval:
+        measure(args, "base", args.model)
+    for k, stage in enumerate(args.plan):
+        if stage["picked"] is None:
+            train(args, k)
+        for step in set(saved_steps(args, k)) - {stage["picked"]} if window_of(args, k) else ():
+            if args.node_rank == 0:  # kept in case the stage turned
+                shutil.rmtree(f"{args.run}/stage{k + 1}/checkpoints/{step:06d}")
+        measure(args, stage["folder"], f"{checkpoint(args, k)}/hf")
+        if args.node_rank == 0:
+            report(args)
+    print(f"done: {args.run}/report.md")
 
 
 # ----- ledger and report ------------------------------------------------------------------------------------
-
-PHASES = ("generate", "reward", "logprobs", "update", "sync", "idle")
-
-
-def total(key, rows):
-    return sum(row.get(key) or 0 for row in rows)
-
-
-def ledger(run, stages, processes, price):
-    """Markdown: what each stage and evaluation took. A step done again after a crash counts once; loading,
-    saving and what a crash cost are not in it."""
-    rows = []
-    for stage in stages:
-        folder = os.path.join(run, stage["folder"])
-        lines, validation = read_metrics(folder), total("eval_seconds", read_metrics(folder, validation=True))
-        if lines:
-            past = [row for row in lines if stage["picked"] and row["step"] > stage["picked"]]
-            seconds = [total(key, lines) for key in ("seconds", *(f"seconds_{phase}" for phase in PHASES))]
-            world = common.read_json(os.path.join(folder, "config.json"))["world"]
-            rows.append([f"{stage['folder']} ({stage['max_len']:,})", len(lines), total("tokens", lines),
-                         total("tokens", past), total("tokens_trained", lines), *seconds, validation,
-                         (seconds[0] + validation) * world / 3600])
-    for path in sorted(glob.glob(os.path.join(glob.escape(run), "eval", "*.json"))):
-        result = common.read_json(path)
-        rows.append([f"evaluate {result['name']}", 0, result["tokens_generated"], 0, 0, result["seconds"],
-                     *[0] * len(PHASES), 0, result["seconds"] * processes / 3600])
+def ledger(args):
+    """A Markdown table of what each stage and evaluation took. What a crash cost is not in it."""
+    rows, phases = [], ["generate", "reward", "logprobs", "update", "sync", "idle"]
+    for k in range(len(args.plan)):
+        lines = read_metrics(f"{args.run}/stage{k + 1}")
+        keys = ["tokens", "tokens_trained", *(f"seconds_{x}" for x in phases), "eval_seconds", "seconds"]
+        sums = [sum(row.get(key) or 0 for row in lines) for key in keys]
+        world = common.read_json(f"{args.run}/stage{k + 1}/config.json")["world"] if lines else 0
+        rows.append([f"stage{k + 1}", *sums, (sums[-1] + sums[-2]) * world / 3600])
+    for path in sorted(glob.glob(f"{glob.escape(args.run)}/eval/*.json")):
+        r = common.read_json(path)
+        hours = r["seconds"] * args.gpus * args.nodes / 3600
+        rows.append([f"evaluate {r['name']}", r["tokens_generated"], *[0] * 8, r["seconds"], hours])
     rows.append(["total", *(sum(column) for column in list(zip(*rows))[1:])])
-    head = ["", "steps", "tokens generated", "past the checkpoint", "tokens trained", "seconds", *PHASES,
-            "validation", "GPU-hours", f"dollars at {price:g} an hour"]
-    return common.table(head, [[row[0], *(f"{x:,}" for x in row[1:5]), *(f"{x:,.1f}" for x in row[5:-1]),
-                                f"{row[-1]:,.2f}", f"{row[-1] * price:,.2f}"] for row in rows])
+    rows = [[name, *(f"{x:,.0f}" for x in sums), f"{hours:,.2f}", f"{hours * args.gpu_price:,.2f}"]
+            for name, *sums, hours in rows]
+    head = ["", "tokens generated", "trained", *phases, "validation", "seconds", "GPU-hours", "dollars"]
+    return common.table(head, rows)
 
 
-def report(schedule):
-    """Write report.md anew: where stages ended, results, figures, ledger, and what is missing."""
-    run, args, missing = schedule.run, schedule.args, {}
+def report(args):
+    """RUN/report.md: where stages ended, results, figures, ledger, and what could not be drawn."""
     try:
         import figures
-        _, missing = figures.draw(run)
-        figures.transcripts(run)
+        drawn, missing = figures.draw(args.run)
+        figures.transcripts(args.run)
     except Exception as e:  # noqa: BLE001 (a report without pictures is still a report)
-        missing["figures"] = f"{type(e).__name__}: {e}"
-    results = sorted(glob.glob(os.path.join(glob.escape(run), "eval", "*.json")))
-    command = [sys.executable, os.path.join(HERE, "evaluate.py"), "--table", *results]
-    command += ["--published"] * (args.model == MODEL)
-    done = subprocess.run(command, capture_output=True, text=True, check=False) if results else None
-    scores = (done.stdout or f"evaluate.py --table: {done.stderr}\n") if done else "No evaluation was run.\n"
-    ends = []
-    for s in schedule.stages:
-        ends.append(f"- {s['folder']}: {s['max_len']:,} tokens of context, {s['group']} samples a problem, "
-                    f"up to {s['steps']:,} steps; checkpoint {s['picked'] or '(not yet)'} handed on")
-        ends[-1] += f". It turned: {describe_turn(s['evidence'])}" if s["evidence"] else ""
-    pictures = sorted(os.path.basename(path) for path in glob.glob(f"{glob.escape(run)}/figures/*.png"))
-    gpus = torch.cuda.device_count()
-    price = card(args)["price"] if gpus else args.gpu_price or 0.0
-    text = [f"# {os.path.basename(os.path.abspath(run))}: training with a growing context\n",
-            (f"The first stage starts from {args.model}, each other one from the weights of the one before, "
-             f"with {'its' if args.optimizer == 'carry' else 'a fresh'} optimizer. Options of all stages: "
-             f"`{shlex.join(schedule.rest) or 'the defaults of grpo.py'}`\n"),
-            *ends, "\n## Results\n", scores, "## Figures\n",
-            *(f"![{name[:-4]}](figures/{name})\n" for name in pictures),
-            *["[Transcripts](transcripts.html)\n"] * os.path.exists(os.path.join(run, "transcripts.html")),
-            *(f"- not shown: {name}: {why}\n" for name, why in missing.items()), "## Ledger\n",
-            ledger(run, schedule.stages, args.gpus * args.nodes, price),
-            (f"{'' if gpus else 'Without GPUs, hours are process-hours. '}Seconds are those of steps, by "
-             f"phase as means over ranks. What others paid, by their own accounts:\n"),
-            common.table(["who", "what", "GPU-hours", "dollars", "AIME 2024"], COSTS)]
-    common.write_atomic(os.path.join(run, "report.md"), "\n".join(text).replace(HERE + os.sep, ""))
+        drawn, missing = [], {"figures": f"{type(e).__name__}: {e}"}
+    command = [sys.executable, f"{HERE}/evaluate.py", *["--published"] * (args.model == MODEL), "--table"]
+    command += sorted(glob.glob(f"{glob.escape(args.run)}/eval/*.json"))
+    scores = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    text = [f"# {args.run}: training with a growing context, from {args.model}\n"]
+    for s in args.plan:
+        text += ["- {folder}: {max_len} tokens of context, {group} samples a problem, at most {steps} steps; "
+                 "checkpoint {picked} handed on".format(**s)]
+        text += [f"  - {describe_turn(s['evidence'])}"] if s["evidence"] else []
+    text += ["\n## Results\n", scores or "No evaluation was run.\n", "## Figures\n"]
+    text += [f"![](figures/{os.path.basename(path)})\n" for path in drawn if path.endswith("png")]
+    text += [f"- not shown: {name}: {why}\n" for name, why in missing.items()]
+    text += ["[Transcripts](transcripts.html)\n\n## Ledger (without GPUs process-hours)\n", ledger(args)]
+    common.write_atomic(f"{args.run}/report.md", "\n".join(text))
 
 
 # ----- prediction (--dry_run) -------------------------------------------------------------------------------
@@ -584,227 +406,160 @@ def report(schedule):
 GPUS = {"A100-80": (79.2, 312, 6000, 110, 1.18), "A100-40": (39.4, 312, 5500, 100, 1.1),
         "H100-80": (79.1, 989, 12000, 180, 2.5), "H200": (139.8, 989, 14000, 200, 3.0),
         "L40S": (44.4, 362, 4500, 70, 0.9), "RTX4090": (23.5, 165, 4500, 80, 0.4)}
-GIB = 2**30
-MFU, PROMPT = 0.4, 150          # assumed: share of the peak reached in training; mean tokens of a prompt
-RESERVE, VLLM_EXTRA = 2.0, 2.0  # GiB: CUDA context, NCCL, fragmentation; activations and CUDA graphs of vLLM
-TILE = 150_000_000              # logits of a tile by default, see policy.py
-SHAPE = {"model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
-         "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936,
-         "tie_word_embeddings": False, "max_position_embeddings": 131072}
+GIB, MFU, PROMPT = 2**30, 0.4, 150  # assumed: share of the peak reached in training; mean tokens of a prompt
+RESERVE, VLLM = 2.0, 2.0            # GiB: CUDA context, NCCL, fragmentation; activations and graphs of vLLM
+SHAPE = {"layers": 28, "hidden": 1536, "mlp": 8960, "q": 1536, "kv": 256, "vocab": 151936, "tied": False,
+         "positions": 131072}       # of MODEL; q, kv: widths of queries and keys
 
 
 def card(args):
-    """Name and numbers of a GPU: the one described, else the one found, which is asked for its memory."""
-    name, memory, found = args.gpu_type, args.gpu_memory_gib, False
+    """(name, and the numbers of GPUS) of the card described, else of the one found, else of an A100."""
+    name, memory = args.gpu_type, args.gpu_memory_gib
     if torch.cuda.device_count() and not name and not memory:
-        # another process asks: this one must not take memory of the GPU
-        code = "import torch; p = torch.cuda.get_device_properties(0); print(p.total_memory / 2**30, p.name)"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        memory, name, found = *done.stdout.strip().split(" ", 1), True
-    name = name or (f"card of {memory:g} GiB" if memory else "A100-80")
-    known = [kind for kind in GPUS if kind == name or (found and kind.split("-")[0] in name.replace(" ", ""))]
-    if not known and not memory:
+        found = torch.cuda.get_device_properties(0)
+        name, memory = found.name, found.total_memory / GIB
+    name = name or ("card" if memory else "A100-80")
+    like = [x for x in GPUS if x == name or memory and x.split("-")[0] in name.replace(" ", "")]
+    if not like and not memory:
         raise ValueError(f"--gpu_type {name} is none of {', '.join(GPUS)}: describe it with --gpu_memory_gib")
-    kind = min(known or ["A100-80"], key=lambda kind: abs(GPUS[kind][0] - float(memory)))
-    numbers = dict(zip(("memory", "tflops", "tokens", "stream", "price"), GPUS[kind]))
-    return numbers | {"name": name + ("" if known else " (assumed as fast as an A100)"),
-                      "memory": float(memory) or numbers["memory"],
-                      "price": numbers["price"] if args.gpu_price is None else args.gpu_price}
+    gib, *speed, price = GPUS[min(like or ["A100-80"], key=lambda x: abs(GPUS[x][0] - memory))]
+    name += "" if like else " (assumed as fast as an A100)"
+    return name, memory or gib, *speed, args.gpu_price or price
 
 
-def model_config(model):
-    """A causal LM's config. The default model's is built in; the hub is asked once, with little patience."""
-    from transformers import AutoConfig
-    if model == MODEL:
-        return AutoConfig.for_model(**SHAPE)
-    url = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{model}/resolve/main/config.json"
-    try:
-        with contextlib.suppress(*[] if os.path.isdir(model) else [OSError, ValueError]):  # not in the cache
-            return AutoConfig.from_pretrained(model, local_files_only=True)
-        with urllib.request.urlopen(url, timeout=2) as f:
-            return AutoConfig.for_model(**json.load(f))
-    except (OSError, ValueError) as e:
-        raise ValueError(f"--model {model} gives no config: {str(e).splitlines()[0]}") from e
+def model_shape(model, share=100):
+    """Sizes of a causal LM as in SHAPE, from its config alone: no weights, no network. `share`: per cent of
+    its widths. Numbers of parameters are exact for Qwen2, and near for other decoders."""
+    m = dict(SHAPE)
+    if model != MODEL:
+        from transformers import AutoConfig
+        try:
+            c = AutoConfig.from_pretrained(model, local_files_only=True).get_text_config()
+        except (OSError, ValueError):
+            raise ValueError(f"--model {model} is no model's folder, nor in the cache of the hub") from None
+        head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        m = {"layers": c.num_hidden_layers, "hidden": c.hidden_size, "mlp": c.intermediate_size,
+             "q": c.num_attention_heads * head, "kv": c.num_key_value_heads * head, "vocab": c.vocab_size,
+             "tied": c.tie_word_embeddings, "positions": c.max_position_embeddings}
+    m |= {name: m[name] * share // 100 for name in ("hidden", "mlp", "q", "kv")}
+    m["layer"] = m["hidden"] * (2 * m["q"] + 2 * m["kv"] + 3 * m["mlp"] + 2) + m["q"] + 2 * m["kv"]
+    m["root"] = m["hidden"] * (m["vocab"] * (2 - m["tied"]) + 1)  # embedding, head, last norm
+    return m | {"parameters": m["layers"] * m["layer"] + m["root"]}
 
 
-def model_shape(model):
-    """Sizes of a causal LM; no weight is loaded."""
-    from transformers import AutoModelForCausalLM
-    c = model_config(model).get_text_config()
-    with torch.device("meta"):
-        shell = AutoModelForCausalLM.from_config(c)
-    head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    parameters, layer = (sum(p.numel() for p in x.parameters()) for x in (shell, shell.base_model.layers[0]))
-    return {"parameters": parameters, "layer": layer, "root": parameters - c.num_hidden_layers * layer,
-            "layers": c.num_hidden_layers, "hidden": c.hidden_size, "mlp": c.intermediate_size,
-            "q": c.num_attention_heads * head, "kv": c.num_key_value_heads * head, "vocab": c.vocab_size,
-            "tied": bool(c.tie_word_embeddings), "positions": getattr(c, "max_position_embeddings", None)}
-
-
-def update_bytes(m, tokens, width, recompute, chunk):
+def update_bytes(m, tokens, width, recompute):
     """Peak of an update beside weights, gradients and Adam, in the backward of the head or the last layer."""
     # what a decoder layer keeps for its backward: 53.8 K numbers a token for R1-Distill-Qwen-1.5B
     layer = tokens * width * (4 * m["mlp"] + 6 * m["hidden"] + 5 * m["q"] + 4 * m["kv"])
     stream, head = tokens * width * m["hidden"], m["vocab"] * m["hidden"]
-    kept = m["layers"] * (stream if recompute else layer)
     # FSDP: embedding and head, a layer that computes, one that comes, one that goes, the fp32 gradient of one
-    gathered = (m["root"] + 3 * m["layer"]) * width + 4 * m["layer"]
-    # two fp32 tiles of logits and their gradient; the head's gradient in fp32 and in the compute type; final
-    # hidden states before and after their norm, those that are scored, and the gradients of all three
-    in_head = chunk * m["vocab"] * (8 + width) + head * (4 + width) + 6 * stream
-    # the layer once more, gradients of two MLP-sized vectors and of attention's inputs, the head's gradient
-    in_layer = recompute * layer + 2 * tokens * width * m["mlp"] + 6 * stream + head * width
-    return kept + gathered + max(in_head, in_layer)
+    kept = (m["root"] + 3 * m["layer"]) * width + 4 * m["layer"] + (
+        m["layers"] * (stream if recompute else layer))
+    # two fp32 tiles of logits (see policy.py) and their gradient, the head's own in fp32
+    in_head = min(tokens * m["vocab"], 150_000_000) * (8 + width) + 4 * head
+    in_layer = recompute * layer + 2 * tokens * width * m["mlp"]  # itself, gradients of two MLP-sized vectors
+    # in both: the head's gradient, and hidden states or attention's inputs with their gradients
+    return kept + max(in_head, in_layer) + head * width + 6 * stream
 
 
-def predict(m, a, gpu, world):
-    """GiB of one GPU, in parts, for a stage with grpo.py's options `a`, and "why" it cannot run, or None."""
-    longest, width = a["max_len"] + a["max_prompt_len"], 4 if a["dtype"] == "float32" else 2
+def predict(m, a, memory, world):
+    """GiB of one GPU by part for a stage with grpo.py's options `a`, and "why" it cannot run, or ""."""
+    longest, total = a["max_len"] + a["max_prompt_len"], m["parameters"]
+    width = 4 if a["dtype"] == "float32" else 2
     tokens, torch_engine = a["token_budget"] or max(32768, longest), a["engine"] == "torch"
-    chunk = min(tokens, TILE // m["vocab"])
-    full = 2 * m["layers"] * m["kv"] * width * longest  # keys and values of one sequence
-    mine = -(-a["prompts"] * a["group"] // world)
-    # vLLM is given a tied head untied; rollout.TorchEngine has a row of full length for each sample
-    weights = (m["parameters"] + m["tied"] * m["vocab"] * m["hidden"]) * width
-    pool = min(mine, a["max_seqs"] or 64) * full if torch_engine else (
-        (a["gpu_memory"] * gpu["memory"] - VLLM_EXTRA) * GIB - weights)
-    parts = {"weights, gradients, Adam": 16 * m["parameters"] / world,
-             "reference": m["parameters"] * width / world if a["kl_coef"] else 0,
-             "update": update_bytes(m, tokens, width, a["recompute"], chunk),
-             "engine: weights": weights, "engine: KV cache": pool, "engine: rest": VLLM_EXTRA * GIB}
-    parts = {name: max(size, 0) / GIB for name, size in parts.items()}
-    states, reference, update, *engine = parts.values()
-    awake = sum(engine) if torch_engine else 0.0  # vLLM sleeps
-    peaks = {"generating": 0.75 * states + reference + sum(engine) + RESERVE,  # a step frees its gradients
-             "training": states + reference + update + awake + RESERVE}
-    why = [f"{phase} needs {peak:.1f} GiB on each GPU, which has {gpu['memory']:.1f}"
-           for phase, peak in peaks.items() if peak > gpu["memory"]]
-    sequences = int(min(mine, a["max_seqs"] or 256, max(pool, 0) // full))
+    mine, full = -(-a["prompts"] * a["group"] // world), 2 * m["layers"] * m["kv"] * width * longest
+    weights = (total + m["tied"] * m["vocab"] * m["hidden"]) * width  # vLLM's copy is untied
+    cache = max(0, (a["gpu_memory"] * memory - VLLM) * GIB - weights)
+    cache = min(mine, a["max_seqs"] or 64) * full if torch_engine else cache
+    sequences = int(min(mine, a["max_seqs"] or 256, cache // full))
+    states, reference = 16 * total / world / GIB, total * width * bool(a["kl_coef"]) / world / GIB
+    update, engine = update_bytes(m, tokens, width, a["recompute"]) / GIB, (weights + cache) / GIB + VLLM
+    needs = {"training": states + reference + update + engine * torch_engine + RESERVE,  # vLLM sleeps
+             "generating": 0.75 * states + reference + engine + RESERVE}  # a step frees its gradients
+    why = " and ".join(f"{name} needs {gib:.1f} GiB on each GPU, which has {memory:.1f}"
+                       for name, gib in needs.items() if gib > memory)
+    if not sequences:
+        why = f"--gpu_memory {a['gpu_memory']:g} leaves no room for keys and values of {longest} tokens"
+    if tokens < longest:
+        why = f"--token_budget {tokens} holds no sequence of {longest} tokens"
     if m["positions"] and a["max_len"] >= m["positions"]:
-        why = [f"a context of {a['max_len']} leaves no room for a prompt in {m['positions']} positions"]
-    elif tokens < longest:
-        why = [f"--token_budget {tokens} holds no sequence of {longest} tokens"]
-    elif not sequences:
-        why = [f"--gpu_memory {a['gpu_memory']:g} leaves no room for the keys and values of {longest} tokens"]
-    return {"parts": parts, **peaks, "sequences": sequences, "tokens": tokens, "why": why[0] if why else None}
+        why = f"a context of {a['max_len']} leaves no room for a prompt in {m['positions']} positions"
+    return needs | {"weights + gradients + Adam": states, "reference": reference, "update": update,
+                    "engine": engine, "sequences": sequences, "why": why}
 
 
-def remedies(m, a, gpu, world):
-    """Options that make a stage fit, each with the nearest value that does it alone; else a model's size."""
-    longest, down = a["max_len"] + a["max_prompt_len"], [i / 16 for i in range(15, 0, -1)]
-    budget = max(a["token_budget"] or 32768, longest)
-    choices = {"token_budget": [int(budget * x) for x in down] + [longest], "recompute": [1],
-               "gpu_memory": sorted((x / 20 for x in range(2, 19)), key=lambda x: abs(x - a["gpu_memory"])),
-               "max_len": [int(a["max_len"] * x) or 1 for x in down]}
-    for base in ({}, {"token_budget": longest, "recompute": 1}):
-        found = []
-        for name, values in choices.items():
-            fits = [v for v in values if not predict(m, a | base | {name: v}, gpu, world)["why"]]
-            found += [f"--{name} {fits[0]}" + " (in --stages)" * (name == "max_len")] if fits else []
-        if found:
-            return " ".join([*(f"--{name} {value}" for name, value in base.items()), " or ".join(found)])
-    for share in range(99, 4, -1):  # the same kind of model with a share of the widths
-        narrow = {name: m[name] * share // 100 for name in ("hidden", "mlp", "q", "kv", "root")}
-        narrow["layer"] = m["layer"] * share ** 2 // 10_000
-        narrow["parameters"] = m["layers"] * narrow["layer"] + narrow["root"]
-        if not predict(m | narrow, a, gpu, world)["why"]:
+def remedy(model, a, memory, world):
+    """An option with the nearest value that makes a stage fit, else the size of a model that does."""
+    m, longest, old = model_shape(model), a["max_len"] + a["max_prompt_len"], a["token_budget"] or 32768
+    budgets = [{"token_budget": max(longest, old * i // 16)} for i in range(15, 0, -1)]
+    shares = sorted((i / 20 for i in range(2, 19)), key=lambda share: abs(share - a["gpu_memory"]))
+    for change in ({"recompute": 1}, *budgets, *({"gpu_memory": share} for share in shares)):
+        if not predict(m, a | change, memory, world)["why"]:
+            return "--{} {}".format(*change.popitem())
+    for share in range(99, 0, -1):  # the same kind of model with a share of the widths
+        narrow = model_shape(model, share)
+        if not predict(narrow, a, memory, world)["why"]:
             return f"--model to one of up to {narrow['parameters'] / 1e9:.2f} B parameters"
-    return "to a card with more memory (--gpu_memory_gib)"
+    return "--stages to a shorter context, or take a card with more memory"
 
 
 def step_seconds(m, a, gpu, world):
     """Assumed seconds of a step. Generation is bound by throughput or by its longest sequence, training by
     two FLOP for each weight that a token meets, and causal attention."""
-    n, scale, length = a["prompts"] * a["group"], 1.777e9 / m["parameters"], a["mean_len"] + PROMPT
-    stream = min(gpu["stream"] * scale, 500.0)  # a small model is bound by launching kernels
-    rate = min(gpu["tokens"] * scale, stream * max(1, min(n / world, a["max_seqs"] or 256)))
-    weights = m["parameters"] - (0 if m["tied"] else m["vocab"] * m["hidden"])
-    flops = n * (2 * weights * length + 2 * m["layers"] * m["q"] * length ** 2)
-    forward = flops / (world * gpu["tflops"] * 1e12 * MFU)
+    (*_, tflops, rate, stream, _), total = gpu, m["parameters"]
+    n, scale, length = a["prompts"] * a["group"], 1.777e9 / total, a["mean_len"] + PROMPT
+    stream = min(stream * scale, 500.0)  # a small model is bound by launching kernels
+    rate = min(rate * scale, stream * max(1, min(n / world, a["max_seqs"] or 256)))
+    weights = total - (not m["tied"]) * m["vocab"] * m["hidden"]
+    flops = n * (2 * weights * length + 2 * m["layers"] * m["q"] * length**2)
+    forward = flops / (world * tflops * 1e12 * MFU)
     passes = (a["updates"] - 1) / a["updates"] + bool(a["kl_coef"])  # old log-probs but the first, reference
     return {"generate": max(n * a["mean_len"] / rate / world, a["max_len"] / stream),
             "log-probs": forward * passes, "update": forward * (3 + a["recompute"]), "rest": 3.0}
 
 
-def dry_run(args, stages, options):
+def dry_run(args):
     """Print what every stage would need -> exit code: 2 if one cannot run."""
-    m, gpu, world = model_shape(args.model), card(args), args.gpus * args.nodes
-    print(f"{args.model}: {m['parameters']:,} parameters\n{world} x {gpu['name']}, {gpu['memory']:.1f} GiB")
-    print(f"assumed: {gpu['tokens']:,} generated tokens/s for each GPU with a full batch and {gpu['stream']} "
-          f"for one sequence\n  (1.8B model; inversely with size), {gpu['tflops']} TFLOP/s at {MFU:.0%}, "
-          f"prompts of {PROMPT} tokens, ${gpu['price']:g} an hour")
-    columns, refused, hours = [], [], 0.0
-    for stage, a in zip(stages, options):
-        a = a | {"mean_len": args.mean_len or min(a["max_len"] // 2, 5000)}
-        p, t = predict(m, a, gpu, world), step_seconds(m, a, gpu, world)
-        mine = sum(t.values()) * a["steps"] / 3600
-        hours += mine
-        columns.append({
-            "": stage["folder"], "context": f"{a['max_len']:,}", "steps": f"{a['steps']:,}",
-            **{f"GiB: {part}": f"{size:.1f}" for part, size in p["parts"].items()},
-            "GiB: peak generating": f"{p['generating']:.1f}", "GiB: peak training": f"{p['training']:.1f}",
-            "token budget": f"{p['tokens']:,}", "sequences of full length at once": p["sequences"],
-            "mean length": f"{a['mean_len']:,}",
-            "s a step: " + " + ".join(t): " + ".join(f"{seconds:.0f}" for seconds in t.values()),
-            "hours": f"{mine:,.1f}", "dollars": f"{mine * world * gpu['price']:,.0f}"})
-        if p["why"]:
-            refused.append(f"{stage['folder']} cannot run: {p['why']}. Change {remedies(m, a, gpu, world)}")
-    for name in columns[0]:  # one line a quantity reads better than 17 columns
-        print(f"  {name:46s}" + "".join(f"{column[name]!s:>20s}" for column in columns))
-    disk = 16 * m["parameters"] / GIB
-    print(f"total {hours:,.1f} hours, {hours * world:,.0f} GPU-hours, ${hours * world * gpu['price']:,.0f} "
-          f"without evaluations; disk: {disk:.1f} GiB a checkpoint, three at least"
-          + (f", and {disk / 4:.1f} GiB for each that may be returned to" if args.switch == "auto" else ""))
-    print("\n".join(refused) if refused else "it fits", file=sys.stderr if refused else sys.stdout)
+    gpu, m, world = card(args), model_shape(args.model), args.gpus * args.nodes
+    name, memory, tflops, rate, stream, price = gpu
+    print(f"{args.model}: {m['parameters']:,} parameters\n{world} x {name}, {memory:.1f} GiB, ${price:g} an "
+          f"hour\nassumed: {rate:,} generated tokens/s for each GPU with a full batch and {stream} for one "
+          f"sequence\n  (1.8B model; inversely with size), {tflops} TFLOP/s at {MFU:.0%}")
+    total, refused = 0.0, []
+    for stage, a in zip(args.plan, args.options):
+        a["mean_len"] = args.mean_len or min(a["max_len"] // 2, 5000)
+        p, t = predict(m, a, memory, world), step_seconds(m, a, gpu, world)
+        hours = sum(t.values()) * a["steps"] / 3600
+        total, why, sequences = total + hours, p.pop("why"), p.pop("sequences")
+        print(f"{stage['folder']}: context {a['max_len']:,}, mean length {a['mean_len']:,}, {a['steps']:,} "
+              f"steps, {hours:,.1f} hours, ${hours * world * price:,.0f}\n  GiB on each GPU: "
+              + ", ".join(f"{part} {x:.1f}" for part, x in p.items())
+              + f"; {sequences} responses of full length at once\n  seconds a step: "
+              + ", ".join(f"{part} {x:.0f}" for part, x in t.items()))
+        if why:
+            why += f". Change {remedy(args.model, a, memory, world)}"
+            refused.append(f"{stage['folder']} cannot run: {why}")
+    print(f"total {total:,.1f} hours, {total * world:,.0f} GPU-hours, ${total * world * price:,.0f} without "
+          f"evaluations; disk: {16 * m['parameters'] / GIB:.1f} GiB a checkpoint, three at least")
+    print("\n".join(refused) or "it fits", file=sys.stderr if refused else sys.stdout)
     return 2 if refused else 0
 
 
 # ----- the command ------------------------------------------------------------------------------------------
-
-NO_GPU = """no GPU was found here. This trains a 1.5B model on long contexts: 3,800 A100-hours as published.
-  python schedule.py --preset toy          the same story with a small model, on this machine, in minutes
-  python schedule.py --dry_run --gpus 8    what the full run needs, predicted
-  python schedule.py --model FOLDER --stages ...    your own model on this CPU"""
-
-
-def start(argv):
-    """Check everything, then work -> exit code."""
-    p, where = parser(), argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    where.add_argument("--run")
-    args, _ = parse(p, argv)
-    run = args.run
-    if args.node_rank and not args.dry_run:
-        return other_node(args)
-    words = where.parse_known_args(argv)[1]  # the folder is no property of the run
-    # paths are made absolute: the next call may stand in another folder
-    paths = [os.path.exists(word) and (option == "--model" or "." in word or "/" in word)
-             for option, word in zip(["", *words], words)]
-    words = [os.path.abspath(word) if path else word for path, word in zip(paths, words)]
-    old = read_plan(run)
-    said = old["words"] if old else []
-    new = [] if words == said[len(said) - len(words):] else words
-    args, rest = parse(p, said + new)
-    args.run, stages, told = run, parse_stages(args.stages), ""
-    if old:
-        before = parse(p, said)[0]
-        carry_on(run, old, before, args, stages)
-        told = changes(before, args, p.parse_known_args(new)[1])
-    options = check(args, rest, stages)
-    if args.dry_run:
-        return dry_run(args, stages, options)
-    if args.model == MODEL and not torch.cuda.device_count():
-        raise ValueError(NO_GPU)
-    with common.lock(os.path.join(run, "schedule.lock")):
-        if read_plan(run) != old:
-            raise ValueError(f"{run} was begun or changed by another schedule.py just now: try again")
-        print(told, end="", flush=True)
-        plan = {"words": said + new, "model": args.model, "stages": stages}
-        return Schedule(args, rest, plan, options).work()
-
-
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        return start(sys.argv[1:] if argv is None else argv)
+        args = parse(argv)
+        if args.dry_run:
+            return dry_run(open_plan(args.run, argv))
+        if args.node_rank:
+            return work(open_plan(args.run, argv))
+        with common.lock(f"{args.run}/schedule.lock"):
+            args = open_plan(args.run, argv)
+            if args.model == MODEL and not torch.cuda.device_count():
+                raise ValueError("no GPU was found, and this takes 3,800 A100-hours. --preset toy tells the "
+                                 "story on this machine, --dry_run --gpus 8 predicts what is needed")
+            return work(args)
     except (ValueError, OSError, common.RankError) as e:
         print(f"schedule.py: {e}", file=sys.stderr)
         return 2

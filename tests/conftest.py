@@ -14,8 +14,15 @@ sys.path.insert(0, str(ROOT))
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
-from transformers import (Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
-                          Qwen2Config, Qwen2ForCausalLM)
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 SPECIAL = ["<eos>", "<user>", "<bot>", "<think>", "</think>", "\\boxed{"]
 

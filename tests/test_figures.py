@@ -211,7 +211,8 @@ def test_lines_of_other_models(tmp_path):
 def test_a_turn_is_drawn_where_there_was_one(tmp_path):
     axes = make("turning_over", schedule(tmp_path / "run"), schedule(tmp_path / "b")).axes
     lines = labelled(axes[1])
-    assert len(axes) == 6 and lines["b, stage1, handed on"][0][0, 0] == 30
+    assert len(axes) == 6 and axes[1].get_title() == "b, stage1"
+    assert lines["checkpoint handed on"][0][0, 0] == 30
     assert lines["b, mean of 10 steps"][0][-1, 0] == 40  # and what came after
 
 
@@ -228,7 +229,7 @@ def test_two_runs_in_one_picture_and_a_window_that_fits(tmp_path, monkeypatch):
 def test_accuracy_against_size_needs_two_sizes(tmp_path):
     folder = schedule(tmp_path / "run")
     result(folder / "other.json", "other $x$", parameters=9e9, amc23=0.5)
-    assert "accuracy_vs_size" in figures.draw(str(folder))[1]  # the other size has another benchmark
+    assert not labelled(make("accuracy_vs_size", folder).axes[0])  # the other size has another benchmark
     result(folder / "other.json", "other $x$", parameters=9e9, aime24=0.5)
     points = labelled(make("accuracy_vs_size", folder).axes[0])
     assert np.allclose(points["other $x$"], [(9, 50)]) and np.allclose(points["stage2"], [(1.777088, 38.8)])
@@ -270,11 +271,12 @@ def test_odd_values_are_left_out(tmp_path, monkeypatch):
         odd = {"a": value, "b": {"pass@1": value}, str(value): {"pass@1": 0.5, "se": value}}
         (folder / "odd.json").write_text(json.dumps({
             "name": value, "model": value, "parameters": value, "average": value, "benchmarks": odd}))
-        assert len(figures.draw(str(folder))[0]) == 8
+        for name in NAMES:
+            make(name, folder)
         stages = [{"folder": "stage1", "max_len": value, "picked": value, "evidence": value}, value]
         (tmp_path / "run/plan.json").write_text(json.dumps({"stages": stages}))
         with pytest.raises(ValueError, match="plan.json or a config.json has another form"):
-            figures.draw(str(tmp_path / "run"))
+            make("truncation", tmp_path / "run")
 
 
 def test_what_is_missing_is_said(tmp_path, capsys):
@@ -362,7 +364,8 @@ def test_groups_are_whole_with_advantages_and_words(tmp_path):
     kinds = [("wrong", 4), ("right", 2), ("wrong", 2), ("right", 4), ("wrong", 4)]  # the evaluation is first
     assert page.classes("article") == [kind for kind, times in kinds for _ in range(times)]
     assert page.text.count("1+1?") == 2 * 4  # in the head of each group, and whole above its answers
-    for text in ("✓ right · reward 1.0 · advantage +0.25 · 5 tokens", "✗ wrong · reward 0.0 · 5 tokens · no_box",
+    for text in ("✓ right · reward 1.0 · advantage +0.25 · 5 tokens",
+                 "✗ wrong · reward 0.0 · 5 tokens · no_box",
                  "advantage +0.75 · 5 tokens · ✂ cut off", "eval/base.responses · p0 · 0 of 4 right",
                  "stage2/rollouts/000007 · p0 · 2 of 4 right"):
         assert text in page.text

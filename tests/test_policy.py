@@ -1,5 +1,5 @@
-"""policy.py: tiles = full logits, packed = separate = shared prompts, any budget = one batch; checkpoints are whole
-or not there; models refused in words. Fp32 results are compared with float64, relative to their scale."""
+"""policy.py: tiles = full logits, packed = separate = shared prompts, any budget = one batch; checkpoints are
+whole or not there; models are refused in words. Fp32 is compared with float64, relative to its scale."""
 import json
 import os
 import resource

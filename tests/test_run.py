@@ -6,13 +6,12 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, command, make_model, make_tokenizer, metrics, run, sabotaged, save_model
+from conftest import ROOT, command, make_model, metrics, run, sabotaged, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grpo
