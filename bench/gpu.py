@@ -41,6 +41,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import measure
 from measure import common
 
+R1 = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
+      "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 131072}
 BOUND = {"float32": 1e-4, "bfloat16": 2e-2}  # relative errors that rounding explains
 SIZES = {
     "card": {"small": {"num_hidden_layers": 3}, "big": {}, "vocab": 151936, "stops": 35, "longest": 700,
@@ -96,13 +98,11 @@ class Report:
 
 def random_model(args, shape):
     """Folder of a random Qwen2 in bf16 with tokenizer and end tokens, made on the device if it is missing."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    import schedule
+    from transformers import AutoModelForCausalLM, Qwen2Config
     folder = Path(args.work) / f"{'tiny' if args.tiny else 'card'}-{shape}"
     if not (folder / "tokenizer.json").exists():  # which is written last
-        config = AutoConfig.for_model(**schedule.SHAPE | args.size[shape], eos_token_id=0, bos_token_id=None,
-                                      pad_token_id=0, initializer_range=0.1 if args.tiny else 0.02)
+        config = Qwen2Config(**R1 | args.size[shape], eos_token_id=0, bos_token_id=None, pad_token_id=0,
+                             tie_word_embeddings=False, initializer_range=0.1 if args.tiny else 0.02)
         torch.manual_seed(0)
         with torch.device(args.device):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -348,7 +348,7 @@ def update(args, report):
         tflops = 3 * forward_flops(m, mini[0]) / seconds / 1e12
         report.add("update", budget=learner.task.budget, recompute=learner.args.recompute, tokens=tokens,
                    seconds=seconds, tokens_per_second=tokens / seconds, tflops=tflops, peak_gib=peak,
-                   score_tokens_per_second=tokens / scored, mfu=peak and tflops / gpu["tflops"])
+                   score_tokens_per_second=tokens / scored, mfu=peak and tflops / gpu[2])
 
 
 def memory(args, report):
@@ -356,8 +356,8 @@ def memory(args, report):
     import schedule
     m = schedule.model_shape(random_model(args, "big"))
     for learner, _, _, peak in updates(args, report, args.size["memory"]):
-        parts = schedule.predict(m, vars(learner.args), {"memory": 80.0}, 1)["parts"]
-        predicted = parts["weights, gradients, Adam"] + parts["update"]
+        p = schedule.predict(m, vars(learner.args), 80.0, 1)
+        predicted = p["weights + gradients + Adam"] + p["update"]
         # a process is more than its tensors: without a card there is nothing to compare
         share = {"error": abs(peak / predicted - 0.95), "peak_gib": peak} if peak else {}
         report.add("update", 0.05 if peak else None, budget=learner.task.budget, predicted_gib=predicted,

@@ -53,7 +53,9 @@ def ours(spec):
     """As grpo.train does it between `generate` and `push`."""
     import grpo
     same = {name: spec[name] for name in ("dtype", "group", "prompts", "updates", "max_len")}
-    learner = measure.make_learner(spec["model"], spec["token_budget"], temperature=1.0, lr=1e-6, **same)
+    # no correction for an engine: the file's log-probs are random, and the other sides get none
+    learner = measure.make_learner(spec["model"], spec["token_budget"], temperature=1.0, lr=1e-6, tis_cap=0,
+                                   **same)
     rows = measure.read_rollouts(spec["rollouts"])
     samples = measure.as_samples(rows)
     rewards = torch.tensor([r["reward"] for r in rows]).view(spec["prompts"], spec["group"])

@@ -19,6 +19,7 @@ import tables
 
 import policy
 import rollout
+import schedule
 
 
 def quick(script, folder, *options):
@@ -216,6 +217,12 @@ def test_a_part_that_fails_says_so_and_the_next_one_runs(tmp_path, monkeypatch):
     first, second, third = (parts[name]["rows"] for name in ("update", "memory", "learn"))
     assert "unexpected keyword" in first[1]["error_text"] and first[0]["verdict"] == "ok"
     assert second[0]["verdict"] == "WRONG" and third[0]["verdict"] == "ok"
+
+
+def test_the_big_model_has_the_shape_that_schedule_predicts_for():
+    names = {"hidden_size": "hidden", "intermediate_size": "mlp", "num_hidden_layers": "layers",
+             "vocab_size": "vocab", "max_position_embeddings": "positions"}
+    assert {ours: gpu.R1[theirs] for theirs, ours in names.items()}.items() <= schedule.SHAPE.items()
 
 
 def test_operations_of_a_forward_by_hand():
