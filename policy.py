@@ -5,21 +5,21 @@
         logp, entropy = policy(batch, temperature=0.6)       # [R], [R]: response tokens only
         (-logp.mean()).backward()
 
-Logits [T, V] are never held (20 GB at 32K tokens), rows are not padded, neighbours share their prompt,
-master weights are fp32 (at lr 1e-6 a bf16 weight of 0.02 would never move). Left out: tensor, pipeline and
-context parallelism, LoRA, quantisation, torch.compile.
+Logits [T, V] are never held (20 GB at 32K tokens), rows are not padded, neighbours share their prompt.
+Master weights are fp32: at lr 1e-6 a bf16 weight of 0.02 would never move.
+Left out: tensor, pipeline and context parallelism, LoRA, quantisation, torch.compile.
 
 Shapes: T packed tokens, R response tokens among them, S sequences, D tokens of whole documents, V vocabulary.
 """
 import difflib
-import inspect
+import itertools
 import json
 import os
 import shutil
 from collections import namedtuple
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -27,21 +27,16 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from torch.distributed.checkpoint import state_dict as states
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from common import RankError, any_rank, read_json, say, together, write_atomic
 
-# torch 2.11 takes fewer key heads without being told; later versions want to be told
-GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-
-
 # ----- Log-probabilities without logits ---------------------------------------------------------------------
 
 def token_logprobs_plain(hidden, head_weight, targets, temperature=1.0):
-    """The readable twin of `token_logprobs`: all [T, V] logits, and autograd. In float64 if given float64."""
+    """The readable twin of `token_logprobs`: all [T, V] logits, and autograd; float64 stays float64."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     logprobs = torch.log_softmax(hidden.to(dtype) @ head_weight.to(dtype).T / temperature, dim=-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
@@ -49,17 +44,10 @@ def token_logprobs_plain(hidden, head_weight, targets, temperature=1.0):
 
 
 def token_logprobs(hidden, head_weight, targets, temperature=1.0, chunk=0, entropy_grad=True):
-    """Log-probability and entropy of each taken token, in tiles of `chunk` tokens (0: 0.6 GB of logits each).
+    """hidden [T, H], head_weight [V, H], targets [T] -> log-probability and entropy [T], in nats and fp32.
 
-    hidden [T, H], head_weight [V, H], targets [T]; temperature > 0 divides the logits (sampling at 0.6 means
-    training at 0.6) -> logp [T], entropy [T] in nats, fp32. entropy_grad=False: the entropy is a metric only.
-    Memory: a tile or two whatever T is, and an fp32 gradient of the head. Idea: verl's FusedLinearForPPO.
-
-    >>> h, w, y = torch.randn(5, 8), torch.randn(11, 8), torch.arange(5)
-    >>> fast, plain = token_logprobs(h, w, y, 0.6, chunk=2), token_logprobs_plain(h, w, y, 0.6)
-    >>> all(torch.allclose(a, b, atol=1e-5) for a, b in zip(fast, plain))
-    True
-    """
+    temperature > 0 divides the logits. entropy_grad=False: the entropy is a metric only. Memory: two tiles of
+    `chunk` tokens (0: 0.6 GB each) at most, an fp32 gradient of the head. Idea: verl's FusedLinearForPPO."""
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
     if not hidden.is_cuda:  # CUDA kernels add up bf16 products in fp32, those of a CPU do not
@@ -138,12 +126,9 @@ def blocks(z):
 # ----- Attention over packed documents ----------------------------------------------------------------------
 
 def document_attention(q, k, v, cu_seqlens, scale, window=None):
-    """Causal attention inside each document, one SDPA call for neighbours of one length, on any device.
-
-    q [D, Hq, E], k and v [D, Hkv, E], cu_seqlens [S+1] -> [D, Hq, E]. `window` counts the visible tokens, the
-    current one included (transformers' and Gemma's meaning).
-    """
-    runs = [(len(list(same)), n) for n, same in groupby(cu_seqlens.diff().tolist())]
+    """Causal attention inside each document, one SDPA call for neighbours of one length, on any device:
+    q [D, Hq, E], k and v [D, Hkv, E], cu_seqlens [S+1] -> [D, Hq, E]. `window` includes the token itself."""
+    runs = [(len(list(same)), n) for n, same in itertools.groupby(cu_seqlens.diff().tolist())]
     groups, out = q.shape[1] // k.shape[1], []
     # split, not slices: the gradient of a slice is a tensor of zeros as large as the whole row
     for run, *documents in zip(runs, *(x.split([count * n for count, n in runs]) for x in (q, k, v))):
@@ -160,11 +145,8 @@ def document_attention(q, k, v, cu_seqlens, scale, window=None):
 
 def varlen_attention(module, query, key, value, attention_mask=None, scaling=None, sliding_window=None,
                      softcap=None, s_aux=None, packing=None, **_):
-    """The attention function registered with transformers under the name "varlen".
-
-    query [1, Hq, T, E], key and value [1, Hkv, T, E], packing: the MicroBatch -> ([1, T, Hq, E], None).
-    It must honour what a model passes: Gemma 3's `sliding_window`, dropped, costs 2 nats a token past it.
-    """
+    """Attention of transformers models: query [1, Hq, T, E], key and value [1, Hkv, T, E], packing: the
+    MicroBatch -> ([1, T, Hq, E], None). Gemma 3's `sliding_window`, dropped, would cost 2 nats a token."""
     if packing is None or softcap is not None or s_aux is not None:
         raise ValueError("attention with soft-capping or sinks, or that is handed no `packing`, is refused")
     # F.embedding is x[index], with a gradient that several threads sum in fp32
@@ -174,7 +156,7 @@ def varlen_attention(module, query, key, value, attention_mask=None, scaling=Non
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
         out = varlen_attn(q, k, v, bounds, bounds, packing.max_seqlen, packing.max_seqlen, scale=scale,
-                          window_size=window, **GQA)
+                          window_size=window, enable_gqa=True)
     else:
         out = document_attention(q, k, v, bounds, scale, sliding_window)
     return F.embedding(packing.row_index, out.flatten(1)).unflatten(1, out.shape[1:])[None], None
@@ -187,9 +169,8 @@ AttentionInterface.register("varlen", varlen_attention)
 
 @dataclass
 class MicroBatch:
-    """One packed row. A response token is scored at the position before it. Neighbours share their prompt: it
-    lies once before their responses, whose first tokens are scored at its last position. Only attention sees
-    whole documents: `document_index` takes them out of the row, `row_index` brings their tokens back."""
+    """One packed row. A prompt that neighbours share lies there once, and the first token of each response is
+    scored at its last position. Only attention sees whole documents, taken out by `document_index`."""
     rows: list                    # which of the packed sequences, in this order
     ids: torch.Tensor             # [T]
     positions: torch.Tensor       # [T], restarting at 0
@@ -204,48 +185,41 @@ class MicroBatch:
 
 def pack(sequences, budget, rank=0, world=1, device="cpu"):
     """[(prompt_ids, response_ids)] -> this rank's micro-batches of at most `budget` tokens each.
-
-    Every rank is given the same `sequences` and takes its share. Neighbours share a prompt up to a quarter of
-    a micro-batch, so that these fill evenly; its further copies, in attention alone, count for a quarter.
-    """
+    Neighbours share a prompt up to a quarter of a micro-batch, so that these fill evenly. Its further copies,
+    which only attention sees, count for a quarter. All ranks are given the same `sequences`."""
     limit = min(budget, sum(len(p) + len(r) for p, r in sequences) // world) // 4
-    bundles, tokens, last = [], [], None
+    bundles, tokens = [], []
     for i, (prompt, response) in enumerate(sequences):
         more = len(response) + -(-len(prompt) // 4)
-        if prompt == last and tokens[-1] + more <= limit:
+        if i and prompt == sequences[i - 1][0] and tokens[-1] + more <= limit:
             bundles[-1].append(i)
             tokens[-1] += more
         else:
             bundles.append([i])
             tokens.append(len(prompt) + len(response))
-            last = prompt
     mine = [[i for b in bin for i in bundles[b]] for bin in split_by_budget(tokens, budget, world)[rank]]
     return [pack_row([sequences[i] for i in rows], rows, device) for rows in mine]
 
 
 def split_by_budget(lengths, budget, world=1):
-    """Deal sequences into micro-batches of at most `budget` tokens, as many on each rank, some of them empty
-    -> [rank][micro-batch] -> indices. Longest first into the lightest; then by cost, so that those that
-    run at one moment (FSDP meets at every layer) cost about the same.
+    """Deal sequences into micro-batches of at most `budget` tokens, as many on each rank -> their indices, by
+    rank and micro-batch. Those that run at one moment cost about the same: FSDP meets at every layer.
 
     >>> split_by_budget([5, 3, 3, 1], budget=6, world=2)
     [[[0, 3]], [[1, 2]]]
     """
     if max(lengths, default=0) > budget:
         raise ValueError(f"a sequence of {max(lengths)} tokens does not fit --token_budget {budget}")
-    n_bins = world * -(-sum(lengths) // (budget * world))
-    while n_bins:
+    for n_bins in itertools.count(world * -(-sum(lengths) // (budget * world)), world):
         bins, load = [[] for _ in range(n_bins)], [0] * n_bins
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
             j = load.index(min(load))
             bins[j].append(i)
             load[j] += lengths[i]
-        if max(load) <= budget:
+        if max(load, default=0) <= budget:
             # attention grows with the square: at 36,000 it costs as much as the matmuls of a 1.5B model
             bins.sort(key=lambda b: -sum(36000 * lengths[i] + lengths[i] ** 2 for i in b))
             return [bins[r::world] for r in range(world)]
-        n_bins += world
-    return [[] for _ in range(world)]
 
 
 def pack_row(sequences, rows=None, device="cpu"):
@@ -270,59 +244,53 @@ def pack_row(sequences, rows=None, device="cpu"):
         targets += response
         documents.append([*range(start, end), *range(first, len(ids))])
     if torch.device(device).type != "cuda":
-        # many small SDPA calls leave cores idle, and one costs as much as 2**12 pairs of tokens: documents of
-        # similar length get one length by their last token, at the end, where no other token sees it
+        # one SDPA call costs as much as 2**12 pairs of tokens: documents of similar length get one length by
+        # copies of their last token, at the end, where no other token sees them
         documents.sort(key=len)
         for document, longer in zip(documents[-2::-1], documents[:0:-1]):
             if len(longer) ** 2 - len(document) ** 2 <= 2**12:
                 document += document[-1:] * (len(longer) - len(document))
     index = [i for document in documents for i in document]
     row_index = {i: at for at, i in reversed(list(enumerate(index)))}  # of several the first, never padding
-
-    def tensor(values, dtype=torch.int64):
-        return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
-
-    return MicroBatch(list(range(len(sequences))) if rows is None else rows, tensor(ids), tensor(positions),
-                      tensor(predictors), tensor(targets), tensor([len(r) for _, r in sequences] or [0]),
-                      tensor(index), tensor([row_index[i] for i in range(len(ids))]),
-                      tensor([0, *accumulate(map(len, documents))], torch.int32), max(map(len, documents)))
+    lengths = [len(response) for _, response in sequences] or [0]
+    fields = ids, positions, predictors, targets, lengths, index, [row_index[i] for i in range(len(ids))]
+    bounds = torch.tensor([0, *itertools.accumulate(map(len, documents))], dtype=torch.int32)
+    tensors = [torch.tensor(x, dtype=torch.int64) for x in fields] + [bounds]
+    return MicroBatch(list(range(len(sequences))) if rows is None else rows,
+                      *(x.to(device, non_blocking=True) for x in tensors), max(map(len, documents)))
 
 
 # ----- The model --------------------------------------------------------------------------------------------
 
-# where its files lie; room for prompt and response, or None; token ids are below vocabulary; shapes by name
-Model = namedtuple("Model", "folder positions parameters vocabulary shapes")
+Model = namedtuple("Model", "folder positions parameters vocabulary shapes")  # positions may be None
 
 
 def open_model(name):
-    """A folder that save_pretrained wrote, or a hub name -> Model, before a weight is loaded.
-
-    All ranks call it, one of each node downloads. RankError on all of them, with the cause, if one cannot."""
+    """A folder that save_pretrained wrote, or a hub name -> Model, before a weight is loaded. All ranks call
+    it, one of each node downloads. RankError on all of them, with the cause."""
     def read():
         folder = find_folder(name)
         config = AutoConfig.from_pretrained(folder).get_text_config()
         with torch.device("meta"):
             shell = AutoModelForCausalLM.from_config(config)
-        return Model(folder, getattr(config, "max_position_embeddings", None),
-                     sum(p.numel() for p in shell.parameters()), len(shell.get_input_embeddings().weight),
-                     {k: tuple(v.shape) for k, v in shell.state_dict().items()})
+        shapes = {k: tuple(v.shape) for k, v in shell.state_dict().items()}
+        return Model(folder, getattr(config, "max_position_embeddings", None), shell.num_parameters(),
+                     len(shell.get_input_embeddings().weight), shapes)
 
     together(f"model {name}", lambda: os.environ.get("LOCAL_RANK", "0") == "0" and find_folder(name))
     return together(f"model {name}", read)
 
 
 def find_folder(name):
-    """Where the files of a model are, downloaded if need be. ValueError says why they are nowhere."""
     name = os.path.expanduser(name)
-    if os.path.exists(os.path.join(name, "config.json")):
+    path = Path(name)
+    if path.exists():
+        if not (path / "config.json").exists():
+            raise ValueError("it has no config.json: not a folder that save_pretrained wrote")
         return name
-    if os.path.exists(name):
-        raise ValueError("it has no config.json: not a folder that save_pretrained wrote")
-    parent, base = os.path.split(name.rstrip("/"))
-    siblings = os.listdir(parent or ".") if os.path.isdir(parent or ".") else []
-    close = [os.path.join(parent, s) for s in difflib.get_close_matches(base, siblings, 1)]
-    missing = "there is no such folder" + "".join(f", did you mean {path}?" for path in close)
-    if name[:1] in ("/", ".", "") or name.endswith("/") or name.count("/") > 1:
+    close = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], 1)
+    missing = "there is no such folder" + "".join(f", did you mean {path.with_name(n)}?" for n in close)
+    if name.startswith(("/", ".")) or name.endswith("/") or name.count("/") > 1:
         raise ValueError(missing)
     try:  # what transformers and vLLM read: no other formats, no second copies of the weights
         files = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -336,8 +304,8 @@ class Policy(torch.nn.Module):
     """A causal LM whose forward returns log-probabilities, so that FSDP's hooks cover the head as well."""
 
     def __init__(self, model, recompute=False, chunk=0):
-        """model: a folder, or a causal LM in fp32. recompute: activation checkpointing. ValueError for a
-        model that cannot be trained here. chunk: see `token_logprobs`."""
+        """model: a folder, or a causal LM in fp32; ValueError if it cannot be trained here. recompute:
+        activation checkpointing. chunk: see `token_logprobs`."""
         super().__init__()
         if isinstance(model, (str, os.PathLike)):
             model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -349,8 +317,8 @@ class Policy(torch.nn.Module):
         model.train()  # transformers checkpoints activations only in train mode
         if recompute:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self._check_logprobs()
-        self._check_saving()
+        self._check()
+        make_savable(model)
 
     def forward(self, batch, temperature=1.0, entropy_grad=False):
         """MicroBatch -> logp [R], entropy [R] of its response tokens, at `temperature`."""
@@ -361,7 +329,7 @@ class Policy(torch.nn.Module):
         return token_logprobs(hidden, head, batch.targets, temperature, self.chunk, entropy_grad)
 
     @torch.no_grad()
-    def _check_logprobs(self):
+    def _check(self):
         """Refuse a model whose own attention and logits are not those of `forward`; then make it `varlen`."""
         ids = [i % len(self.model.get_output_embeddings().weight) for i in range(2, 10)]
         logits = self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, 1:-1].float()
@@ -374,20 +342,9 @@ class Policy(torch.nn.Module):
             raise ValueError(f"{type(self.model).__name__} does more to its logits than hidden @ head.T "
                              f"(soft-capping, scaling, a bias), or more in attention, than is computed here")
 
-    def _check_saving(self):
-        """A generation_config that save_pretrained would refuse at every checkpoint (do_sample false beside a
-        temperature) is reduced to its token ids."""
-        config = self.model.generation_config
-        try:
-            config.validate(strict=True)
-        except ValueError as e:
-            ids = {k: v for k, v in config.to_dict().items() if k.endswith("token_id") and v != -1}
-            self.model.generation_config = GenerationConfig(**ids)
-            say(f"checkpoints keep only the token ids of the generation_config: {' '.join(str(e).split())}")
-
     def shard(self, dtype=torch.bfloat16, device="cpu"):
-        """FSDP2 over all ranks: each layer is gathered, used and freed in turn, embedding and head with the
-        root. Masters and gradient reduction stay fp32, compute runs in `dtype`. Returns self."""
+        """FSDP2 over all ranks, layer by layer, embedding and head with the root. Master weights and gradient
+        reduction stay fp32, compute runs in `dtype`. Returns self."""
         self.device, self.grad_divisor = torch.device(device), dist.get_world_size()
         mesh = dist.device_mesh.init_device_mesh(self.device.type, (dist.get_world_size(),))
         # inputs are positions and masks: casting them to bf16 would round position 257 to 256
@@ -398,8 +355,7 @@ class Policy(torch.nn.Module):
         return self.to(self.device)  # buffers; parameters are there already
 
     def reshard(self):
-        """Call it after scoring: FSDP2 keeps embedding and head gathered after a forward without backward.
-        `shard` puts FSDP's own method in place of this one, which has nothing to free."""
+        """Call it after scoring, which leaves embedding and head gathered. `shard` puts FSDP's own here."""
 
     @torch.no_grad()
     def is_finite(self):
@@ -409,10 +365,20 @@ class Policy(torch.nn.Module):
 
     @torch.no_grad()
     def full_weights(self):
-        """Yield (name, full tensor) under the checkpoint's names, a tied head included, gathered one by one.
-        A collective: every rank must exhaust the generator."""
+        """Yield (name, full tensor), a tied head included. A collective: every rank must exhaust it."""
         for name, p in self.model.state_dict().items():
             yield name, p.full_tensor() if hasattr(p, "full_tensor") else p
+
+
+def make_savable(model):
+    """Reduce a generation_config that save_pretrained would refuse at every checkpoint to its token ids."""
+    config = model.generation_config
+    try:
+        config.validate(strict=True)
+    except ValueError as e:  # such as do_sample false beside a temperature
+        ids = {k: v for k, v in config.to_dict().items() if k.endswith("token_id") and v != -1}
+        model.generation_config = GenerationConfig(**ids)
+        say(f"checkpoints keep only the token ids of the generation_config: {' '.join(str(e).split())}")
 
 
 # ----- Checkpoints ------------------------------------------------------------------------------------------
@@ -421,22 +387,18 @@ def save_checkpoint(folder, step, policy, optimizer, tokenizer, state, keep=2):
     """Write folder/000STEP: sharded model and optimizer, `state` as trainer.json, hf/ in fp32.
 
     All ranks call it, and it succeeds or fails on all. One rename publishes it and old ones go last: a kill
-    at any moment leaves the newest whole. keep: how many stay; 0: hf/ of all, the rest of two. OSError (a
-    full disk) after removing what was written; FloatingPointError, before, if a weight is not finite.
-    """
+    leaves the newest whole. keep: how many stay; 0: hf/ of all, the rest of two. OSError (a full disk) after
+    removing what was written; FloatingPointError, before, if a weight is not finite."""
     if not policy.is_finite():
         raise FloatingPointError(f"a weight is not finite at step {step}: no checkpoint is written")
     final, first = os.path.join(folder, f"{step:06d}"), not dist.is_initialized() or dist.get_rank() == 0
     tmp, what = final + ".tmp", f"checkpoint {final} not written"
 
     def write():
-        model, optim = states.get_state_dict(policy, optimizer)
-        run_dcp(dcp.save, {"model": model, "optim": optim}, tmp)
-        whole = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = states.get_model_state_dict(policy, options=whole)  # on rank 0 alone
+        run_dcp(dcp.save, policy, optimizer, tmp)
+        weights = {name: w.cpu() for name, w in policy.full_weights() if first}  # other ranks gather and drop
         if first:
             hf = os.path.join(tmp, "hf")
-            weights = {k.removeprefix("model."): v for k, v in weights.items()}
             policy.model.save_pretrained(hf, state_dict=weights)
             tokenizer.save_pretrained(hf)
             write_atomic(os.path.join(tmp, "trainer.json"), json.dumps(state, indent=1))
@@ -460,18 +422,19 @@ def save_checkpoint(folder, step, policy, optimizer, tokenizer, state, keep=2):
             prune(folder, keep)
 
 
-def run_dcp(function, content, path):
+def run_dcp(function, policy, optimizer, path):
+    model, optim = states.get_state_dict(policy, optimizer)
     try:
-        function(content, checkpoint_id=path)
-    except CheckpointException as e:  # no Exception; the same on all ranks
+        function({"model": model, "optim": optim}, checkpoint_id=path)
+    except dcp.CheckpointException as e:  # no Exception; the same on all ranks
         raise OSError(str(e).strip().splitlines()[-1]) from None
+    return model, optim
 
 
 def remove_leftovers(folder):
     """Remove what a killed save left behind. For rank 0, before a run and before each save."""
-    for name in os.listdir(folder) if os.path.isdir(folder) else []:
-        if name.endswith(".tmp"):
-            shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
+    for path in sorted(Path(folder).glob("*.tmp")):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def prune(folder, keep):
@@ -480,35 +443,33 @@ def prune(folder, keep):
         path = os.path.join(folder, name)
         if keep:
             os.rename(path, path + ".old.tmp")
-        for file in [] if keep else sorted(os.listdir(path), reverse=True):  # trainer.json comes first
-            if file != "hf":
-                os.remove(os.path.join(path, file))
+            continue
+        for file in sorted(set(os.listdir(path)) - {"hf"}, reverse=True):  # trainer.json comes first
+            os.remove(os.path.join(path, file))
     remove_leftovers(folder)
 
 
 def checkpoints(folder, part="trainer.json"):
     """Names of the checkpoints to resume from, oldest first; part="hf": of all whose weights are there."""
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    return sorted((n for n in names if n.isdigit() and os.path.exists(f"{folder}/{n}/{part}")), key=int)
+    names = (path.parent.name for path in Path(folder).glob(f"*/{part}"))
+    return sorted(filter(str.isdigit, names), key=int)
 
 
 def check_checkpoint(path, shapes):
-    """Before anything is loaded or written, refuse a checkpoint of another model (ValueError) or a damaged
-    one (OSError). shapes: see `Model`."""
-    state = os.path.join(path, "trainer.json")
-    if not os.path.exists(state):
+    """Refuse a checkpoint of a model of other `shapes` (ValueError) or a damaged one (OSError), unloaded."""
+    if not os.path.exists(f"{path}/trainer.json"):
         raise OSError(f"{path} is nothing to go on from: it has no trainer.json (--keep 0 leaves hf/ alone)")
-    read_json(state)
+    read_json(f"{path}/trainer.json")
     try:
         metadata = dcp.FileSystemReader(path).read_metadata()
     except Exception as e:  # whatever a damaged pickle does
         raise OSError(f"{path}/.metadata is damaged ({type(e).__name__})") from e
     saved = {k.removeprefix("model.model."): tuple(v.size) for k, v in metadata.state_dict_metadata.items()
              if k.startswith("model.model.")}
-    for name in sorted(saved.keys() | shapes.keys()):
+    if different := sorted(saved.items() ^ shapes.items()):
+        name = different[0][0]
         there, here = saved.get(name, "missing"), shapes.get(name, "missing")
-        if there != here:
-            raise ValueError(f"{path} is of another model: {name} is {there} there, and {here} in this one")
+        raise ValueError(f"{path} is of another model: {name} is {there} there, and {here} in this one")
     for part in metadata.storage_data.values():
         file = os.path.join(path, part.relative_path)
         if not os.path.exists(file) or os.path.getsize(file) < part.offset + part.length:
@@ -518,8 +479,7 @@ def check_checkpoint(path, shapes):
 def load_checkpoint(path, policy, optimizer):
     """Restore model and optimizer in place, on any number of ranks -> `state`. RankError, with the cause."""
     def load():
-        model, optim = states.get_state_dict(policy, optimizer)
-        run_dcp(dcp.load, {"model": model, "optim": optim}, path)
+        model, optim = run_dcp(dcp.load, policy, optimizer, path)
         states.set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim)
         return read_json(os.path.join(path, "trainer.json"))
 
