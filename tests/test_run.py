@@ -436,7 +436,7 @@ def test_malformed_data_names_file_and_line(tiny, tmp_path):
 
 
 def test_no_chat_template(problems, tmp_path):
-    model = save_model(tmp_path / "base", template=False)
+    model = save_model(tmp_path / "base", kind="llama", template=False)
     done = run(command(model, problems, tmp_path / "r", "--steps", 1), check=False)
     assert done.returncode == 2 and "--no_chat" in done.stderr
     run(command(model, problems, tmp_path / "r", "--steps", 1, "--no_chat", "--instruction", "Say it."))
