@@ -8,7 +8,6 @@
 Logits [T, V] are never held (20 GB at 32K tokens), rows are not padded, neighbours share their prompt.
 Master weights are fp32: at lr 1e-6 a bf16 weight of 0.02 would never move.
 Left out: tensor, pipeline and context parallelism, LoRA, quantisation, torch.compile.
-
 Shapes: T packed tokens, R response tokens among them, S sequences, D tokens of whole documents, V vocabulary.
 """
 import difflib
@@ -33,7 +32,6 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, G
 
 from common import RankError, any_rank, read_json, say, together, write_atomic
 
-# ----- Log-probabilities without logits ---------------------------------------------------------------------
 
 def token_logprobs_plain(hidden, head_weight, targets, temperature=1.0):
     """The readable twin of `token_logprobs`: all [T, V] logits, and autograd; float64 stays float64."""
@@ -45,7 +43,6 @@ def token_logprobs_plain(hidden, head_weight, targets, temperature=1.0):
 
 def token_logprobs(hidden, head_weight, targets, temperature=1.0, chunk=0, entropy_grad=True):
     """hidden [T, H], head_weight [V, H], targets [T] -> log-probability and entropy [T], in nats and fp32.
-
     temperature > 0 divides the logits. entropy_grad=False: the entropy is a metric only. Memory: two tiles of
     `chunk` tokens (0: 0.6 GB each) at most, an fp32 gradient of the head. Idea: verl's FusedLinearForPPO."""
     if temperature <= 0:
@@ -89,8 +86,7 @@ class TokenLogprobs(torch.autograd.Function):
         buffer, ctx.buffer = ctx.buffer, None  # a graph outlives its backward in many loops, this must not
         grad_hidden = torch.empty_like(hidden)
         grad_head = torch.zeros_like(head, dtype=torch.float32)  # a bf16 sum would lose small terms
-        # a sum over V goes in pieces: some CPU kernels add 152 K products in a row, which costs a digit
-        piece = 4096 if hidden.dtype == torch.float32 else len(head)
+        piece = 4096 if hidden.dtype == torch.float32 else len(head)  # some CPU kernels add 152 K in a row
         for t in reversed(ctx.tiles):
             log_q, ctx.last = ctx.last, None
             if log_q is None:
@@ -123,10 +119,8 @@ def blocks(z):
     return [slice(i, i + rows) for i in range(0, len(z), rows)]
 
 
-# ----- Attention over packed documents ----------------------------------------------------------------------
-
 def document_attention(q, k, v, cu_seqlens, scale, window=None):
-    """Causal attention inside each document, one SDPA call for neighbours of one length, on any device:
+    """Causal attention inside each document, one SDPA call for neighbours of one length:
     q [D, Hq, E], k and v [D, Hkv, E], cu_seqlens [S+1] -> [D, Hq, E]. `window` includes the token itself."""
     runs = [(len(list(same)), n) for n, same in itertools.groupby(cu_seqlens.diff().tolist())]
     groups, out = q.shape[1] // k.shape[1], []
@@ -149,28 +143,20 @@ def varlen_attention(module, query, key, value, attention_mask=None, scaling=Non
     MicroBatch -> ([1, T, Hq, E], None). Gemma 3's `sliding_window`, dropped, would cost 2 nats a token."""
     if packing is None or softcap is not None or s_aux is not None:
         raise ValueError("attention with soft-capping or sinks, or that is handed no `packing`, is refused")
-    # F.embedding is x[index], with a gradient that several threads sum in fp32
-    rows = (x[0].transpose(0, 1) for x in (query, key, value))
+    rows = (x[0].transpose(0, 1) for x in (query, key, value))  # embedding is x[index] with a faster gradient
     q, k, v = (F.embedding(packing.document_index, x.flatten(1)).unflatten(1, x.shape[1:]) for x in rows)
     scale, bounds = module.head_dim ** -0.5 if scaling is None else scaling, packing.cu_seqlens
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        window = (-1 if sliding_window is None else sliding_window - 1, 0)
         out = varlen_attn(q, k, v, bounds, bounds, packing.max_seqlen, packing.max_seqlen, scale=scale,
-                          window_size=window, enable_gqa=True)
+                          window_size=((sliding_window or 0) - 1, 0), enable_gqa=True)
     else:
         out = document_attention(q, k, v, bounds, scale, sliding_window)
     return F.embedding(packing.row_index, out.flatten(1)).unflatten(1, out.shape[1:])[None], None
 
 
-AttentionInterface.register("varlen", varlen_attention)
-
-
-# ----- Packing ----------------------------------------------------------------------------------------------
-
 @dataclass
 class MicroBatch:
-    """One packed row. A prompt that neighbours share lies there once, and the first token of each response is
-    scored at its last position. Only attention sees whole documents, taken out by `document_index`."""
+    """One packed row. Neighbours share one copy of their prompt; attention alone sees whole documents."""
     rows: list                    # which of the packed sequences, in this order
     ids: torch.Tensor             # [T]
     positions: torch.Tensor       # [T], restarting at 0
@@ -185,8 +171,8 @@ class MicroBatch:
 
 def pack(sequences, budget, rank=0, world=1, device="cpu"):
     """[(prompt_ids, response_ids)] -> this rank's micro-batches of at most `budget` tokens each.
-    Neighbours share a prompt up to a quarter of a micro-batch, so that these fill evenly. Its further copies,
-    which only attention sees, count for a quarter. All ranks are given the same `sequences`."""
+    Neighbours share a prompt up to a quarter of one, so that all fill evenly; its further copies, which only
+    attention sees, count for a quarter. All ranks are given the same `sequences`."""
     limit = min(budget, sum(len(p) + len(r) for p, r in sequences) // world) // 4
     bundles, tokens = [], []
     for i, (prompt, response) in enumerate(sequences):
@@ -204,7 +190,6 @@ def pack(sequences, budget, rank=0, world=1, device="cpu"):
 def split_by_budget(lengths, budget, world=1):
     """Deal sequences into micro-batches of at most `budget` tokens, as many on each rank -> their indices, by
     rank and micro-batch. Those that run at one moment cost about the same: FSDP meets at every layer.
-
     >>> split_by_budget([5, 3, 3, 1], budget=6, world=2)
     [[[0, 3]], [[1, 2]]]
     """
@@ -223,29 +208,22 @@ def split_by_budget(lengths, budget, world=1):
 
 
 def pack_row(sequences, rows=None, device="cpu"):
-    """[(prompt_ids, response_ids)] -> one MicroBatch; an empty list makes a row of one token.
-
-    >>> row = pack_row([([7, 8], [9]), ([7, 8], [5, 6])])
-    >>> row.ids.tolist(), row.predictors.tolist(), row.document_index.tolist(), row.cu_seqlens.tolist()
-    ([7, 8, 9, 5, 6], [1, 1, 3], [0, 1, 2, 2, 0, 1, 3, 4], [0, 4, 8])
-    """
+    """[(prompt_ids, response_ids)] -> one MicroBatch; an empty list makes a row of one token."""
     ids, positions, predictors, targets, documents, last = [], [], [], [], [], None
     for prompt, response in sequences or [([0], [])]:
         if not prompt:
             raise ValueError("an empty prompt cannot predict the first response token")
         if prompt != last:
-            last, start, end = prompt, len(ids), len(ids) + len(prompt)
+            last, shared = prompt, range(len(ids), len(ids) + len(prompt))
             ids += prompt
             positions += range(len(prompt))
-        first = len(ids)
+        documents.append([*shared, *range(len(ids), len(ids) + len(response))])
         ids += response
         positions += range(len(prompt), len(prompt) + len(response))
-        predictors += [end - 1, *range(first, len(ids) - 1)][:len(response)]
+        predictors += documents[-1][len(prompt) - 1:-1]
         targets += response
-        documents.append([*range(start, end), *range(first, len(ids))])
     if torch.device(device).type != "cuda":
-        # one SDPA call costs as much as 2**12 pairs of tokens: documents of similar length get one length by
-        # copies of their last token, at the end, where no other token sees them
+        # an SDPA call costs as much as 2**12 pairs: similar lengths are made equal by unseen last tokens
         documents.sort(key=len)
         for document, longer in zip(documents[-2::-1], documents[:0:-1]):
             if len(longer) ** 2 - len(document) ** 2 <= 2**12:
@@ -260,14 +238,11 @@ def pack_row(sequences, rows=None, device="cpu"):
                       *(x.to(device, non_blocking=True) for x in tensors), max(map(len, documents)))
 
 
-# ----- The model --------------------------------------------------------------------------------------------
-
 Model = namedtuple("Model", "folder positions parameters vocabulary shapes")  # positions may be None
 
 
 def open_model(name):
-    """A folder that save_pretrained wrote, or a hub name -> Model, before a weight is loaded. All ranks call
-    it, one of each node downloads. RankError on all of them, with the cause."""
+    """Folder, or hub name that one rank of each node downloads -> Model, unloaded. RankError on all ranks."""
     def read():
         folder = find_folder(name)
         config = AutoConfig.from_pretrained(folder).get_text_config()
@@ -282,30 +257,27 @@ def open_model(name):
 
 
 def find_folder(name):
-    name = os.path.expanduser(name)
-    path = Path(name)
+    path = Path(name).expanduser()
+    if (path / "config.json").exists():
+        return str(path)
     if path.exists():
-        if not (path / "config.json").exists():
-            raise ValueError("it has no config.json: not a folder that save_pretrained wrote")
-        return name
+        raise ValueError("it has no config.json: not a folder that save_pretrained wrote")
     close = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*")], 1)
     missing = "there is no such folder" + "".join(f", did you mean {path.with_name(n)}?" for n in close)
-    if name.startswith(("/", ".")) or name.endswith("/") or name.count("/") > 1:
+    if name.startswith(("/", ".", "~")) or name.endswith("/") or name.count("/") > 1:
         raise ValueError(missing)
     try:  # what transformers and vLLM read: no other formats, no second copies of the weights
-        files = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-        return snapshot_download(name, allow_patterns=files, ignore_patterns=["*/*", "consolidated*"])
+        return snapshot_download(name, ignore_patterns=["*/*", "consolidated*"], allow_patterns=[
+            "*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
     except Exception as e:  # no such name, no permission, no network
         said = f", and the hub does not give it (a folder needs no network): {' '.join(str(e).split())}"
         raise ValueError(missing if close else missing + said) from e
 
 
 class Policy(torch.nn.Module):
-    """A causal LM whose forward returns log-probabilities, so that FSDP's hooks cover the head as well."""
-
+    """A causal LM in fp32, or its folder. Forward returns log-probabilities: FSDP's hooks cover the head too.
+    recompute: activation checkpointing. ValueError for a model that cannot be trained here."""
     def __init__(self, model, recompute=False, chunk=0):
-        """model: a folder, or a causal LM in fp32; ValueError if it cannot be trained here. recompute:
-        activation checkpointing. chunk: see `token_logprobs`."""
         super().__init__()
         if isinstance(model, (str, os.PathLike)):
             model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
@@ -336,20 +308,18 @@ class Policy(torch.nn.Module):
         if not torch.isfinite(logits).all():
             raise ValueError("the model computes non-finite logits: its weights are damaged")
         theirs = logits.log_softmax(-1).gather(-1, torch.tensor(ids[2:])[:, None])[:, 0].repeat(2)
+        AttentionInterface.register("varlen", varlen_attention)
         self.model.set_attn_implementation("varlen")
         ours = self(pack_row([(ids[:2], ids[2:])] * 2))[0]  # two that share their prompt
         if not torch.allclose(theirs, ours, atol=1e-3, rtol=1e-3):
-            raise ValueError(f"{type(self.model).__name__} does more to its logits than hidden @ head.T "
-                             f"(soft-capping, scaling, a bias), or more in attention, than is computed here")
+            raise ValueError(f"{type(self.model).__name__} does more to its logits or in attention than is "
+                             "computed here: soft-capping, scaling, a bias")
 
     def shard(self, dtype=torch.bfloat16, device="cpu"):
-        """FSDP2 over all ranks, layer by layer, embedding and head with the root. Master weights and gradient
-        reduction stay fp32, compute runs in `dtype`. Returns self."""
+        """FSDP2 over all ranks, layer by layer: compute in `dtype`, the rest in fp32. Returns self."""
         self.device, self.grad_divisor = torch.device(device), dist.get_world_size()
         mesh = dist.device_mesh.init_device_mesh(self.device.type, (dist.get_world_size(),))
-        # inputs are positions and masks: casting them to bf16 would round position 257 to 256
-        mixed = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype,
-                                     reduce_dtype=torch.float32, cast_forward_inputs=False)
+        mixed = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)  # bf16(257) is 256
         for module in [*self.model.base_model.layers, self]:
             fully_shard(module, mesh=mesh, mp_policy=mixed)
         return self.to(self.device)  # buffers; parameters are there already
@@ -357,13 +327,11 @@ class Policy(torch.nn.Module):
     def reshard(self):
         """Call it after scoring, which leaves embedding and head gathered. `shard` puts FSDP's own here."""
 
-    @torch.no_grad()
     def is_finite(self):
         """Whether every weight is finite, on every rank."""
         weights = (p.to_local() if hasattr(p, "to_local") else p for p in self.parameters())
         return not any_rank(not torch.stack([torch.isfinite(w).all() for w in weights]).all())
 
-    @torch.no_grad()
     def full_weights(self):
         """Yield (name, full tensor), a tied head included. A collective: every rank must exhaust it."""
         for name, p in self.model.state_dict().items():
@@ -372,20 +340,16 @@ class Policy(torch.nn.Module):
 
 def make_savable(model):
     """Reduce a generation_config that save_pretrained would refuse at every checkpoint to its token ids."""
-    config = model.generation_config
     try:
-        config.validate(strict=True)
+        model.generation_config.validate(strict=True)
     except ValueError as e:  # such as do_sample false beside a temperature
-        ids = {k: v for k, v in config.to_dict().items() if k.endswith("token_id") and v != -1}
-        model.generation_config = GenerationConfig(**ids)
+        old = model.generation_config.to_dict().items()
+        model.generation_config = GenerationConfig(**{k: v for k, v in old if "token_id" in k and v != -1})
         say(f"checkpoints keep only the token ids of the generation_config: {' '.join(str(e).split())}")
 
 
-# ----- Checkpoints ------------------------------------------------------------------------------------------
-
 def save_checkpoint(folder, step, policy, optimizer, tokenizer, state, keep=2):
     """Write folder/000STEP: sharded model and optimizer, `state` as trainer.json, hf/ in fp32.
-
     All ranks call it, and it succeeds or fails on all. One rename publishes it and old ones go last: a kill
     leaves the newest whole. keep: how many stay; 0: hf/ of all, the rest of two. OSError (a full disk) after
     removing what was written; FloatingPointError, before, if a weight is not finite."""
@@ -398,11 +362,10 @@ def save_checkpoint(folder, step, policy, optimizer, tokenizer, state, keep=2):
         run_dcp(dcp.save, policy, optimizer, tmp)
         weights = {name: w.cpu() for name, w in policy.full_weights() if first}  # other ranks gather and drop
         if first:
-            hf = os.path.join(tmp, "hf")
-            policy.model.save_pretrained(hf, state_dict=weights)
-            tokenizer.save_pretrained(hf)
+            policy.model.save_pretrained(f"{tmp}/hf", state_dict=weights)
+            tokenizer.save_pretrained(f"{tmp}/hf")
             write_atomic(os.path.join(tmp, "trainer.json"), json.dumps(state, indent=1))
-            for file in filter(os.path.isfile, os.scandir(hf)):  # on the disk before the rename
+            for file in filter(os.path.isfile, os.scandir(f"{tmp}/hf")):  # on the disk before the rename
                 with open(file) as f:
                     os.fsync(f.fileno())
             if os.path.exists(final):  # hf/ that was left of it, at most
@@ -466,8 +429,7 @@ def check_checkpoint(path, shapes):
         raise OSError(f"{path}/.metadata is damaged ({type(e).__name__})") from e
     saved = {k.removeprefix("model.model."): tuple(v.size) for k, v in metadata.state_dict_metadata.items()
              if k.startswith("model.model.")}
-    if different := sorted(saved.items() ^ shapes.items()):
-        name = different[0][0]
+    for name, _ in sorted(saved.items() ^ shapes.items()):
         there, here = saved.get(name, "missing"), shapes.get(name, "missing")
         raise ValueError(f"{path} is of another model: {name} is {there} there, and {here} in this one")
     for part in metadata.storage_data.values():
