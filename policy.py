@@ -3,7 +3,6 @@
     policy = Policy("models/smollm2").shard(torch.bfloat16)  # FSDP2; one process may skip .shard
     for batch in pack(sequences, budget=32768):              # sequences: [(prompt_ids, response_ids)]
         logp, entropy = policy(batch, temperature=0.6)       # [R], [R]: response tokens only
-        (-logp.mean()).backward()
 
 Logits [T, V] are never held (20 GB at 32K tokens), rows are not padded, neighbours share their prompt.
 Master weights are fp32: at lr 1e-6 a bf16 weight of 0.02 would never move.
@@ -147,8 +146,9 @@ def varlen_attention(module, query, key, value, attention_mask=None, scaling=Non
     q, k, v = (F.embedding(packing.document_index, x.flatten(1)).unflatten(1, x.shape[1:]) for x in rows)
     scale, bounds = module.head_dim ** -0.5 if scaling is None else scaling, packing.cu_seqlens
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        grouped = {"enable_gqa": True} if "enable_gqa" in varlen_attn.__kwdefaults__ else {}  # not in torch 2.11
         out = varlen_attn(q, k, v, bounds, bounds, packing.max_seqlen, packing.max_seqlen, scale=scale,
-                          window_size=((sliding_window or 0) - 1, 0), enable_gqa=True)
+                          window_size=((sliding_window or 0) - 1, 0), **grouped)
     else:
         out = document_attention(q, k, v, bounds, scale, sliding_window)
     return F.embedding(packing.row_index, out.flatten(1)).unflatten(1, out.shape[1:])[None], None
