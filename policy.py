@@ -146,7 +146,7 @@ def varlen_attention(module, query, key, value, attention_mask=None, scaling=Non
     q, k, v = (F.embedding(packing.document_index, x.flatten(1)).unflatten(1, x.shape[1:]) for x in rows)
     scale, bounds = module.head_dim ** -0.5 if scaling is None else scaling, packing.cu_seqlens
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
-        grouped = {"enable_gqa": True} if "enable_gqa" in varlen_attn.__kwdefaults__ else {}  # not in torch 2.11
+        grouped = {"enable_gqa": True} if "enable_gqa" in varlen_attn.__kwdefaults__ else {}  # torch 2.11: no
         out = varlen_attn(q, k, v, bounds, bounds, packing.max_seqlen, packing.max_seqlen, scale=scale,
                           window_size=((sliding_window or 0) - 1, 0), **grouped)
     else:
