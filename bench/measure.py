@@ -438,8 +438,7 @@ def make_learner(model, budget, device=None, **options):
     flags = {"model": model, "recipe": "improved", "drop_zero_variance": 0, "eval_data": "none", **options}
     args = grpo.parse_args([word for k, v in flags.items() for word in (f"--{k}", str(v))])
     args.dtype = grpo.compute_dtype(args.dtype, here)
-    task = SimpleNamespace(model=SimpleNamespace(folder=model), budget=budget, checkpoint=None)
-    return grpo.Learner(args, task, here)
+    return grpo.Learner(args, SimpleNamespace(budget=budget, checkpoint=None), model, here)
 
 
 def join():

@@ -66,10 +66,10 @@ def ours(spec):
         for _ in m.twice():
             advantages = grpo.group_advantages(rewards)
             minibatches = [learner.pack(samples, advantages, p) for p in halves]
-            old = [None, *(learner.score(learner.policy, mini) for mini in minibatches[1:])]
+            old = [learner.score(learner.policy if k else None, mini) for k, mini in enumerate(minibatches)]
             for mini, old_logp in zip(minibatches, old):
                 stats = Counter()
-                learner.update(0, mini, old_logp, None, stats)
+                learner.update(0, mini, old_logp, learner.score(None, mini), stats)
                 norms.append(stats["grad_norm"])
                 entropies.append(float(stats["entropy"] / stats["tokens"]))
     return m.answer(grad_norm=norms, entropy=entropies, token_budget=spec["token_budget"])
