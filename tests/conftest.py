@@ -106,6 +106,10 @@ def command(model, data, out, *options, ranks=1, program=ROOT / "grpo.py"):
             *map(str, options)]
 
 
+# Threads change the order of a sum: every program of a test gets one, however it is started.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
 def sabotaged(folder, code):
     """A program that is grpo.py after `code` has run: it may replace functions, on one rank only with RANK."""
     path = Path(folder) / "sabotaged.py"
@@ -117,7 +121,7 @@ def sabotaged(folder, code):
 
 def run(cmd, check=True, timeout=300, cwd=None, **env):
     done = subprocess.run(cmd, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, cwd=cwd,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+                          env={**os.environ, **env})
     if check and done.returncode:
         raise AssertionError(f"{' '.join(cmd)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
     return done
