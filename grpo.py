@@ -31,7 +31,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
-from tqdm import tqdm
 
 import common
 import data
@@ -101,10 +100,8 @@ def grpo_loss(logp, old_logp, advantages, lengths=None, *, ref_logp=None, engine
     >>> round(loss.item(), 4), torch.autograd.grad(loss, logp)[0].mul(3).tolist()
     (-0.3333, [-1.0, -1.0, 1.0])
     """
-    if loss not in ("clip", "cispo") or agg not in ("token", "seq", "const"):
-        raise ValueError(f'loss must be "clip" or "cispo", agg "token", "seq" or "const": {loss!r}, {agg!r}')
-    if agg == "const" and total is None:
-        raise ValueError('agg="const" needs total: the number of sequences times max_len')
+    if loss not in LOSSES or agg not in ("token", "seq", "const") or agg == "const" and total is None:
+        raise ValueError(f"loss: clip, cispo; agg: token, seq or, with a total, const; not {loss!r}, {agg!r}")
     if lengths is not None and advantages.shape == lengths.shape:
         advantages = advantages.repeat_interleave(lengths, output_size=len(logp))
     old_logp = logp.detach() if old_logp is None else old_logp
@@ -128,18 +125,15 @@ def grpo_loss(logp, old_logp, advantages, lengths=None, *, ref_logp=None, engine
         stats["kl_ref"] = k3.sum()
     if entropy is not None:
         stats["entropy"] = entropy.sum()
-    if entropy_coef:
         per_token = per_token - entropy_coef * entropy
     if agg == "seq":
         per_token = per_token / lengths.clamp(min=1).repeat_interleave(lengths, output_size=len(logp))
-    if total is None:
-        total = len(lengths) if agg == "seq" else len(logp)
+    total = total or (len(lengths) if agg == "seq" else len(logp))
     return per_token.sum() / total, {name: x.detach() for name, x in stats.items()}
 
 
 def mismatch(logp, engine_logp):
-    """Trainer against engine on the sampled tokens, as sums: |d|, k3 KL(engine || trainer), exp|d|, number
-    outside [1/2, 2]. NeMo-RL calls the second gen_kl_error and the third token_mult_prob_error."""
+    """Trainer against engine, token sums: |d|, k3 KL(engine || trainer), exp|d|, number outside [1/2, 2]."""
     d = (logp - engine_logp).double()  # in fp32 exp(d) - 1 - d of a small d is 0
     return {"mismatch_mean": d.abs().sum(), "mismatch_kl": (d.exp() - 1 - d).sum(),
             "mismatch_mult": d.abs().exp().sum(), "mismatch_far": (d.abs() > math.log(2)).sum()}
@@ -191,7 +185,6 @@ def train(args, device):
         began = time.time()
         batch = data.batch_indices(len(task.problems), step, args.prompts, args.seed)
         problems, prompts = [task.problems[i] for i in batch], [task.prompts[i] for i in batch]
-
         samples, seconds = generate(problems, prompts, training, step + 1)
         if samples is None:  # a signal: the unfinished rollout is dropped
             break
@@ -216,17 +209,16 @@ def train(args, device):
         lap("sync")
 
         step, generated = step + 1, generated + sum(len(s.response_ids) for s in samples)
-        line = {"step": step, "tokens_total": generated, **rollout_metrics(samples, rewards),
-                **learner_metrics(learner, stats, began, seconds)}
-        log.add(line, samples, problems, advantages)
+        metrics = step_metrics(learner, samples, rewards, stats, began, seconds)
+        log.add({"step": step, "tokens_total": generated, **metrics}, samples, problems, advantages)
         if step % args.save_every == 0 or step == args.steps:
             learner.save(step, generated, log.rows[log.written:])
-    if step and learner.saved != step:
+    if learner.saved != step:
         learner.save(step, generated, log.rows[log.written:])
     engine.close()
     saved = f"{args.out}/checkpoints/{learner.saved:06d}"
     say(f"stopped after step {step}; --resume goes on from {saved}" if step < args.steps else
-        f"done. Next:\npython evaluate.py --model {saved}/hf\npython figures.py {args.out}\nor more --steps")
+        f"python evaluate.py --model {saved}/hf\npython figures.py {args.out}\nor --resume with more --steps")
     return signals[0] if signals else 0
 
 
@@ -235,16 +227,12 @@ class Task:
 
     def __init__(self, args, model, names):  # names of the checkpoints that are there
         self.checkpoint = f"{args.out}/checkpoints/{names[-1]}" if names and args.resume else None
-        if self.checkpoint:
-            policy_lib.check_checkpoint(self.checkpoint, model.shapes)
-        elif not args.resume and os.path.exists(f"{args.out}/metrics.jsonl"):
+        if not args.resume and os.path.exists(f"{args.out}/metrics.jsonl"):
             raise ValueError(f"{args.out} holds a run: --resume goes on, another --out starts afresh")
         whole = max(1, (args.keep or 2) + 1 - len(names))  # 16 bytes a parameter; 4 where only hf/ stays
         need = model.parameters * (16 * whole + (0 if args.keep else 4 * (args.steps // args.save_every)))
-        free = shutil.disk_usage(args.out).free
-        if free < need:
-            raise ValueError(f"{args.out} has {free / 2**30:.1f} GiB free, {need / 2**30:.1f} are needed: "
-                             f"take another --out, a smaller --keep or a larger --save_every")
+        if shutil.disk_usage(args.out).free < need:
+            raise ValueError(f"needs {need / 2**30:.1f} GiB free in {args.out}: see --keep, --save_every")
         response, most = max(args.max_len, args.eval_max_len), model.positions or 10**9
         if response >= most:
             raise ValueError(f"--max_len {response} leaves no room for a prompt in {most} positions")
@@ -293,8 +281,8 @@ class Learner:
         kept = [p for p in prompts.tolist() if not args.drop_zero_variance or advantages[p].any()]
         rows = [samples[p * group + j] for p in kept for j in range(group)]
         flat, out = advantages[kept].flatten(), []
-        for m in policy_lib.pack([(s.prompt_ids, s.response_ids.tolist()) for s in rows], self.task.budget,
-                                 dist.get_rank(), dist.get_world_size(), device):
+        sequences = [(s.prompt_ids, s.response_ids.tolist()) for s in rows]
+        for m in policy_lib.pack(sequences, self.task.budget, dist.get_rank(), dist.get_world_size(), device):
             engine_logp = np.concatenate([[], *(rows[i].logprobs for i in m.rows)], dtype=np.float32)
             out.append((m, flat[m.rows].to(device), torch.from_numpy(engine_logp).to(device)))
         tokens = sum(len(s.response_ids) for s in rows)
@@ -317,8 +305,7 @@ class Learner:
             return
         lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
         self.optimizer.param_groups[0].update(lr=lr, weight_decay=args.weight_decay)
-        bar = tqdm(micro, desc="update", leave=False, disable=None if dist.get_rank() == 0 else True)
-        for (m, advantages, engine_logp), old, ref in zip(bar, old_logp, ref_logp):
+        for (m, advantages, engine_logp), old, ref in zip(micro, old_logp, ref_logp):
             logp, entropy = self.policy(m, args.temperature, entropy_grad=args.entropy_coef != 0)
             old = logp.detach() if old is None else old
             loss, sums = grpo_loss(
@@ -357,14 +344,13 @@ class Learner:
 
     def load(self):
         """Go on from the last checkpoint, or take another run's moments -> step, tokens, unwritten lines."""
-        checkpoint, args = self.task.checkpoint or self.args.optimizer_from, vars(self.args)
+        checkpoint = self.task.checkpoint or self.args.optimizer_from
         state = policy_lib.load_checkpoint(checkpoint, self.policy, self.optimizer) if checkpoint else {}
         if not self.task.checkpoint:
             return 0, 0, [{"step": 0}] if self.args.eval_every else []
         self.saved, self.skipped = state["step"], state["skipped"]
-        changed = [f"{k} {v} -> {args[k]}" for k, v in state["config"].items()
-                   if args.get(k, v) != v and k not in ("resume", "steps", "out", "engine", "report_to")]
-        say(f"resuming from {checkpoint}" + (" with other options: " + ", ".join(changed) if changed else ""))
+        changed = evaluate.differences(state["config"], vars(self.args), ("resume", "steps", "out"))
+        say(f"resuming from {checkpoint}" + (f" with other options: {changed}" if changed else ""))
         return self.saved, state["generated"], state.get("unwritten", [])
 
 
@@ -382,23 +368,15 @@ TOKEN_MEANS = ("pg_loss", "entropy", "kl_ref", "approx_kl", "clip_fraction", "ra
                "mismatch_kl", "mismatch_mult", "mismatch_far")
 
 
-def rollout_metrics(samples, rewards):
-    """What the samples of a step say by themselves. rewards [P, G]; lengths in tokens, None of no sample."""
+def step_metrics(learner, samples, rewards, stats, began, seconds):
+    """What samples (rewards [P, G], lengths in tokens), updates (token sums of this rank -> means over all)
+    and machine say: memory of the fullest rank, mean seconds of the phases. None: the mean of nothing."""
     length = torch.tensor([len(s.response_ids) for s in samples]).view_as(rewards)
     cut = torch.tensor([s.finish_reason == "length" for s in samples]).view_as(rewards)
     right, verdicts = rewards >= evaluate.RIGHT, Counter(s.verdict.split(":")[0] for s in samples)
-    means = {"reward": rewards, "solve_none": (~right).all(1), "solve_all": right.all(1), "truncated": cut,
-             "length_mean": length, "length_right": length[right], "length_wrong": length[~right],
-             "length_truncated": length[cut]}
-    return {**{name: x.float().mean().item() if len(x) else None for name, x in means.items()},
-            "length_max": length.max().item(), "length_min": length.min().item(),
-            "tokens": length.sum().item(), "tokens_prompt": sum(len(s.prompt_ids) for s in samples),
-            **{f"reward_{reason}": verdicts[reason] for reason in REASONS}}
-
-
-def learner_metrics(learner, stats, began, seconds):
-    """Token sums of this rank's micro-batches -> means over all tokens and ranks, None if not finite. Memory
-    is that of the fullest rank, of its card or else its process; seconds of phases are means over ranks."""
+    shares = {"reward": rewards, "solve_none": (~right).all(1), "solve_all": right.all(1), "truncated": cut,
+              "length_mean": length, "length_right": length[right], "length_wrong": length[~right],
+              "length_truncated": length[cut]}
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**(30 if sys.platform == "darwin" else 20)
     if learner.device.type == "cuda":
         used = (torch.cuda.max_memory_allocated() - learner.pooled) / 2**30
@@ -408,11 +386,15 @@ def learner_metrics(learner, stats, began, seconds):
     tokens, updates = sums["tokens"] or math.nan, stats["updates"] or math.nan
     means = {name: sums.get(name, math.nan) / tokens for name in TOKEN_MEANS}
     means |= {"loss": sums["loss"] / updates, "grad_norm": stats["grad_norm"] / updates}
-    means = {name: x if math.isfinite(x) else None for name, x in means.items()}
-    means |= {f"seconds_{k}": sum(phases[k] for _, _, phases in ranks) / len(ranks) for k in seconds}
-    return {**means, "updates": stats["updates"], "updates_empty": stats["updates_empty"],
-            "updates_skipped": learner.skipped, "lr": learner.optimizer.param_groups[0]["lr"],
-            "tokens_trained": int(sums["tokens"]), "memory_gib": max(used for _, used, _ in ranks),
+    return {**{name: x.float().mean().item() if len(x) else None for name, x in shares.items()},
+            **{name: x if math.isfinite(x) else None for name, x in means.items()},
+            **{f"seconds_{k}": sum(phases[k] for _, _, phases in ranks) / len(ranks) for k in seconds},
+            **{f"reward_{reason}": verdicts[reason] for reason in REASONS},
+            "length_max": length.max().item(), "length_min": length.min().item(),
+            "tokens": length.sum().item(), "tokens_prompt": sum(len(s.prompt_ids) for s in samples),
+            "tokens_trained": int(sums["tokens"]), "lr": learner.optimizer.param_groups[0]["lr"],
+            "updates": stats["updates"], "updates_empty": stats["updates_empty"],
+            "updates_skipped": learner.skipped, "memory_gib": max(used for _, used, _ in ranks),
             "seconds": time.time() - began}
 
 
@@ -436,15 +418,13 @@ class Log:
     """metrics.jsonl (every number), rollouts/ (every sample), the console (one line a step), a tracker."""
 
     def __init__(self, args, step, waiting):
-        """Make metrics.jsonl agree with the checkpoint: lines of later steps go, as those are done again.
-        `waiting`: lines that the file did not have when the checkpoint was written."""
+        """Lines of later steps go: those are done again. waiting: what the file lacked at the checkpoint."""
         self.args, self.first, self.path = args, dist.get_rank() == 0, f"{args.out}/metrics.jsonl"
         self.written, self.said, self.unpaid, self.unreadable = 0, {}, 0, []
         rows, self.track = together("report", lambda: self.open(step) if self.first else (None, None))
-        self.rows = common.gather(rows)[0]
-        there = [row["step"] for row in self.rows]
-        self.rows += [row for row in waiting if row["step"] not in there]
-        self.unfinished = len(self.rows) > len(there)  # the last line may still want its validation
+        rows = common.gather(rows)[0]
+        late = [row for row in waiting if row["step"] not in [other["step"] for other in rows]]
+        self.rows, self.unfinished = rows + late, bool(late)  # the last may still want its validation
         self.flush()
 
     def open(self, step):
@@ -455,9 +435,8 @@ class Log:
         if os.path.exists(stop):
             os.remove(stop)
             say(f"{stop} was there from before and has been removed")
-        rows = []
-        if step and os.path.exists(self.path):  # from step 0 everything is done again
-            rows = common.read_lines(self.path, lambda text: say(f"warning: {text}; the others are kept"))
+        there = step and os.path.exists(self.path)  # from step 0 everything is done again
+        rows = common.read_lines(self.path, lambda text: say(f"warning: {text}")) if there else []
         return [row for row in rows if row.get("step", step + 1) <= step], open_tracker(self.args)
 
     def flush(self):
@@ -475,7 +454,7 @@ class Log:
         step, rows, self.unfinished = line["step"], [], True
         self.rows.append(line)
         # not their verdicts: a response without a box is graded before its gold is read
-        self.unreadable = [] if self.args.reward else [p for p, _ in data.unreadable_golds(problems)]
+        self.unreadable = [] if self.args.reward else [p.answer for p, _ in data.unreadable_golds(problems)]
         for i, (s, advantage) in enumerate(zip(samples, advantages.flatten().tolist())):
             p, j = problems[i // self.args.group], i % self.args.group
             rows.append({"step": step, "id": p.id, "sample": j, "problem": p.problem, "answer": p.answer,
@@ -511,15 +490,14 @@ class Log:
         golds, cut, kl, mult = self.unreadable, m["truncated"], m["mismatch_kl"], m["mismatch_mult"]
         most_kl, most_mult = MISMATCH[self.args.dtype]
         self.unpaid = 0 if m["reward"] else self.unpaid + 1
-        shown = ", ".join(f"{p.answer!r} of problem {p.id}" for p in golds[:2])
-        yield "gold", len(golds), f"the grader cannot read {len(golds)} answers, never rewarded: {shown}"
+        yield "gold", len(golds), f"the grader cannot read {len(golds)} of the right answers: {golds[:2]}"
         yield "reward", 0 if golds else self.unpaid, (
             f"no reward in {self.unpaid} step(s): {m['reward_no_close']} samples had no </think> (--style "
             f"plain?), {m['reward_no_box']} no \\boxed{{}}, {cut:.0%} were cut off (--max_len?)")
         yield "mismatch", kl if kl > most_kl or mult > most_mult else 0, (
             f"engine and trainer disagree: KL {kl:.1e} (bound {most_kl:g}), ratio error {mult:.3f} (bound "
             f"{most_mult}). If it grows, the engine's weights are stale; if not, take --tis_cap 2 or fp32")
-        yield "length", cut if cut > 0.5 else 0, f"{cut:.0%} were cut off at --max_len {self.args.max_len}"
+        yield "length", cut * (cut > .5), f"{cut:.0%} were cut off at --max_len {self.args.max_len}: raise it"
 
 
 # ----- Options ----------------------------------------------------------------------------------------------
@@ -561,23 +539,18 @@ OPTIONS = {
         ("eval_top_p", float, 1.0, 1e-6, "nucleus of validation samples; evaluate.py's default is 0.95"),
         ("eval_max_len", int, 0, 0, "tokens of a validation response; 0: --max_len"),
         ("eval_seed", int, 0, None, "of validation samples; 0 as in evaluate.py, whatever the stage")],
-    "files": [
+    "files and machine": [*evaluate.MACHINE_OPTIONS,
         ("out", str, "runs/stage1", None, "run folder: config.json, metrics.jsonl, rollouts/, checkpoints/"),
         ("resume", bool, False, None, "go on from the newest checkpoint in --out, or start if there is none"),
         ("save_every", int, 20, 1, "steps between checkpoints; one is written at the end as well"),
         ("keep", int, 2, 0, "checkpoints kept; 0: hf/ of all, the optimizer state of the newest two"),
         ("report_to", ["none", "tensorboard", "wandb", "trackio"], "none", None, "mirror the metrics"),
-        ("seed", int, 0, None, "of data order and samples")],
-    "machine": [
-        *evaluate.MACHINE_OPTIONS,
+        ("seed", int, 0, None, "of data order and samples"),
         ("token_budget", int, 0, 0, "packed tokens of a micro-batch; 0: 32,768 on a GPU, 2,048 on a CPU"),
         ("recompute", int, -1, -1, "activation checkpointing, 0 or 1; -1: on a GPU yes, else no"),
-        ("gpu_memory", float, 0.6, 0.01, "vLLM's share of each GPU")],
-}
+        ("gpu_memory", float, 0.6, 0.01, "vLLM's share of each GPU")]}
 GONE = {**dict.fromkeys(("--difficulty", "--min_rate", "--max_rate", "--max_chars"), "use data.py select"),
-        "--ref_model": "it is always --model", "--enforce_eager": "it was for debugging",
-        "--show_every": "python figures.py RUN shows samples", "--logit_chunk": "tiles take at most 0.6 GB",
-        "--max_skips": f"{MAX_SKIPS} bad updates in a row end a run", "--sleep": "vLLM always sleeps"}
+        "--ref_model": "it is always --model", "--show_every": "python figures.py RUN shows samples"}
 TOO_LARGE = ": lower --token_budget, --gpu_memory or --max_len, or use more ranks"
 DAMAGED = ". Resuming repeats it from the last good checkpoint: lower --lr or --grad_clip, or take float32"
 
