@@ -36,13 +36,12 @@ import common
 import data
 import evaluate
 import policy as policy_lib
-from common import RankError, say, together
+from common import RankError, say, together, tqdm
 from rollout import Sampling, compute_dtype, make_engine, rollout
 
-# what JustRL, Archer, POLARIS and Skywork-OR1 found better since DeepScaleR
 LATER = {"temperature": 1.0, "clip_high": 0.28, "kl_coef": 0.0, "entropy_coef": 0.0, "tis_cap": 2.0}
 RECIPES = {"deepscaler": {},  # its first stage: its scripts and the defaults they left on
-           "improved": {**LATER, "drop_zero_variance": 1},
+           "improved": {**LATER, "drop_zero_variance": 1},  # with JustRL, Archer, POLARIS, Skywork-OR1
            "justrl": {**LATER, "prompts": 256, "updates": 4, "max_len": 15360, "steps": 4380,  # 2512.16649
                       "warmup_steps": 10, "weight_decay": 0.1}}
 LOSSES = {"clip": {}, "cispo": {"clip_low": 1.0, "clip_high": 4.0}}  # cispo: no lower bound, weights up to 5
@@ -171,7 +170,7 @@ def train(args, device):
         seconds[phase] = time.time() - began - sum(seconds.values())
 
     while True:
-        if log.unfinished:  # the last step, or one that a signal or a kill cut short: validation may be due
+        if log.unfinished:  # the last line, even if a signal or a kill cut it short, may want a validation
             if args.eval_every and (step % args.eval_every == 0 or step == args.steps):
                 samples, seconds = generate(task.eval_problems, task.eval_prompts, validation, "eval")
                 engine.sleep(keep_weights=True)
@@ -218,12 +217,13 @@ def train(args, device):
     engine.close()
     saved = f"{args.out}/checkpoints/{learner.saved:06d}"
     say(f"stopped after step {step}; --resume goes on from {saved}" if step < args.steps else
-        f"python evaluate.py --model {saved}/hf\npython figures.py {args.out}\nor --resume with more --steps")
+        f"done. Next: python evaluate.py --model {saved}/hf\n            python figures.py {args.out}\n"
+        f"      or go on: --resume with a larger --steps")
     return signals[0] if signals else 0
 
 
 class Task:
-    """Data and sizes of a run. What can be refused before a weight is loaded is refused here."""
+    """The data and sizes of a run, checked before a weight is loaded."""
 
     def __init__(self, args, model, names):  # names of the checkpoints that are there
         self.checkpoint = f"{args.out}/checkpoints/{names[-1]}" if names and args.resume else None
@@ -305,7 +305,8 @@ class Learner:
             return
         lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
         self.optimizer.param_groups[0].update(lr=lr, weight_decay=args.weight_decay)
-        for (m, advantages, engine_logp), old, ref in zip(micro, old_logp, ref_logp):
+        bar = tqdm(micro, desc="update", leave=False, disable=None if dist.get_rank() == 0 else True)
+        for (m, advantages, engine_logp), old, ref in zip(bar, old_logp, ref_logp):
             logp, entropy = self.policy(m, args.temperature, entropy_grad=args.entropy_coef != 0)
             old = logp.detach() if old is None else old
             loss, sums = grpo_loss(
@@ -539,7 +540,7 @@ OPTIONS = {
         ("eval_top_p", float, 1.0, 1e-6, "nucleus of validation samples; evaluate.py's default is 0.95"),
         ("eval_max_len", int, 0, 0, "tokens of a validation response; 0: --max_len"),
         ("eval_seed", int, 0, None, "of validation samples; 0 as in evaluate.py, whatever the stage")],
-    "files and machine": [*evaluate.MACHINE_OPTIONS,
+    "files and machine": [
         ("out", str, "runs/stage1", None, "run folder: config.json, metrics.jsonl, rollouts/, checkpoints/"),
         ("resume", bool, False, None, "go on from the newest checkpoint in --out, or start if there is none"),
         ("save_every", int, 20, 1, "steps between checkpoints; one is written at the end as well"),
@@ -548,7 +549,7 @@ OPTIONS = {
         ("seed", int, 0, None, "of data order and samples"),
         ("token_budget", int, 0, 0, "packed tokens of a micro-batch; 0: 32,768 on a GPU, 2,048 on a CPU"),
         ("recompute", int, -1, -1, "activation checkpointing, 0 or 1; -1: on a GPU yes, else no"),
-        ("gpu_memory", float, 0.6, 0.01, "vLLM's share of each GPU")]}
+        ("gpu_memory", float, 0.6, 0.01, "vLLM's share of each GPU"), *evaluate.MACHINE_OPTIONS]}
 GONE = {**dict.fromkeys(("--difficulty", "--min_rate", "--max_rate", "--max_chars"), "use data.py select"),
         "--ref_model": "it is always --model", "--show_every": "python figures.py RUN shows samples"}
 TOO_LARGE = ": lower --token_budget, --gpu_memory or --max_len, or use more ranks"
@@ -557,9 +558,8 @@ DAMAGED = ". Resuming repeats it from the last good checkpoint: lower --lr or --
 
 def parse_args(argv=None):
     """Defaults, then those of --recipe and --loss, then what is given by hand."""
+    early, _ = common.Parser(OPTIONS, add_help=False).parse_known_args(argv)
     p = common.Parser(OPTIONS, GONE, description=__doc__.split("\n")[0])
-    argv = sys.argv[1:] if argv is None else argv
-    early, _ = p.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     p.set_defaults(**RECIPES[early.recipe] | LOSSES[early.loss])
     args = p.parse(argv)
     if args.prompts % args.updates:
