@@ -41,7 +41,7 @@ from rollout import Sampling, compute_dtype, make_engine, rollout
 
 LATER = {"temperature": 1.0, "clip_high": 0.28, "kl_coef": 0.0, "entropy_coef": 0.0, "tis_cap": 2.0}
 RECIPES = {"deepscaler": {},  # its first stage: its scripts and the defaults they left on
-           "improved": {**LATER, "drop_zero_variance": 1},  # with JustRL, Archer, POLARIS, Skywork-OR1
+           "improved": {**LATER, "drop_zero_variance": 1},  # found by JustRL, Archer, POLARIS, Skywork-OR1
            "justrl": {**LATER, "prompts": 256, "updates": 4, "max_len": 15360, "steps": 4380,  # 2512.16649
                       "warmup_steps": 10, "weight_decay": 0.1}}
 LOSSES = {"clip": {}, "cispo": {"clip_low": 1.0, "clip_high": 4.0}}  # cispo: no lower bound, weights up to 5
