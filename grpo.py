@@ -25,29 +25,26 @@ import resource
 import shutil
 import sys
 import time
-import uuid
-from collections import Counter, namedtuple
+from collections import Counter
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
-from tqdm import tqdm
 
 import common
 import data
 import evaluate
 import policy as policy_lib
-from common import RankError, say, together
+from common import RankError, say, together, tqdm
 from rollout import Sampling, compute_dtype, make_engine, rollout
 
-# what JustRL, Archer, POLARIS and Skywork-OR1 found better since DeepScaleR
 LATER = {"temperature": 1.0, "clip_high": 0.28, "kl_coef": 0.0, "entropy_coef": 0.0, "tis_cap": 2.0}
 RECIPES = {"deepscaler": {},  # its first stage: its scripts and the defaults they left on
-           "improved": {**LATER, "drop_zero_variance": 1},
+           "improved": {**LATER, "drop_zero_variance": 1},  # found by JustRL, Archer, POLARIS, Skywork-OR1
            "justrl": {**LATER, "prompts": 256, "updates": 4, "max_len": 15360, "steps": 4380,  # 2512.16649
                       "warmup_steps": 10, "weight_decay": 0.1}}
-CISPO = {"clip_low": 1.0, "clip_high": 4.0}  # no lower bound (MiniMax-M1), weights up to 5 (TRL's advice)
+LOSSES = {"clip": {}, "cispo": {"clip_low": 1.0, "clip_high": 4.0}}  # cispo: no lower bound, weights up to 5
 MAX_SKIPS = 5  # updates in a row that are not finite and end a run
 
 
@@ -102,10 +99,8 @@ def grpo_loss(logp, old_logp, advantages, lengths=None, *, ref_logp=None, engine
     >>> round(loss.item(), 4), torch.autograd.grad(loss, logp)[0].mul(3).tolist()
     (-0.3333, [-1.0, -1.0, 1.0])
     """
-    if loss not in ("clip", "cispo") or agg not in ("token", "seq", "const"):
-        raise ValueError(f'loss must be "clip" or "cispo", agg "token", "seq" or "const": {loss!r}, {agg!r}')
-    if agg == "const" and total is None:
-        raise ValueError('agg="const" needs total: the number of sequences times max_len')
+    if loss not in LOSSES or agg not in ("token", "seq", "const") or agg == "const" and total is None:
+        raise ValueError(f"loss: clip, cispo; agg: token, seq or, with a total, const; not {loss!r}, {agg!r}")
     if lengths is not None and advantages.shape == lengths.shape:
         advantages = advantages.repeat_interleave(lengths, output_size=len(logp))
     old_logp = logp.detach() if old_logp is None else old_logp
@@ -129,19 +124,15 @@ def grpo_loss(logp, old_logp, advantages, lengths=None, *, ref_logp=None, engine
         stats["kl_ref"] = k3.sum()
     if entropy is not None:
         stats["entropy"] = entropy.sum()
-    if entropy_coef:
         per_token = per_token - entropy_coef * entropy
     if agg == "seq":
         per_token = per_token / lengths.clamp(min=1).repeat_interleave(lengths, output_size=len(logp))
-    if total is None:
-        total = len(lengths) if agg == "seq" else len(logp)
+    total = total or (len(lengths) if agg == "seq" else len(logp))
     return per_token.sum() / total, {name: x.detach() for name, x in stats.items()}
 
 
-@torch.no_grad()
 def mismatch(logp, engine_logp):
-    """Trainer against engine on the sampled tokens, as sums: |d|, k3 KL(engine || trainer), exp|d|, number
-    outside [1/2, 2]. NeMo-RL calls the second gen_kl_error and the third token_mult_prob_error."""
+    """Trainer against engine, token sums: |d|, k3 KL(engine || trainer), exp|d|, number outside [1/2, 2]."""
     d = (logp - engine_logp).double()  # in fp32 exp(d) - 1 - d of a small d is 0
     return {"mismatch_mean": d.abs().sum(), "mismatch_kl": (d.exp() - 1 - d).sum(),
             "mismatch_mult": d.abs().exp().sum(), "mismatch_far": (d.abs() > math.log(2)).sum()}
@@ -153,11 +144,10 @@ def train(args, device):
     """Build the parts, then the loop: one turn is one step of the paper -> the signal that ended it, or 0."""
     model = policy_lib.open_model(args.model)
     names = common.gather(policy_lib.checkpoints(f"{args.out}/checkpoints"))[0]  # a shared disk may lag
-    task = together("start", lambda: open_task(args, model, names))
+    task = together("start", lambda: Task(args, model, names))
     # the engine first: vLLM measures the memory that is free when it starts; it sleeps while the rest loads
     engine = make_engine(args.engine, model.folder, max_model_len=task.longest, dtype=args.dtype,
-                         device=device, max_seqs=args.max_seqs, gpu_memory=args.gpu_memory, seed=args.seed,
-                         enable_sleep=True)
+                         device=device, max_seqs=args.max_seqs, gpu_memory=args.gpu_memory, enable_sleep=True)
     engine.sleep()
     learner = Learner(args, task, model.folder, device)
     step, generated, unwritten = learner.load()
@@ -174,27 +164,26 @@ def train(args, device):
         engine.wake()
         return rollout(engine, task.tokenizer, *work, task.grade, stop=lambda: bool(signals))
 
-    def lap():
+    def lap(phase):
         if device.type == "cuda":
             torch.cuda.synchronize()  # else a phase would end when its kernels are launched
-        clock.append(time.time())
+        seconds[phase] = time.time() - began - sum(seconds.values())
 
     while True:
-        if log.line:  # of the last step, or of one that a signal or a kill cut short: validation may be due
+        if log.unfinished:  # the last line, even if a signal or a kill cut it short, may want a validation
             if args.eval_every and (step % args.eval_every == 0 or step == args.steps):
                 samples, seconds = generate(task.eval_problems, task.eval_prompts, validation, "eval")
                 engine.sleep(keep_weights=True)
                 if samples is None:  # a signal
                     break
                 scores = evaluate.curve_point(samples, task.eval_problems, args.eval_n)
-                log.line |= {**scores, "eval_seconds": sum(seconds.values())}
+                log.rows[-1] |= {**scores, "eval_seconds": sum(seconds.values())}
             log.write()
         if step >= args.steps or common.any_rank(signals or os.path.exists(f"{args.out}/stop")):
             break
-        clock = [time.time()]
+        began = time.time()
         batch = data.batch_indices(len(task.problems), step, args.prompts, args.seed)
         problems, prompts = [task.problems[i] for i in batch], [task.prompts[i] for i in batch]
-
         samples, seconds = generate(problems, prompts, training, step + 1)
         if samples is None:  # a signal: the unfinished rollout is dropped
             break
@@ -206,27 +195,25 @@ def train(args, device):
 
         rows = torch.arange(args.prompts).chunk(args.updates)
         minibatches = [learner.pack(samples, advantages, prompts) for prompts in rows]
-        lap()
+        lap("pack")
         # the first mini-batch needs no old log-probs: its policy is still the old one
         old = [learner.score(learner.policy if k else None, mini) for k, mini in enumerate(minibatches)]
         ref = [learner.score(learner.reference, mini) for mini in minibatches]
-        lap()
+        lap("logprobs")
         stats = Counter()
         for mini, old_logp, ref_logp in zip(minibatches, old, ref):
             learner.update(step, mini, old_logp, ref_logp, stats)
-        lap()
+        lap("update")
         engine.push(learner.policy.full_weights())
-        lap()
+        lap("sync")
 
         step, generated = step + 1, generated + sum(len(s.response_ids) for s in samples)
-        line = {"step": step, "tokens_total": generated, **rollout_metrics(samples, rewards),
-                **update_metrics(stats), **machine_metrics(device, learner.pooled, clock, seconds),
-                "updates_skipped": learner.skipped, "lr": learner.optimizer.param_groups[0]["lr"]}
-        log.add(line, samples, problems, advantages)
+        metrics = step_metrics(learner, samples, rewards, stats, began, seconds)
+        log.add({"step": step, "tokens_total": generated, **metrics}, samples, problems, advantages)
         if step % args.save_every == 0 or step == args.steps:
-            learner.save(step, generated, log.unwritten())
-    if step and learner.saved != step:
-        learner.save(step, generated, log.unwritten())
+            learner.save(step, generated, log.rows[log.written:])
+    if learner.saved != step:
+        learner.save(step, generated, log.rows[log.written:])
     engine.close()
     saved = f"{args.out}/checkpoints/{learner.saved:06d}"
     say(f"stopped after step {step}; --resume goes on from {saved}" if step < args.steps else
@@ -235,42 +222,35 @@ def train(args, device):
     return signals[0] if signals else 0
 
 
-Task = namedtuple("Task", "checkpoint tokenizer grade longest budget problems prompts eval_problems "
-                          "eval_prompts")
+class Task:
+    """The data and sizes of a run, checked before a weight is loaded."""
 
-
-def open_task(args, model, names):
-    """What can be refused before a weight is loaded -> Task. names: of the checkpoints that are there."""
-    checkpoint = f"{args.out}/checkpoints/{names[-1]}" if names and args.resume else None
-    if checkpoint:
-        policy_lib.check_checkpoint(checkpoint, model.shapes)
-    elif not args.resume and os.path.exists(f"{args.out}/metrics.jsonl"):
-        raise ValueError(f"{args.out} holds a run: --resume goes on, another --out starts afresh")
-    need = model.parameters * 16 * max(1, (args.keep or 2) + 1 - len(names))  # bytes; where only hf/ stays 4
-    need += 0 if args.keep else model.parameters * 4 * (args.steps // args.save_every)
-    free = shutil.disk_usage(args.out).free
-    if free < need:
-        raise ValueError(f"{args.out} has {free / 2**30:.1f} GiB free, checkpoints need {need / 2**30:.1f}: "
-                         f"take another --out, a smaller --keep or a larger --save_every")
-    response, most = max(args.max_len, args.eval_max_len), model.positions or 10**9
-    if response >= most:
-        raise ValueError(f"--max_len {response} leaves no room for a prompt in the model's {most} positions")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model.folder)
-    style, room, sets = evaluate.load_style(args.style), min(args.max_prompt_len, most - response), []
-    grade = evaluate.load_reward(args.reward, style)
-    for path in [args.data, args.eval_data] if args.eval_every else [args.data]:
-        *both, dropped = evaluate.load_prompts(path, args, model, tokenizer, style, room)
-        sets += both
-        if dropped:
-            total = dropped + len(both[0])
-            say(f"{path}: {dropped} of {total} prompts are longer than {room} tokens and were dropped")
-    sets = sets if args.eval_every else [*sets, [], []]
-    data.batch_indices(len(sets[0]), 0, args.prompts, args.seed)  # refuses a set that is too small
-    longest = response + max(map(len, sets[1] + sets[3]))
-    budget = args.token_budget or max(32768 if torch.cuda.is_available() else 2048, longest)
-    if budget < longest:
-        raise ValueError(f"--token_budget {budget} holds no full sequence of {longest} tokens: raise it")
-    return Task(checkpoint, tokenizer, grade, longest, budget, *sets)
+    def __init__(self, args, model, names):  # names of the checkpoints that are there
+        self.checkpoint = f"{args.out}/checkpoints/{names[-1]}" if names and args.resume else None
+        if not args.resume and os.path.exists(f"{args.out}/metrics.jsonl"):
+            raise ValueError(f"{args.out} holds a run: --resume goes on, another --out starts afresh")
+        whole = max(1, (args.keep or 2) + 1 - len(names))  # 16 bytes a parameter; 4 where only hf/ stays
+        need = model.parameters * (16 * whole + (0 if args.keep else 4 * (args.steps // args.save_every)))
+        if shutil.disk_usage(args.out).free < need:
+            raise ValueError(f"needs {need / 2**30:.1f} GiB free in {args.out}: see --keep, --save_every")
+        response, most = max(args.max_len, args.eval_max_len), model.positions or 10**9
+        if response >= most:
+            raise ValueError(f"--max_len {response} leaves no room for a prompt in {most} positions")
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(model.folder)
+        style, room, sets = evaluate.load_style(args.style), min(args.max_prompt_len, most - response), []
+        self.grade = evaluate.load_reward(args.reward, style)
+        for path in [args.data, args.eval_data] if args.eval_every else [args.data]:
+            *both, dropped = evaluate.load_prompts(path, args, model, self.tokenizer, style, room)
+            sets += both
+            if dropped:
+                total = dropped + len(both[0])
+                say(f"{path}: {dropped} of {total} prompts are longer than {room} tokens and were dropped")
+        self.problems, self.prompts, self.eval_problems, self.eval_prompts = [*sets, [], []][:4]
+        data.batch_indices(len(self.problems), 0, args.prompts, args.seed)  # refuses a set that is too small
+        self.longest = response + max(map(len, self.prompts + self.eval_prompts))  # tokens
+        self.budget = args.token_budget or max(32768 if torch.cuda.is_available() else 2048, self.longest)
+        if self.budget < self.longest:
+            raise ValueError(f"--token_budget {self.budget} holds no full sequence of {self.longest} tokens")
 
 
 class Learner:
@@ -282,15 +262,14 @@ class Learner:
         self.policy = self.build()
         self.reference = self.build(frozen=True) if args.kl_coef else None
         self.optimizer = torch.optim.AdamW(self.policy.parameters(), args.lr, fused=True)
-        self.saved = self.skipped = self.skipped_in_a_row = 0
+        self.saved = self.skipped = self.in_a_row = 0
 
     def build(self, frozen=False):
         """A Policy from --model, sharded wherever there is a GPU, a second rank or mixed precision."""
         recompute, dtype = self.args.recompute and not frozen, getattr(torch, self.args.dtype)
         policy = together("model", lambda: policy_lib.Policy(self.model, recompute))
         if frozen:
-            policy.requires_grad_(False)
-            for p in policy.parameters():  # not policy.to(dtype): that would round the rotary frequencies too
+            for p in policy.requires_grad_(False).parameters():  # .to(dtype) would round rotary frequencies
                 p.data = p.data.to(dtype)
         alone = self.device.type == "cpu" and dist.get_world_size() == 1 and dtype == torch.float32
         return policy if alone else policy.shard(dtype, self.device)
@@ -301,12 +280,11 @@ class Learner:
         args, device, group = self.args, self.device, self.args.group
         kept = [p for p in prompts.tolist() if not args.drop_zero_variance or advantages[p].any()]
         rows = [samples[p * group + j] for p in kept for j in range(group)]
-        flat, out = advantages[kept].flatten().tolist(), []
-        for m in policy_lib.pack([(s.prompt_ids, s.response_ids.tolist()) for s in rows], self.task.budget,
-                                 dist.get_rank(), dist.get_world_size(), device):
+        flat, out = advantages[kept].flatten(), []
+        sequences = [(s.prompt_ids, s.response_ids.tolist()) for s in rows]
+        for m in policy_lib.pack(sequences, self.task.budget, dist.get_rank(), dist.get_world_size(), device):
             engine_logp = np.concatenate([[], *(rows[i].logprobs for i in m.rows)], dtype=np.float32)
-            mine = torch.tensor([flat[i] for i in m.rows] or [0.0])  # a rank without rows has an empty one
-            out.append((m, mine.to(device), torch.from_numpy(engine_logp).to(device)))
+            out.append((m, flat[m.rows].to(device), torch.from_numpy(engine_logp).to(device)))
         tokens = sum(len(s.response_ids) for s in rows)
         return out, {"token": tokens, "seq": len(rows), "const": len(rows) * args.max_len}[args.loss_agg]
 
@@ -325,9 +303,8 @@ class Learner:
         if total == 0:
             stats["updates_empty"] += 1  # every group of it was all right or all wrong
             return
-        for group in self.optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
-            group["weight_decay"] = args.weight_decay
+        lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup_steps))
+        self.optimizer.param_groups[0].update(lr=lr, weight_decay=args.weight_decay)
         bar = tqdm(micro, desc="update", leave=False, disable=None if dist.get_rank() == 0 else True)
         for (m, advantages, engine_logp), old, ref in zip(bar, old_logp, ref_logp):
             logp, entropy = self.policy(m, args.temperature, entropy_grad=args.entropy_coef != 0)
@@ -339,27 +316,23 @@ class Learner:
             # FSDP averages gradients over ranks; the loss is divided by the global count already: undo that
             (loss * self.policy.grad_divisor).backward()
             sums |= {**mismatch(old, engine_logp), "loss": loss.detach()}
-            for name, value in sums.items():  # they stay on the device: reading one would wait for it
-                stats[name] = stats[name] + value.double()
+            stats.update({name: x.double() for name, x in sums.items()})  # added on the device: nobody waits
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), args.grad_clip or math.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if common.any_rank(not torch.isfinite(norm + stats["loss"].to(norm))):
-            self.skipped += 1
-            self.skipped_in_a_row += 1
-            say(f"ALARM update skipped: loss or gradient not finite, {self.skipped_in_a_row} in a row")
+            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+            say(f"ALARM update skipped: loss or gradient not finite, {self.in_a_row} in a row")
+            if self.in_a_row == MAX_SKIPS:
+                raise FloatingPointError(f"{MAX_SKIPS} updates in a row had no finite loss or gradient")
         else:
             self.optimizer.step()
-            self.skipped_in_a_row = 0
-            stats["updates"] += 1
-            stats["grad_norm"] += norm.item()
+            self.in_a_row = 0
+            stats.update(updates=1, grad_norm=norm.item())
         self.optimizer.zero_grad()
-        if self.skipped_in_a_row >= MAX_SKIPS:
-            raise FloatingPointError(f"{MAX_SKIPS} updates in a row had no finite loss or gradient")
 
     def save(self, step, generated, unwritten):
-        """A checkpoint. A full disk costs it, not the run. Damaged weights are a FloatingPointError.
-        `unwritten`: lines that metrics.jsonl does not hold yet."""
-        if self.skipped_in_a_row:
+        """A checkpoint. A full disk costs it, not the run. Damaged weights are a FloatingPointError."""
+        if self.in_a_row:
             return say(f"no checkpoint at step {step}: the last update was not finite")
         state = {"step": step, "generated": generated, "unwritten": unwritten, "skipped": self.skipped,
                  "config": vars(self.args)}
@@ -372,14 +345,13 @@ class Learner:
 
     def load(self):
         """Go on from the last checkpoint, or take another run's moments -> step, tokens, unwritten lines."""
-        checkpoint, args = self.task.checkpoint or self.args.optimizer_from, vars(self.args)
+        checkpoint = self.task.checkpoint or self.args.optimizer_from
         state = policy_lib.load_checkpoint(checkpoint, self.policy, self.optimizer) if checkpoint else {}
         if not self.task.checkpoint:
-            return 0, 0, []
+            return 0, 0, [{"step": 0}] if self.args.eval_every else []
         self.saved, self.skipped = state["step"], state["skipped"]
-        changed = [f"{k} {v} -> {args[k]}" for k, v in state["config"].items()
-                   if args.get(k, v) != v and k not in ("resume", "steps", "out", "engine", "report_to")]
-        say(f"resuming from {checkpoint}" + (" with other options: " + ", ".join(changed) if changed else ""))
+        changed = evaluate.differences(state["config"], vars(self.args), ("resume", "steps", "out"))
+        say(f"resuming from {checkpoint}" + (f" with other options: {changed}" if changed else ""))
         return self.saved, state["generated"], state.get("unwritten", [])
 
 
@@ -389,8 +361,7 @@ HEADER = (" step/total | reward  none   all |  length   cut | entropy mismatch g
           "seconds  tok/s | eval")
 COLUMNS = ("{reward:6.3f} {solve_none:5.2f} {solve_all:5.2f} | {length_mean:7.1f} {truncated:5.2f} | "
            "{entropy:7.3f} {mismatch_kl:8.1e} {grad_norm:8.2e} | {seconds:7.1f} {speed:6.0f}")
-# bounds of mean KL and ratio error; a KL of 1.2e-3 was measured in bf16 with an fp32 head, below 1e-9 in fp32
-MISMATCH = {"float32": (1e-5, 1.01), "bfloat16": (5e-3, 1.1)}
+MISMATCH = {"float32": (1e-5, 1.01), "bfloat16": (5e-3, 1.1)}  # bounds: KL, ratio error (docs/metrics.md)
 GROUPS = {"solve": "reward", "truncated": "length", "tokens": "length", "seconds": "time", "memory": "time",
           "reward": "reward", "length": "length", "mismatch": "mismatch", "eval": "eval"}  # all else: policy
 REASONS = ("no_close", "no_box", "unparsed_answer", "unparsed_gold", "timeout", "error")
@@ -398,43 +369,34 @@ TOKEN_MEANS = ("pg_loss", "entropy", "kl_ref", "approx_kl", "clip_fraction", "ra
                "mismatch_kl", "mismatch_mult", "mismatch_far")
 
 
-def rollout_metrics(samples, rewards):
-    """What the samples of a step say by themselves. rewards [P, G]; lengths in tokens, None of no sample."""
+def step_metrics(learner, samples, rewards, stats, began, seconds):
+    """What samples (rewards [P, G], lengths in tokens), updates (token sums of this rank -> means over all)
+    and machine say: memory of the fullest rank, mean seconds of the phases. None: the mean of nothing."""
     length = torch.tensor([len(s.response_ids) for s in samples]).view_as(rewards)
     cut = torch.tensor([s.finish_reason == "length" for s in samples]).view_as(rewards)
     right, verdicts = rewards >= evaluate.RIGHT, Counter(s.verdict.split(":")[0] for s in samples)
-    means = {"reward": rewards, "solve_none": (~right).all(1), "solve_all": right.all(1), "truncated": cut,
-             "length_mean": length, "length_right": length[right], "length_wrong": length[~right],
-             "length_truncated": length[cut]}
-    return {**{name: x.float().mean().item() if len(x) else None for name, x in means.items()},
+    shares = {"reward": rewards, "solve_none": (~right).all(1), "solve_all": right.all(1), "truncated": cut,
+              "length_mean": length, "length_right": length[right], "length_wrong": length[~right],
+              "length_truncated": length[cut]}
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**(30 if sys.platform == "darwin" else 20)
+    if learner.device.type == "cuda":
+        used = (torch.cuda.max_memory_allocated() - learner.pooled) / 2**30
+        torch.cuda.reset_peak_memory_stats()
+    ranks = common.gather(({name: float(x) for name, x in stats.items()}, used, seconds))
+    sums = Counter({name: sum(part[name] for part, _, _ in ranks) for name in stats})
+    tokens, updates = sums["tokens"] or math.nan, stats["updates"] or math.nan
+    means = {name: sums.get(name, math.nan) / tokens for name in TOKEN_MEANS}
+    means |= {"loss": sums["loss"] / updates, "grad_norm": stats["grad_norm"] / updates}
+    return {**{name: x.float().mean().item() if len(x) else None for name, x in shares.items()},
+            **{name: x if math.isfinite(x) else None for name, x in means.items()},
+            **{f"seconds_{k}": sum(phases[k] for _, _, phases in ranks) / len(ranks) for k in seconds},
+            **{f"reward_{reason}": verdicts[reason] for reason in REASONS},
             "length_max": length.max().item(), "length_min": length.min().item(),
             "tokens": length.sum().item(), "tokens_prompt": sum(len(s.prompt_ids) for s in samples),
-            **{f"reward_{reason}": verdicts[reason] for reason in REASONS}}
-
-
-def update_metrics(stats):
-    """Token sums of this rank's micro-batches -> means over all tokens and ranks; None if not finite."""
-    sums, updates, nan = Counter(), stats["updates"], math.nan
-    for part in common.gather({name: float(x) for name, x in stats.items()}):
-        sums.update(part)
-    means = {name: sums.get(name, nan) / (sums["tokens"] or nan) for name in TOKEN_MEANS}
-    means |= {"loss": sums["loss"] / (updates or nan), "grad_norm": stats["grad_norm"] / (updates or nan)}
-    means = {name: x if math.isfinite(x) else None for name, x in means.items()}
-    return {**means, "updates": updates, "updates_empty": stats["updates_empty"],
-            "tokens_trained": int(sums["tokens"])}
-
-
-def machine_metrics(device, pooled, clock, seconds):
-    """Memory: the largest of all ranks, of the card or else of the process. Seconds: means over ranks; clock
-    has the begin of the step and the end of each phase, `seconds` has the parts of the first phase."""
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**(30 if sys.platform == "darwin" else 20)
-    if device.type == "cuda":
-        used = (torch.cuda.max_memory_allocated() - pooled) / 2**30
-        torch.cuda.reset_peak_memory_stats()
-    phases = {**seconds, **dict(zip(("logprobs", "update", "sync"), np.diff(clock[1:])))}
-    ranks = common.gather((used, phases))
-    means = {f"seconds_{k}": sum(phases[k] for _, phases in ranks) / len(ranks) for k in phases}
-    return {"memory_gib": max(used for used, _ in ranks), "seconds": time.time() - clock[0], **means}
+            "tokens_trained": int(sums["tokens"]), "lr": learner.optimizer.param_groups[0]["lr"],
+            "updates": stats["updates"], "updates_empty": stats["updates_empty"],
+            "updates_skipped": learner.skipped, "memory_gib": max(used for _, used, _ in ranks),
+            "seconds": time.time() - began}
 
 
 def open_tracker(args):
@@ -447,7 +409,7 @@ def open_tracker(args):
         return lambda numbers, step: [writer.add_scalar(k, v, step) for k, v in numbers.items()]
     if args.report_to != "none":
         tracker = importlib.import_module(args.report_to)
-        same = {"id": uuid.uuid5(uuid.NAMESPACE_URL, path).hex, "resume": "allow"}  # one curve after --resume
+        same = {"id": path.replace("/", "-")[-128:], "resume": "allow"}  # one curve after --resume
         tracker.init(project=os.environ.get("WANDB_PROJECT", "nanoscaler"), name=os.path.basename(path),
                      config=vars(args), **(same if args.report_to == "wandb" else {}))
         return tracker.log
@@ -457,17 +419,13 @@ class Log:
     """metrics.jsonl (every number), rollouts/ (every sample), the console (one line a step), a tracker."""
 
     def __init__(self, args, step, waiting):
-        """Make metrics.jsonl agree with the checkpoint: lines of later steps go, as those are done again.
-        `waiting`: lines that the file did not have when the checkpoint was written."""
+        """Lines of later steps go: those are done again. waiting: what the file lacked at the checkpoint."""
         self.args, self.first, self.path = args, dist.get_rank() == 0, f"{args.out}/metrics.jsonl"
         self.written, self.said, self.unpaid, self.unreadable = 0, {}, 0, []
         rows, self.track = together("report", lambda: self.open(step) if self.first else (None, None))
-        self.rows = common.gather(rows)[0]
-        there = [row["step"] for row in self.rows]
-        waiting = waiting if step else [{"step": 0}] if args.eval_every else []
-        self.rows += [row for row in waiting if row["step"] not in there]
-        # the line of this very step may still want its validation: `write` finishes it
-        self.line = self.rows.pop() if self.rows[len(there):] and self.rows[-1]["step"] == step else None
+        rows = common.gather(rows)[0]
+        late = [row for row in waiting if row["step"] not in [other["step"] for other in rows]]
+        self.rows, self.unfinished = rows + late, bool(late)  # the last may still want its validation
         self.flush()
 
     def open(self, step):
@@ -478,29 +436,26 @@ class Log:
         if os.path.exists(stop):
             os.remove(stop)
             say(f"{stop} was there from before and has been removed")
-        rows = []
-        if step and os.path.exists(self.path):  # from step 0 everything is done again
-            rows = common.read_lines(self.path, lambda text: say(f"warning: {text}; the others are kept"))
+        there = step and os.path.exists(self.path)  # from step 0 everything is done again
+        rows = common.read_lines(self.path, lambda text: say(f"warning: {text}")) if there else []
         return [row for row in rows if row.get("step", step + 1) <= step], open_tracker(self.args)
 
-    def unwritten(self):
-        """Lines that metrics.jsonl does not have yet, to be stored with the checkpoint."""
-        return self.rows[self.written:] + ([self.line] if self.line else [])
-
     def flush(self):
-        """metrics.jsonl, written whole. A full disk keeps lines back until there is room."""
-        text = common.json_lines(self.rows)
+        """All finished lines to metrics.jsonl. A full disk keeps lines back until there is room."""
+        rows = self.rows[:-1] if self.unfinished else self.rows
         try:
-            together(self.path, lambda: self.first and common.write_atomic(self.path, text))
-            self.written = len(self.rows)
-        except RankError as e:
-            say(f"ALARM {e}: {len(self.rows) - self.written} line(s) are kept and written later")
+            if self.first:
+                common.write_atomic(self.path, common.json_lines(rows))
+            self.written = len(rows)
+        except OSError as e:
+            say(f"ALARM {e}: {len(rows) - self.written} line(s) are kept and written later")
 
     def add(self, line, samples, problems, advantages):
         """The numbers of a step, finished by `write`, and its samples, in rollouts/000STEP.jsonl.gz."""
-        self.line, step, rows = line, line["step"], []
+        step, rows, self.unfinished = line["step"], [], True
+        self.rows.append(line)
         # not their verdicts: a response without a box is graded before its gold is read
-        self.unreadable = [] if self.args.reward else [p for p, _ in data.unreadable_golds(problems)]
+        self.unreadable = [] if self.args.reward else [p.answer for p, _ in data.unreadable_golds(problems)]
         for i, (s, advantage) in enumerate(zip(samples, advantages.flatten().tolist())):
             p, j = problems[i // self.args.group], i % self.args.group
             rows.append({"step": step, "id": p.id, "sample": j, "problem": p.problem, "answer": p.answer,
@@ -516,8 +471,7 @@ class Log:
 
     def write(self):
         """The finished line to metrics.jsonl, tracker and console, and the alarms it gives cause for."""
-        line, self.line = self.line, None
-        self.rows.append(line)
+        line, self.unfinished = self.rows[-1], False
         self.flush()
         if self.track:
             self.track({f"{GROUPS.get(k.split('_')[0], 'policy')}/{k}": v for k, v in line.items()
@@ -533,20 +487,18 @@ class Log:
                 say(f"ALARM {words}")
 
     def alarms(self, m):
-        """Signs of a run that looks healthy and is not: [(name, how bad it is or 0, words and cure)]."""
-        n, golds, cut = self.args.prompts * self.args.group, len(self.unreadable), m["truncated"]
-        kl, mult, (most_kl, most_mult) = m["mismatch_kl"], m["mismatch_mult"], MISMATCH[self.args.dtype]
+        """Signs of a run that looks healthy and is not: (name, how bad it is or 0, words and cure)."""
+        golds, cut, kl, mult = self.unreadable, m["truncated"], m["mismatch_kl"], m["mismatch_mult"]
+        most_kl, most_mult = MISMATCH[self.args.dtype]
         self.unpaid = 0 if m["reward"] else self.unpaid + 1
-        example = ", ".join(f"{p.answer!r} of problem {p.id}" for p in self.unreadable[:2])
-        gold = f"the grader cannot read the answers of {golds} problems: no reward is possible for {example}"
-        none = (f"no reward in {self.unpaid} step(s): of {n} samples {m['reward_no_close']} had no </think> "
-                f"(--style plain?), {m['reward_no_box']} no \\boxed{{}}, {cut:.0%} were cut off (--max_len?)")
-        gap = (f"engine and trainer disagree: KL {kl:.1e} (bound {most_kl:g}), ratio error {mult:.3f} (bound "
-               f"{most_mult}). If it grows, the engine's weights are stale; if not, take --tis_cap 2 or fp32")
-        long = f"{cut:.0%} of the samples were cut off at --max_len {self.args.max_len}: raise it"
-        return [("gold", golds, gold), ("reward", 0 if golds else self.unpaid, none),
-                ("mismatch", kl if kl > most_kl or mult > most_mult else 0, gap),
-                ("length", cut if cut > 0.5 else 0, long)]
+        yield "gold", len(golds), f"the grader cannot read {len(golds)} of the right answers: {golds[:2]}"
+        yield "reward", 0 if golds else self.unpaid, (
+            f"no reward in {self.unpaid} step(s): {m['reward_no_close']} samples had no </think> (--style "
+            f"plain?), {m['reward_no_box']} no \\boxed{{}}, {cut:.0%} were cut off (--max_len?)")
+        yield "mismatch", kl if kl > most_kl or mult > most_mult else 0, (
+            f"engine and trainer disagree: KL {kl:.1e} (bound {most_kl:g}), ratio error {mult:.3f} (bound "
+            f"{most_mult}). If it grows, the engine's weights are stale; if not, take --tis_cap 2 or fp32")
+        yield "length", cut * (cut > .5), f"{cut:.0%} were cut off at --max_len {self.args.max_len}: raise it"
 
 
 # ----- Options ----------------------------------------------------------------------------------------------
@@ -566,7 +518,7 @@ OPTIONS = {
         ("updates", int, 2, 1, "optimizer updates for each rollout batch"),
         ("temperature", float, 0.6, 1e-6, "of sampling and of the training logits"),
         ("advantage", ["std", "mean"], "std", None, "divide by the group's std, or not (Dr. GRPO)"),
-        ("loss", ["clip", "cispo"], "clip", None, "see grpo_loss; cispo has clip defaults of its own"),
+        ("loss", list(LOSSES), "clip", None, "see grpo_loss; cispo has clip defaults of its own"),
         ("clip_low", float, 0.2, 0, "the ratio may fall to 1 - this"),
         ("clip_high", float, 0.2, 0, "the ratio may rise to 1 + this"),
         ("kl_coef", float, 0.001, 0, "weight of the KL to the start weights; 0: no reference is loaded"),
@@ -588,35 +540,27 @@ OPTIONS = {
         ("eval_top_p", float, 1.0, 1e-6, "nucleus of validation samples; evaluate.py's default is 0.95"),
         ("eval_max_len", int, 0, 0, "tokens of a validation response; 0: --max_len"),
         ("eval_seed", int, 0, None, "of validation samples; 0 as in evaluate.py, whatever the stage")],
-    "files": [
+    "files and machine": [
         ("out", str, "runs/stage1", None, "run folder: config.json, metrics.jsonl, rollouts/, checkpoints/"),
         ("resume", bool, False, None, "go on from the newest checkpoint in --out, or start if there is none"),
         ("save_every", int, 20, 1, "steps between checkpoints; one is written at the end as well"),
         ("keep", int, 2, 0, "checkpoints kept; 0: hf/ of all, the optimizer state of the newest two"),
         ("report_to", ["none", "tensorboard", "wandb", "trackio"], "none", None, "mirror the metrics"),
-        ("seed", int, 0, None, "of data order and samples")],
-    "machine": [
-        ("engine", ["auto", "vllm", "torch"], "auto", None, "who generates; auto: vLLM if installed"),
-        ("dtype", ["auto", "bfloat16", "float32"], "auto", None, "auto: bfloat16 if the card has it"),
+        ("seed", int, 0, None, "of data order and samples"),
         ("token_budget", int, 0, 0, "packed tokens of a micro-batch; 0: 32,768 on a GPU, 2,048 on a CPU"),
         ("recompute", int, -1, -1, "activation checkpointing, 0 or 1; -1: on a GPU yes, else no"),
-        ("gpu_memory", float, 0.6, 0.01, "vLLM's share of each GPU"),
-        ("max_seqs", int, 0, 0, "rows generated at once on each rank; 0: vLLM 256 (CPU 128), torch 64")],
-}
-GONE = {**dict.fromkeys(("--difficulty", "--min_rate", "--max_rate", "--max_chars"),
-                        "python data.py select leaves problems out"),
-        "--ref_model": "the reference of the KL term is --model", "--enforce_eager": "it was for debugging",
-        "--show_every": "python figures.py RUN shows samples", "--logit_chunk": "tiles take at most 0.6 GB",
-        "--max_skips": f"{MAX_SKIPS} bad updates in a row end a run", "--sleep": "vLLM always sleeps"}
+        ("gpu_memory", float, 0.6, 0.01, "vLLM's share of each GPU"), *evaluate.MACHINE_OPTIONS]}
+GONE = {**dict.fromkeys(("--difficulty", "--min_rate", "--max_rate", "--max_chars"), "use data.py select"),
+        "--ref_model": "it is always --model", "--show_every": "python figures.py RUN shows samples"}
+TOO_LARGE = ": lower --token_budget, --gpu_memory or --max_len, or use more ranks"
+DAMAGED = ". Resuming repeats it from the last good checkpoint: lower --lr or --grad_clip, or take float32"
 
 
 def parse_args(argv=None):
     """Defaults, then those of --recipe and --loss, then what is given by hand."""
+    early, _ = common.Parser(OPTIONS, add_help=False).parse_known_args(argv)
     p = common.Parser(OPTIONS, GONE, description=__doc__.split("\n")[0])
-    argv = sys.argv[1:] if argv is None else argv
-    early, _ = p.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    p.set_defaults(**RECIPES[early.recipe])
-    p.set_defaults(**CISPO if early.loss == "cispo" else {})
+    p.set_defaults(**RECIPES[early.recipe] | LOSSES[early.loss])
     args = p.parse(argv)
     if args.prompts % args.updates:
         p.error(f"--prompts {args.prompts} cannot be cut into {args.updates} equal mini-batches (--updates)")
@@ -625,8 +569,7 @@ def parse_args(argv=None):
     if args.report_to != "none" and not importlib.util.find_spec(args.report_to):
         p.error(f"--report_to {args.report_to}: pip install {args.report_to}")
     if args.eval_data == "auto":
-        usual = args.data == p.get_default("data")
-        args.eval_data = str(evaluate.ASSETS / "aime24.jsonl") if usual else "none"
+        args.eval_data = evaluate.BENCHMARKS["aime24"] if args.data == p.get_default("data") else "none"
     args.eval_every *= args.eval_data != "none"
     args.recompute = int(torch.cuda.is_available()) if args.recompute < 0 else args.recompute
     return args
@@ -642,17 +585,12 @@ def main(argv=None):
         with common.lock(f"{args.out}/lock"):
             ended_by = train(args, device)
     except Exception as e:
-        advice, told = "", isinstance(e, (RankError, FloatingPointError))  # told: to all ranks alike
-        if common.is_out_of_memory(e):
-            advice = ("" if told else f" (rank {rank})") + (
-                ": lower --token_budget, --gpu_memory or --max_len, or use more ranks")
-        elif isinstance(e, FloatingPointError):
-            advice = (". The last good checkpoint stays. Resuming repeats what broke the weights, so change "
-                      "something: a lower --lr or --grad_clip, or --dtype float32")
-        elif not told:
+        memory, told = common.is_out_of_memory(e), isinstance(e, (RankError, FloatingPointError))
+        if not (memory or told):
             raise
-        if rank == 0 or not told:
-            print(f"grpo.py: {str(e).strip()}{advice}", file=sys.stderr)
+        advice = TOO_LARGE if memory else DAMAGED if isinstance(e, FloatingPointError) else ""
+        if rank == 0 or not told:  # those two are raised on all ranks alike
+            print(f"grpo.py: {str(e).strip()}{'' if told else f' (rank {rank})'}{advice}", file=sys.stderr)
         sys.exit(2)
     dist.destroy_process_group()
     sys.exit(128 + ended_by if ended_by and world == 1 else 0)
