@@ -29,7 +29,7 @@ import re
 import sys
 import unicodedata
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -74,35 +74,31 @@ class Problem:
 # --- Load: files into rows ---------------------------------------------------------------------------------
 
 
-def read_text(path):
-    """The text of a file, unpacked in bounded memory; what is no UTF-8 becomes surrogates: see clean_text."""
-    limit = min(2**30, max(2**26, 100 * path.stat().st_size)) if path.suffix == ".gz" else sys.maxsize
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        content = file.read(limit + 1 if path.suffix == ".gz" else -1)
-    if len(content) > limit:
-        raise DataError(f"{path}: refused, since it unpacks to more than {limit >> 20} MB, far more than "
-                        "problems do. If you trust it, unpack it yourself")
-    return content.decode("utf-8-sig", errors="surrogateescape")
-
-
 def read_rows(path):
-    """Yield (place, row or DataError) of a file, by its name: .json .jsonl .csv (each also .gz) .parquet."""
+    """Yield (place, row or DataError) of a file, by its name: .json .jsonl .csv (each also .gz) .parquet.
+
+    An archive is unpacked within a bound. Bytes that are no UTF-8 become surrogates: see clean_text.
+    """
     path = Path(path)
-    name = path.name.lower().removesuffix(".gz")
+    name, packed = path.name.lower().removesuffix(".gz"), path.suffix == ".gz"
     try:
         if name.endswith(".parquet"):
             import pyarrow.parquet  # only here: the recipe's own files are JSON
             batches = pyarrow.parquet.ParquetFile(path).iter_batches(256)
-            rows = (row for batch in batches for row in batch.to_pylist())
+            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
             yield from ((f"row {n}", row) for n, row in enumerate(rows))
             return
-        text = read_text(path)
+        limit = min(2**30, max(2**26, 100 * path.stat().st_size))
+        with (gzip.open if packed else open)(path, "rb") as file:
+            content = file.read(limit + 1 if packed else -1)
+        if packed and len(content) > limit:
+            raise OSError(f"it unpacks to more than {limit >> 20} MB; if you trust it, unpack it yourself")
+        text = content.decode("utf-8-sig", errors="surrogateescape")
         if name.endswith(".csv"):
             csv.field_size_limit(sys.maxsize)  # clean_text sees to it
             reader = csv.DictReader(io.StringIO(text, newline=""))
-            for row in reader:
-                too_many = DataError("more fields than the header names")
-                yield f"line {reader.line_num}", too_many if None in row else row
+            too_many = DataError("more fields than the header names")
+            yield from ((f"line {reader.line_num}", too_many if None in row else row) for row in reader)
         elif text.lstrip().startswith("[") and not name.endswith(".jsonl"):
             yield from ((f"row {n}", row) for n, row in enumerate(json.loads(text)))
         else:  # a .json file is often JSON lines under the wrong name
@@ -112,28 +108,24 @@ def read_rows(path):
                         yield f"line {number}", json.loads(line)
                 except (ValueError, RecursionError) as error:
                     yield f"line {number}", DataError(f"not JSON ({str(error)[:80]})")
-    except ImportError:
-        raise DataError(f"{path}: reading parquet needs pyarrow; pip install pyarrow") from None
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except DataError:
-        raise
-    except (OSError, EOFError, ValueError, RecursionError, zlib.error, csv.Error) as error:
+    except (ImportError, OSError, EOFError, ValueError, RecursionError, zlib.error, csv.Error) as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
 
 
 def hub_files(name, part):
-    """Paths of the data files of the hub data set OWNER/NAME that hold `part`, or else "train"."""
-    kinds = ["*.parquet", "*.jsonl", "*.jsonl.gz", "*.json", "*.json.gz", "*.csv", "*.csv.gz"]
+    """The files of the hub data set OWNER/NAME whose paths hold `part`, or else "train"."""
     try:
         from huggingface_hub import snapshot_download
+        kinds = ["*.parquet", "*.json*", "*.csv*"]
         root = Path(snapshot_download(name, repo_type="dataset", allow_patterns=kinds))
     except Exception as error:  # noqa: BLE001  the client raises a dozen unrelated types without a network
         raise DataError(f"{name}: no such file here, and it cannot be fetched as a hub data set "
                         f"({type(error).__name__}). Are you offline? Check the name, or give files") from None
     files = {str(p.relative_to(root)): p for p in sorted(root.rglob("[!.]*")) if p.is_file()}
-    chosen = [p for name, p in files.items() if (part or "train") in name or len(files) == 1]
-    if len({p.parent for p in chosen}) != 1:
+    chosen = [path for name, path in files.items() if (part or "train") in name or len(files) == 1]
+    if len({path.parent for path in chosen}) != 1:
         raise DataError(f"{name}: name its files by a part of their path, such as {name}@train; it holds "
                         f"{', '.join(files)[:500] or 'no parquet, JSON or CSV file'}")
     return chosen
@@ -143,15 +135,15 @@ def parse_source(spec):
     """(label, paths, start, stop) of [LABEL=]PATH[@START:STOP] or, on the hub, [LABEL=]OWNER/NAME[@PART]."""
     spec = str(spec)
     if Path(spec).exists():  # a file name may hold = and @
-        return "", [Path(spec)], 0, None
+        return "", [Path(spec)], 0, sys.maxsize
     label, path, part = re.fullmatch(r"(?s)(?:([\w.-]+)=)?(.*?)(?:@([^@]*))?", spec).groups(default="")
     is_file = Path(path).exists() or re.search(r"\.(jsonl?|csv|parquet|gz)$", path)
     if not is_file and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
-        return label or path.split("/")[1], hub_files(path, part), 0, None
+        return label or path.split("/")[1], hub_files(path, part), 0, sys.maxsize
     span = re.fullmatch(r"(\d*):(\d*)|", part)
     if not span:
         raise DataError(f"{spec}: expected PATH@START:STOP with row numbers, such as @0:1000")
-    return label, [Path(path)], int(span[1] or 0), int(span[2]) if span[2] else None
+    return label, [Path(path)], int(span[1] or 0), int(span[2] or sys.maxsize)
 
 
 # --- Load: rows into problems ------------------------------------------------------------------------------
@@ -181,6 +173,8 @@ EDGES = re.compile(  # what may stand around an answer: spaces, an arrow, a full
     r"^(?:[\s~=]|\\[ ,;:!]|\\q?quad\b|\\displaystyle\b|\\hspace\{[^}]*\}|\*\*)+|"
     r"(?:[\s~&]|\\[ ,;:!]|\\q?quad\b|\\+$|\*\*)+$|(?<![.\\])[.,;]$|"
     r"\s*\\(?:Long)?[Rr]ightarrow(?:\W*(?:text\w*)?\W*[A-H]\W*)?$")
+WRAPPED = re.compile(  # $$...$$  $...$  \\(...\\)  \\[...\\]  and a dollar sign that was never opened
+    r"(?s)\$\$((?:(?!\$\$).)+)\$\$|\$([^$]+)\$|\\\(((?:(?!\\\().)+)\\\)|\\\[((?:(?!\\\[).)+)\\\]|([^$]*)\$")
 QUOTED = r"(?:\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*')"
 
 
@@ -213,33 +207,16 @@ def read_chat(turns, notes):
         role = names.get(str(role).lower(), str(role).lower())
         if role not in said:
             raise DataError(f"a turn has the role {role!r}; known are system, user and assistant")
-        if isinstance(content, list):  # parts; one that is no text, such as an image, is refused
-            parts = [part.get("text") if isinstance(part, dict) else part for part in content]
-            content = "\n".join(clean_text(part, "part of a turn") for part in parts)
         if role == "user":
             said["assistant"].clear()
-        said[role].append(clean_text(content, "turn"))
+        parts = content if isinstance(content, list) else [content]  # one without text, an image, is refused
+        texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+        said[role].append("\n".join(clean_text(text, "turn") for text in texts))
     if not said["user"]:
         raise DataError("a chat without a user turn")
     notes["have a system turn, which is put above the problem"] += any(said["system"])
     notes["have several user turns, of which the last is the problem"] += len(said["user"]) > 1
     return "\n\n".join(filter(None, [*said["system"], said["user"][-1]])), "\n".join(said["assistant"])
-
-
-def boxes(text):
-    r"""All \\boxed{...} (or \\fbox{...}) with matching braces: (where it starts, where it ends, content).
-
-    >>> boxes("so \\boxed{\\frac{1}{2}} and \\boxed{3")
-    [(3, 22, '\\frac{1}{2}')]
-    """
-    found, open_braces = [], []  # one pass: a hostile text of many open boxes must stay cheap
-    for match in re.finditer(r"(?s)(\\(?:boxed|fbox)\s*\{)|\\.|[{}]", text):
-        if match[1] or match[0] == "{":
-            open_braces.append(match)
-        elif match[0] == "}" and open_braces:
-            box = open_braces.pop()
-            found += [(box.start(), match.end(), text[box.end():match.start()])] if box[1] else []
-    return sorted(found)
 
 
 def tidy(text):
@@ -250,18 +227,13 @@ def tidy(text):
     """
     if len(text) > 2000:
         return text.strip()  # no answer is that long, and the patterns are not made for it
-    text = (boxes(text) or [(0, 0, text)])[-1][2].replace("{-}", "-").replace("\\textdollar", "")
+    text = (reward.last_boxes(text, False) or [text])[-1].replace("{-}", "-").replace("\\textdollar", "")
     previous = None
     while text != previous:
-        previous = text
-        text = EDGES.sub("", text)
-        for left, right in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
-            inner = text[len(left):-len(right)]
-            if text.startswith(left) and text.endswith(right) and inner and left not in inner:
-                text = inner
+        previous, text = text, EDGES.sub("", text)
+        if wrapped := WRAPPED.fullmatch(text):
+            text = wrapped[wrapped.lastindex]
         if text.endswith("}") and text.count("}") > text.count("{"):
-            text = text[:-1]
-        if text.endswith("$") and text.count("$") == 1:
             text = text[:-1]
     _, equals, right = text.rpartition("=")
     if equals and right.strip() and not re.search("[A-Za-z<>,]", re.sub(r"\\[A-Za-z]+", "", text)):
@@ -275,18 +247,13 @@ def stated_answer(text):
     >>> stated_answer("48+24 = 72\n#### 72"), stated_answer("So the answer is $2$."), stated_answer("Done.")
     ('72', '2', None)
     """
-    text = text[-20_000:]
-    run, after = [], None
-    for start, end, content in reversed(boxes(text)):
-        # One box after another, with nothing but a comma or "and" between them, is a list.
-        if run and not re.fullmatch(r"[\s$]+|[\s$]*(?:,|and\b|or\b)+[\s$]*", text[end:max(end, after)]):
-            break
-        run, after = [tidy(content), *run], start
-    if run:
-        return ", ".join(dict.fromkeys(run))
+    text = text[-20_000:].replace("\\fbox", "\\boxed").replace("</think>", "")
+    text = re.sub(r"(\}[\s$]*)or([\s$]*\\boxed)", r"\1and\2", text)  # both are the answer, as with "and"
+    if boxes := reward.last_boxes(text, False):
+        return ", ".join(dict.fromkeys(map(tidy, boxes)))
     for mark, end in (("####", "\n"), ("<answer>", "</answer>")):
-        found = re.sub(r"(?i)^\W*(?:the )?(?:final )?answer\s*[:\n]", "", text.rpartition(mark)[2])
-        found = found.strip().split(end)[0]
+        found = re.sub(r"(?i)^\W*(?:the )?(?:final )?answer\s*[:\n]", "", text.rpartition(mark)[2]).strip()
+        found = found.split(end)[0]
         if mark in text and found:
             return stated_answer(found) or tidy(found)
     said = [match[1] for match in STATED.finditer(text)]
@@ -551,15 +518,13 @@ def batch_indices(n, step, batch, seed):
 
 # --- Curate: a row is a dict of problem, answer, source, where; a step gives (rows, entries of those dropped)
 
-
-def about(row):
-    """What the report says of a row."""
-    return {key: row[key] for key in ("source", "where", "problem", "answer")}
+ABOUT = ("source", "where", "problem", "answer")  # what the report says of a row
 
 
 def drop(row, step, reason, match=None):
     """The entry of one dropped row in the report, with the row or benchmark problem that it matched."""
-    return {"step": step, "reason": reason} | about(row) | ({"match": match} if match else {})
+    about = {"step": step, "reason": reason} | {key: row[key] for key in ABOUT}
+    return about | {"match": match} if match else about
 
 
 def collect(sources, strict=False):
@@ -570,13 +535,13 @@ def collect(sources, strict=False):
             row = {"source": label or file.name.split(".")[0], "where": f"{file.name}, {place}", "answer": ""}
             if isinstance(item, Problem):
                 answer = tidy(item.answer) if isinstance(item.answer, str) else item.answer
-                rows.append(row | {"problem": item.problem, "answer": answer or item.answer,
-                                   "source": label or item.source or row["source"]})
+                rows.append(row | {"source": label or item.source or row["source"],
+                                   "problem": item.problem, "answer": answer or item.answer})
             elif strict:
                 raise DataError(f"{file}, {place}: {item}")
             else:
-                text = "" if isinstance(raw, DataError) else json.dumps(raw, default=str)[:300]
-                dropped.append(drop(row | {"problem": text}, "collect", f"bad row: {item}"))
+                row["problem"] = json.dumps(raw, default=str)[:300]
+                dropped.append(drop(row, "collect", f"bad row: {item}"))
     return rows, dropped
 
 
@@ -590,21 +555,17 @@ SAID = re.compile(  # "is $V$", "= V \\]", "equals 14": what a solution says bef
 
 
 def without_letter(text):
-    r"""An answer without the choice letter before or behind it, and without \\text around a number.
-
-    >>> [without_letter(a) for a in ("\\textbf{(C)}\\ 6.5", "16 \\textbf{ (C)}", "\\textbf{(051)}")]
-    ['6.5', '16', '051']
-    """
+    """An answer without the choice letter before or behind it, and without \\text around a number."""
     behind = r"\s*\\(?:text|mathrm|mathbf)\w*\{\s*\([A-H]\)\s*\}$|\s+\([A-H]\)$"
-    text = re.sub(rf"^{MARK}(?=.)|{behind}", "", text)
-    return re.sub(r"^(?:\\text\w*\{\s*\(?(\d+)\)?\s*\}|\((\d+)\))$", r"\1\2", tidy(text))
+    text = tidy(re.sub(rf"^{MARK}(?=.)|{behind}", "", text))
+    return re.sub(r"^(?:\\text\w*\{\s*\(?(\d+)\)?\s*\}|\((\d+)\))$", r"\1\2", text)
 
 
 def read_answer(solution):
     r"""The final answer of one worked solution as text, or None if the rules cannot read it.
 
-    A lone choice letter becomes the value that was stated just before it. A letter that stays unresolved
-    gives None: better no answer than a wrong one.
+    A lone choice letter becomes the value that was stated just before it, or None: better no answer than a
+    wrong one.
 
     >>> read_answer("So it is $\\boxed{\\textbf{(B)}\\ 12}$."), read_answer("The sum is $8$: \\boxed{C}.")
     ('12', '8')
@@ -716,6 +677,9 @@ def merge_duplicates(rows, rank, embed=None, threshold=THRESHOLD):
             return kind
         return "conflict unresolved" if row["trust"] == best["trust"] else "conflict, other source kept"
 
+    def entry(row, why, match, **near):
+        return drop(row, "duplicates", why, {key: match[key] for key in ABOUT} | near)
+
     groups, kept, dropped, gone = {}, [], [], {}
     for row in rows:
         groups.setdefault(normal_text(row["problem"]), []).append(row)
@@ -723,20 +687,20 @@ def merge_duplicates(rows, rank, embed=None, threshold=THRESHOLD):
         best, *copies = sorted(group, key=lambda row: row["trust"])  # stable: then input order
         reasons = [reason(row, best, "duplicate") for row in copies]
         if "conflict unresolved" in reasons:
-            dropped += [drop(row, "duplicates", "conflict unresolved", about(best)) for row in group]
+            dropped += [entry(row, "conflict unresolved", best) for row in group]
         else:
             kept.append(best)
-            dropped += [drop(row, "duplicates", why, about(best)) for row, why in zip(copies, reasons)]
+            dropped += [entry(row, why, best) for row, why in zip(copies, reasons)]
     if not embed or not kept:
         return kept, dropped
     kept.sort(key=lambda row: row["trust"])
     match, cosine = keep_first(embed([row["problem"] for row in kept]), threshold)
-    for i, k in enumerate(match.tolist()):
-        if k >= 0:
-            near, why = {"cosine": round(float(cosine[i]), 4)}, reason(kept[i], kept[k], "near duplicate")
-            gone[i] = drop(kept[i], "duplicates", why, about(kept[k]) | near)
-            if why == "conflict unresolved":
-                gone[k] = drop(kept[k], "duplicates", why, about(kept[i]) | near)
+    for i in np.flatnonzero(match >= 0):
+        k, near = match[i], round(float(cosine[i]), 4)
+        why = reason(kept[i], kept[k], "near duplicate")
+        gone[i] = entry(kept[i], why, kept[k], cosine=near)
+        if why == "conflict unresolved":
+            gone[k] = entry(kept[k], why, kept[i], cosine=near)
     return [row for i, row in enumerate(kept) if i not in gone], dropped + list(gone.values())
 
 
@@ -753,13 +717,13 @@ def overlaps(rows, tests, share=0.5, n=10):
 
     best = [(0, -1)] * len(rows)
     for word in (r"[a-z0-9]+", r"\S+"):
-        theirs, index = [grams(test.problem, word) for test in tests], {}
-        for k, found in enumerate(theirs):
-            for gram in found:
-                index.setdefault(gram, []).append(k)
+        theirs, holders = [grams(test.problem, word) for test in tests], defaultdict(list)
+        for k, gram in ((k, gram) for k, found in enumerate(theirs) for gram in found):
+            holders[gram].append(k)
         for i, row in enumerate(rows):
             mine = grams(row["problem"], word)
-            for k, count in Counter(k for gram in mine for k in index.get(gram, ())).items():
+            common = Counter(k for gram in mine & holders.keys() for k in holders[gram])
+            for k, count in sorted(common.items()):
                 part = count / (min(len(mine), len(theirs[k])) if count >= 5 else len(theirs[k]))
                 if part >= share and part > best[i][0]:
                     best[i] = (part, k)
@@ -768,23 +732,21 @@ def overlaps(rows, tests, share=0.5, n=10):
 
 def remove_benchmarks(rows, tests, embed=None, threshold=THRESHOLD):
     """Step 4: drop rows that repeat one of tests (Problems; source: benchmark), by 10-grams or embedding."""
-    copied = overlaps(rows, tests)
-    cosine, nearest = np.zeros(len(rows)), np.full(len(rows), -1)
+    nearest = [(0.0, -1)] * len(rows)
     if embed and rows and tests:
-        ours, theirs = embed([row["problem"] for row in rows]), embed([test.problem for test in tests])
-        for start in range(0, len(rows), 2048):
-            near = ours[start:start + 2048] @ theirs.T
-            cosine[start:start + 2048], nearest[start:start + 2048] = near.max(1), near.argmax(1)
+        theirs = embed([test.problem for test in tests])
+        cosines = (theirs @ ours for ours in embed([row["problem"] for row in rows]))
+        nearest = [(near.max(), near.argmax()) for near in cosines]
     kept, dropped = [], []
-    for row, (share, copy), near, neighbour in zip(rows, copied, cosine, nearest):
-        found_by = ["10-grams"] * (copy >= 0) + ["embedding"] * bool(near >= threshold)
+    for row, (share, copy), (cosine, neighbour) in zip(rows, overlaps(rows, tests), nearest):
+        found_by = ["10-grams"] * (copy >= 0) + ["embedding"] * bool(cosine >= threshold)
         if not found_by:
             kept.append(row)
             continue
         test = tests[copy if copy >= 0 else neighbour]
         dropped.append(drop(row, "benchmarks", " and ".join(found_by), {
             "benchmark": test.source, "id": test.id, "problem": test.problem, "answer": test.answer,
-            "cosine": round(float(near), 4), "overlap": round(share, 3)}))
+            "cosine": round(float(cosine), 4), "overlap": round(share, 3)}))
     return kept, dropped
 
 
@@ -808,24 +770,23 @@ def why_not_gradable(problem, answer):
     if PROOF.search(problem) and not TASK.search(problem):
         return "proof"
     solved = r"\bSolution\b:?\s+(?:1\b|We\b|Let\b)|\bAnswer\s*:[^\n]*\d[^\n]*$"
-    if re.search(solved, problem) or any(box and same_answer(box, answer) for *_, box in boxes(problem)):
+    boxes = reward.last_boxes(problem, require_think=False)
+    if re.search(solved, problem) or any(same_answer(box, answer) for box in boxes):
         return "the problem gives its answer away"
     return None
 
 
 def keep_gradable(rows, corrections):
     """Step 5: correct golds by {id: {"answer", "why"}} (None drops the row); drop what nobody can meet."""
-    reasons, items = [], []
-    for k, row in enumerate(rows):
+    for row in rows:
         mend = corrections.get(text_id(row["problem"]), {"answer": row["answer"], "why": None})
         row["answer"] = mend["answer"] or row["answer"]
         known = None if mend["answer"] else mend["why"]
-        reasons.append(known or why_not_gradable(row["problem"], row["answer"]))
-        items.append(Problem(k, row["problem"], row["answer"]))
-    for item, why in unreadable_golds(items):
-        reasons[item.id] = reasons[item.id] or why
-    return ([row for row, why in zip(rows, reasons) if not why],
-            [drop(row, "gradable", why) for row, why in zip(rows, reasons) if why])
+        row["why"] = known or why_not_gradable(row["problem"], row["answer"])
+    for item, why in unreadable_golds([Problem(k, "", row["answer"]) for k, row in enumerate(rows)]):
+        rows[item.id]["why"] = rows[item.id]["why"] or why
+    dropped = [drop(row, "gradable", row["why"]) for row in rows if row["why"]]
+    return [row for row in rows if not row["why"]], dropped
 
 
 def describe(rows, dropped, counts, settings, corrections):
