@@ -45,13 +45,14 @@ THRESHOLD = 0.90  # cosine from which two problems count as the same
 UNREADABLE = 0.03  # share of unreadable golds from which training is refused
 MAX_TEXT = 200_000  # characters of one field; the longest problem of the recipe has 5,154
 MAX_GOLD = 300  # characters; a longer answer cannot be checked automatically
-FIELDS = {  # what data sets call our fields, best first; compared in lower case
-    "problem": ("problem", "question", "prompt", "messages", "conversations", "instruction", "input",
-                "query"),
+FIELDS = {  # what data sets call our fields, best first, in lower case; a dot goes into a record
+    "problem": ("problem", "question", "prompt.messages", "prompt", "messages", "conversations",
+                "instruction", "input", "query"),
     "answer": ("answer", "final_answer", "ground_truth", "expected_answer", "reward_model", "gold", "target",
                "label", "output", "response", "completion"),
     "solution": ("solution", "solutions", "generated_solution", "rationale"),
-    "source": ("source", "data_source"), "id": ("id", "unique_id", "problem_id")}
+    "source": ("source", "data_source"), "id": ("id", "unique_id", "problem_id"),
+    "record": ("ground_truth", "answer", "final_answer", "value", "content", "text")}  # of an answer
 
 
 class DataError(ValueError):
@@ -121,8 +122,8 @@ def hub_files(name, part):
         kinds = ["*.parquet", "*.json*", "*.csv*"]
         root = Path(snapshot_download(name, repo_type="dataset", allow_patterns=kinds))
     except Exception as error:  # noqa: BLE001  the client raises a dozen unrelated types without a network
-        raise DataError(f"{name}: no such file here, and it cannot be fetched as a hub data set "
-                        f"({type(error).__name__}). Are you offline? Check the name, or give files") from None
+        raise DataError(f"{name}: neither a file here nor a hub data set that can be fetched "
+                        f"({type(error).__name__}). Are you offline?") from None
     files = {str(p.relative_to(root)): p for p in sorted(root.rglob("[!.]*")) if p.is_file()}
     chosen = [path for name, path in files.items() if (part or "train") in name or len(files) == 1]
     if len({path.parent for path in chosen}) != 1:
@@ -133,10 +134,9 @@ def hub_files(name, part):
 
 def parse_source(spec):
     """(label, paths, start, stop) of [LABEL=]PATH[@START:STOP] or, on the hub, [LABEL=]OWNER/NAME[@PART]."""
-    spec = str(spec)
     if Path(spec).exists():  # a file name may hold = and @
         return "", [Path(spec)], 0, sys.maxsize
-    label, path, part = re.fullmatch(r"(?s)(?:([\w.-]+)=)?(.*?)(?:@([^@]*))?", spec).groups(default="")
+    label, path, part = re.fullmatch(r"(?s)(?:([\w.-]+)=)?(.*?)(?:@([^@]*))?", str(spec)).groups(default="")
     is_file = Path(path).exists() or re.search(r"\.(jsonl?|csv|parquet|gz)$", path)
     if not is_file and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
         return label or path.split("/")[1], hub_files(path, part), 0, sys.maxsize
@@ -190,9 +190,12 @@ def clean_text(value, name):
 
 
 def decoded(value):
-    """A chat or a record that was written as text, as it stands in CSV files; anything else as it is."""
-    if isinstance(value, str) and len(value) <= MAX_TEXT and re.match(rf"[\s\[]*\{{\s*{QUOTED}\s*:", value):
-        for read in (json.loads, ast.literal_eval):
+    """The chat, record or list of texts that was written as text, as in CSV files; anything else as it is."""
+    if isinstance(value, str) and len(value) <= MAX_TEXT:
+        if re.fullmatch(rf"(?s)\s*\[\s*{QUOTED}(?:\s*,\s*{QUOTED})*\s*\]\s*", value):
+            # The backslash of a TeX command stands alone or doubled, depending on how the list was written.
+            return [re.sub(r"\\([\\\"'])", r"\1", item[1:-1]) for item in re.findall(f"(?s){QUOTED}", value)]
+        for read in (json.loads, ast.literal_eval) if re.match(rf"[\s\[]*\{{\s*{QUOTED}\s*:", value) else ():
             with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
                 return read(value)
     return value
@@ -280,15 +283,11 @@ def read_gold(value, problem=""):
     """
     value = decoded(value)
     if isinstance(value, dict):
-        names = ("ground_truth", "answer", "final_answer", "value", "content", "text")
-        value = next((value[name] for name in names if value.get(name) is not None), None)
+        value = pick(value, "record")
     if isinstance(value, str):
         text = clean_text(value, "answer")
-        if not re.fullmatch(rf"(?s)\[\s*{QUOTED}(?:\s*,\s*{QUOTED})*\s*\]", text):
-            text = stated_answer(text) or text
-            return "" if is_no_answer(text, problem) else text
-        # The backslash of a TeX command stands alone or doubled, depending on how the list was written.
-        value = [re.sub(r"\\([\\\"'])", r"\1", item[1:-1]) for item in re.findall(f"(?s){QUOTED}", text)]
+        text = stated_answer(text) or text
+        return "" if is_no_answer(text, problem) else text
     if isinstance(value, (list, tuple)):
         if len(value) > 1 and any(isinstance(item, (list, tuple)) for item in value):
             raise DataError("answer is a list of lists, expected text")
@@ -301,13 +300,13 @@ def read_gold(value, problem=""):
     return str(int(value)) if value == int(value) and abs(value) < 1e15 else str(value)
 
 
-def pick(row, field, name=None):
-    """The value of one of our fields: under `name` (dots go into records), or one of FIELDS; else None."""
-    for known in [name.lower()] if name else FIELDS[field]:
+def pick(row, field, name=None, kinds=object):
+    """The value of one of our fields, if it is of the kinds: under `name`, or one of FIELDS; else None."""
+    for known in [name.lower()] if name else FIELDS.get(field, [field]):
         value = row
         for key in [known] if known in row else known.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        if value not in (None, "", []):
+            value = decoded(value.get(key)) if isinstance(value, dict) else None
+        if value not in (None, "", []) and isinstance(value, kinds):
             return value
     return None
 
@@ -326,14 +325,13 @@ def parse_row(row, problem_field=None, answer_field=None, need_answer=True, note
         raise DataError(f"row is a {type(row).__name__}, expected an object with fields")
     row = {str(key).strip().lower(): value for key, value in row.items()}
     advice = f"the row has the fields {', '.join(row)[:300]}; name the right one with "
-    text, said = decoded(pick(row, "problem", problem_field)), ""
+    text, said = pick(row, "problem", problem_field), ""
     if text is None:
         raise DataError(f"no problem text: {advice}--problem_field")
-    if isinstance(text, dict):
-        text = text.get("messages", [text])
+    text = [text] if isinstance(text, dict) else text
     while isinstance(text, list) and len(text) == 1 and not isinstance(text[0], dict):
         text = text[0]
-    if isinstance(text, list) and text and all(isinstance(turn, dict) for turn in text):
+    if isinstance(text, list) and all(isinstance(turn, dict) for turn in text):
         text, said = read_chat(text, Counter() if notes is None else notes)
     text = clean_text(text, "problem")
     if not problem_field and row.get("input") and text == str(row.get("instruction")).strip():
@@ -349,12 +347,10 @@ def parse_row(row, problem_field=None, answer_field=None, need_answer=True, note
         why = "it is empty" if set(row) & set(FIELDS["answer"]) else f"{advice}--answer_field"
         why = "none can be read out of the solution" if solutions else why
         raise DataError("no answer: " + (why if gold is None else f"{gold!r:.60} is none"))
-    name, source = pick(row, "id"), pick(row, "source")
-    numbers = [row.get("difficulty"), row.get("solve_rate")]
-    return Problem(
-        str(name).strip() if type(name) in (int, str) else "", text, answer,
-        source.strip() if isinstance(source, str) else "",
-        *(value if type(value) in (int, float) else None for value in numbers), row.get("rounded") is True)
+    name, source = pick(row, "id", kinds=(int, str)), pick(row, "source", kinds=str)
+    numbers = [pick(row, field, kinds=(int, float)) for field in ("difficulty", "solve_rate")]
+    return Problem("" if name is None else str(name).strip(), text, answer, (source or "").strip(), *numbers,
+                   row.get("rounded") is True)
 
 
 def parse_rows(source, *options):
@@ -374,15 +370,13 @@ def text_id(text):
 
 
 def load_problems(path, limit=None, problem_field=None, answer_field=None, need_answer=True, on_bad=None):
-    """Read a data set into a list of Problem, in file order.
+    """Read a data set into a list of Problem, in file order; limit: only the first so many.
 
     path: .json (a list), .jsonl or .csv, each also .gz, or .parquet, or a hub name; see parse_source. Ids are
-    the rows' own or a hash of the text, so they do not depend on the order. limit: only the first so many.
-    need_answer=False: for rewards of one's own. A bad row is a DataError with file, line and cause: training
-    on a file with holes should be somebody's decision. on_bad(text), if given, is called instead.
+    the rows' own or a hash of the text, so they do not depend on the order. need_answer=False: for rewards of
+    one's own. A bad row is a DataError with file, line and cause: training on a file with holes should be
+    somebody's decision. on_bad(text), if given, is called instead.
     """
-    if limit is not None and limit < 1:
-        raise DataError(f"limit is {limit}; it must be at least 1, or None for all rows")
     problems, places, notes = [], {}, Counter()
     for file, place, _, _, item in parse_rows(path, problem_field, answer_field, need_answer, notes):
         if isinstance(item, Problem) and item.id in places:
@@ -478,16 +472,14 @@ def encode_prompt(tokenizer, text, instruction=INSTRUCTION, chat=True, examples=
 
 def encode_problems(problems, tokenizer, max_prompt_len, instruction=INSTRUCTION, chat=True, examples=()):
     """(problems of at most max_prompt_len tokens, their token ids, number left out); DataError if none."""
-    kept, ids = [], []
-    for item in tqdm(problems, desc="encode prompts", disable=len(problems) < 2000, leave=False):
-        tokens = encode_prompt(tokenizer, item.problem, instruction, chat, examples)
-        if len(tokens) <= max_prompt_len:
-            kept.append(item)
-            ids.append(tokens)
+    quiet = len(problems) < 2000
+    encoded = [(item, encode_prompt(tokenizer, item.problem, instruction, chat, examples))
+               for item in tqdm(problems, desc="encode prompts", disable=quiet, leave=False)]
+    kept = [pair for pair in encoded if len(pair[1]) <= max_prompt_len]
     if not kept:
         raise DataError(f"all {len(problems)} prompts are longer than {max_prompt_len} tokens; "
                         "raise --max_prompt_len")
-    return kept, ids, len(problems) - len(kept)
+    return *map(list, zip(*kept)), len(problems) - len(kept)
 
 
 @functools.lru_cache(maxsize=2)
@@ -516,33 +508,35 @@ def batch_indices(n, step, batch, seed):
     return list(epoch_order(n, epoch, seed)[k * batch:(k + 1) * batch])
 
 
-# --- Curate: a row is a dict of problem, answer, source, where; a step gives (rows, entries of those dropped)
+# --- Curate: a row is a dict of problem, answer, source, where; a step gives it a reason if it has to go -------
 
 ABOUT = ("source", "where", "problem", "answer")  # what the report says of a row
+CLASH = "conflict unresolved"
 
 
-def drop(row, step, reason, match=None):
-    """The entry of one dropped row in the report, with the row or benchmark problem that it matched."""
-    about = {"step": step, "reason": reason} | {key: row[key] for key in ABOUT}
-    return about | {"match": match} if match else about
+def split(rows, step):
+    """What a step returns: (rows without a reason to go, entries of the others for the report)."""
+    gone = [{"step": step, "reason": row["reason"]} | {key: row[key] for key in ABOUT} |
+            ({"match": row["match"]} if "match" in row else {}) for row in rows if row.get("reason")]
+    return [row for row in rows if not row.get("reason")], gone
 
 
 def collect(sources, strict=False):
     """Steps 1 and 2: all rows of the sources, with their own answer or the one of their solutions."""
-    rows, dropped = [], []
-    for source in sources:
-        for file, place, label, raw, item in parse_rows(source):
-            row = {"source": label or file.name.split(".")[0], "where": f"{file.name}, {place}", "answer": ""}
-            if isinstance(item, Problem):
-                answer = tidy(item.answer) if isinstance(item.answer, str) else item.answer
-                rows.append(row | {"source": label or item.source or row["source"],
-                                   "problem": item.problem, "answer": answer or item.answer})
-            elif strict:
-                raise DataError(f"{file}, {place}: {item}")
-            else:
-                row["problem"] = json.dumps(raw, default=str)[:300]
-                dropped.append(drop(row, "collect", f"bad row: {item}"))
-    return rows, dropped
+    rows = []
+    for file, place, label, raw, item in itertools.chain.from_iterable(map(parse_rows, sources)):
+        row = {"source": label or file.name.split(".")[0], "where": f"{file.name}, {place}"}
+        if isinstance(item, Problem):
+            answer = tidy(item.answer) if isinstance(item.answer, str) else item.answer
+            row |= {"problem": item.problem, "answer": answer or item.answer,
+                    "source": label or item.source or row["source"]}
+        elif strict:
+            raise DataError(f"{file}, {place}: {item}")
+        else:
+            text = json.dumps(raw, default=str)[:300]
+            row |= {"problem": text, "answer": "", "reason": f"bad row: {item}"}
+        rows.append(row)
+    return split(rows, "collect")
 
 
 MARK = (  # a choice letter as AoPS and NuminaMath print it: (A)  \textbf{(A) }  (\text{A})  A)
@@ -667,41 +661,36 @@ def merge_duplicates(rows, rank, embed=None, threshold=THRESHOLD):
     at equal trust nobody can know, and all go. Near duplicates contradict each other only if the numbers in
     their texts are the same. embed: texts [N] -> vectors [N, D].
     """
+    groups = defaultdict(list)
     for row in rows:
         row["trust"] = (why_not_gradable(row["problem"], row["answer"]) is not None, rank[row["source"]])
         row["numbers"] = sorted(re.findall(r"\d+(?:\.\d+)?", row["problem"]))
+        groups[normal_text(row["problem"])].append(row)
 
-    def reason(row, best, kind):
+    def leave(row, best, reason, **near):
+        row |= {"reason": reason, "match": {key: best[key] for key in ABOUT} | near}
+
+    def compare(row, best, reason, **near):
         same = row["numbers"] != best["numbers"] or same_answer(row["answer"], best["answer"])
-        if row["trust"][0] or same:
-            return kind
-        return "conflict unresolved" if row["trust"] == best["trust"] else "conflict, other source kept"
+        if not row["trust"][0] and not same:
+            reason = CLASH if row["trust"] == best["trust"] else "conflict, other source kept"
+        leave(row, best, reason, **near)
+        return reason
 
-    def entry(row, why, match, **near):
-        return drop(row, "duplicates", why, {key: match[key] for key in ABOUT} | near)
-
-    groups, kept, dropped, gone = {}, [], [], {}
-    for row in rows:
-        groups.setdefault(normal_text(row["problem"]), []).append(row)
     for group in groups.values():
-        best, *copies = sorted(group, key=lambda row: row["trust"])  # stable: then input order
-        reasons = [reason(row, best, "duplicate") for row in copies]
-        if "conflict unresolved" in reasons:
-            dropped += [entry(row, "conflict unresolved", best) for row in group]
-        else:
-            kept.append(best)
-            dropped += [entry(row, why, best) for row, why in zip(copies, reasons)]
-    if not embed or not kept:
-        return kept, dropped
-    kept.sort(key=lambda row: row["trust"])
-    match, cosine = keep_first(embed([row["problem"] for row in kept]), threshold)
-    for i in np.flatnonzero(match >= 0):
-        k, near = match[i], round(float(cosine[i]), 4)
-        why = reason(kept[i], kept[k], "near duplicate")
-        gone[i] = entry(kept[i], why, kept[k], cosine=near)
-        if why == "conflict unresolved":
-            gone[k] = entry(kept[k], why, kept[i], cosine=near)
-    return [row for i, row in enumerate(kept) if i not in gone], dropped + list(gone.values())
+        group.sort(key=lambda row: row["trust"])  # stable: then input order
+        if CLASH in [compare(row, group[0], "duplicate") for row in group[1:]]:
+            for row in group:
+                leave(row, group[0], CLASH)
+    kept = sorted((group[0] for group in groups.values()), key=lambda row: row["trust"])
+    kept = [row for row in kept if "reason" not in row]
+    if embed and kept:
+        match, cosine = keep_first(embed([row["problem"] for row in kept]), threshold)
+        for i in np.flatnonzero(match >= 0):
+            row, best, near = kept[i], kept[match[i]], round(float(cosine[i]), 4)
+            if compare(row, best, "near duplicate", cosine=near) == CLASH:
+                leave(best, row, CLASH, cosine=near)
+    return split(rows, "duplicates")
 
 
 def overlaps(rows, tests, share=0.5, n=10):
@@ -737,17 +726,14 @@ def remove_benchmarks(rows, tests, embed=None, threshold=THRESHOLD):
         theirs = embed([test.problem for test in tests])
         cosines = (theirs @ ours for ours in embed([row["problem"] for row in rows]))
         nearest = [(near.max(), near.argmax()) for near in cosines]
-    kept, dropped = [], []
     for row, (share, copy), (cosine, neighbour) in zip(rows, overlaps(rows, tests), nearest):
         found_by = ["10-grams"] * (copy >= 0) + ["embedding"] * bool(cosine >= threshold)
-        if not found_by:
-            kept.append(row)
-            continue
-        test = tests[copy if copy >= 0 else neighbour]
-        dropped.append(drop(row, "benchmarks", " and ".join(found_by), {
-            "benchmark": test.source, "id": test.id, "problem": test.problem, "answer": test.answer,
-            "cosine": round(float(cosine), 4), "overlap": round(share, 3)}))
-    return kept, dropped
+        if found_by:
+            test = tests[copy if copy >= 0 else neighbour]
+            row |= {"reason": " and ".join(found_by), "match": {
+                "benchmark": test.source, "id": test.id, "problem": test.problem, "answer": test.answer,
+                "cosine": round(float(cosine), 4), "overlap": round(share, 3)}}
+    return split(rows, "benchmarks")
 
 
 def why_not_gradable(problem, answer):
@@ -782,11 +768,10 @@ def keep_gradable(rows, corrections):
         mend = corrections.get(text_id(row["problem"]), {"answer": row["answer"], "why": None})
         row["answer"] = mend["answer"] or row["answer"]
         known = None if mend["answer"] else mend["why"]
-        row["why"] = known or why_not_gradable(row["problem"], row["answer"])
+        row["reason"] = known or why_not_gradable(row["problem"], row["answer"])
     for item, why in unreadable_golds([Problem(k, "", row["answer"]) for k, row in enumerate(rows)]):
-        rows[item.id]["why"] = rows[item.id]["why"] or why
-    dropped = [drop(row, "gradable", row["why"]) for row in rows if row["why"]]
-    return [row for row in rows if not row["why"]], dropped
+        rows[item.id]["reason"] = rows[item.id]["reason"] or why
+    return split(rows, "gradable")
 
 
 def describe(rows, dropped, counts, settings, corrections):
