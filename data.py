@@ -312,9 +312,9 @@ def pick(row, field, name=None, kinds=object):
 
 
 def parse_row(row, problem_field=None, answer_field=None, need_answer=True, notes=None):
-    """One row of any known source as a Problem; its id is "" if it has none, its answer if it needs none.
+    """One row of any known source as a Problem, with "" for an id it lacks; notes: Counter of what to tell.
 
-    Raises DataError that says what is missing or of the wrong type. notes: Counter of what should be told.
+    Raises DataError that says what is missing or of the wrong type.
 
     >>> parse_row({"Question": "1+1?", "Answer": 2}).answer
     '2'
@@ -478,13 +478,8 @@ def encode_problems(problems, tokenizer, max_prompt_len, instruction=INSTRUCTION
     if not kept:
         raise DataError(f"all {len(problems)} prompts are longer than {max_prompt_len} tokens; "
                         "raise --max_prompt_len")
-    return *map(list, zip(*kept)), len(problems) - len(kept)
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(n, epoch, seed):
-    """A shuffled order of n problems, as indices [n]. By a hash: no version of a library can change it."""
-    return tuple(sorted(range(n), key=lambda i: hashlib.sha256(f"{seed}/{epoch}/{i}".encode()).digest()))
+    items, ids = zip(*kept)
+    return list(items), list(ids), len(problems) - len(kept)
 
 
 def batch_indices(n, step, batch, seed):
@@ -500,7 +495,9 @@ def batch_indices(n, step, batch, seed):
     if batch < 1 or step < 0 or n < batch:
         raise DataError(f"{n} problems cannot fill step {step} with {batch} prompts: take fewer prompts")
     epoch, k = divmod(step, n // batch)
-    return list(epoch_order(n, epoch, seed)[k * batch:(k + 1) * batch])
+    # Sorted by a hash instead of a random generator: no version of a library can change the order.
+    order = sorted(range(n), key=lambda i: hashlib.sha256(f"{seed}/{epoch}/{i}".encode()).digest())
+    return order[k * batch:(k + 1) * batch]
 
 
 # --- Curate: a row is a dict of problem, answer, source, where; and a reason, if it has to go ---------------
@@ -753,9 +750,9 @@ def why_not_gradable(problem, answer):
 def keep_gradable(rows, corrections):
     """Step 5: correct golds by {id: {"answer", "why"}} (None drops the row); drop what nobody can meet."""
     for row in rows:
-        mend = corrections.get(text_id(row["problem"]), {"answer": None, "why": None})
+        mend = corrections.get(text_id(row["problem"]), row)
         row["answer"] = mend["answer"] or row["answer"]
-        known = not mend["answer"] and mend["why"]
+        known = mend["why"] if mend["answer"] is None else None
         row["reason"] = known or why_not_gradable(row["problem"], row["answer"])
     for item, why in unreadable_golds([Problem(k, "", row["answer"]) for k, row in enumerate(rows)]):
         rows[item.id]["reason"] = rows[item.id]["reason"] or why
@@ -805,7 +802,7 @@ def build(sources, out, against=(), corrections=None, strict=False, priority=PRI
     tests = [replace(test, source=Path(b).name.split(".")[0]) for b in against for test in load_problems(b)]
     mends = {row["id"]: row for _, row in read_rows(corrections)} if corrections else {}
     vectors = functools.partial(embed, name=embedder, cache=out.with_name(".embeddings.npz"))
-    vectors = None if embedder == "none" else vectors
+    vectors = vectors if embedder != "none" else None
     rows, dropped = collect(sources, strict)
     counts = [("collect", len(rows) + len(dropped), len(rows))]
     rank = {s: k for k, s in enumerate(dict.fromkeys([*priority, *(row["source"] for row in rows)]))}
@@ -825,10 +822,9 @@ def build(sources, out, against=(), corrections=None, strict=False, priority=PRI
         if re.fullmatch(r"-?\d*\.\d\d+(?: *\\?%)?", str(row["answer"])):
             row["rounded"] = True
     if dropped or not out.exists():  # built from its own output, the report of the real build stays
-        used = {row["source"] for row in [*rows, *dropped]}
         settings = {"sources": " ".join(re.sub(r"^(\w+=)?.*/", r"\1", str(s)) for s in sources),
                     "benchmarks": " ".join(Path(b).name for b in against), "cosine threshold": threshold,
-                    "embedder": embedder, "priority": " > ".join(s for s in rank if s in used)}
+                    "embedder": embedder, "priority": " > ".join(rank)}
         sheet = describe(result, dropped, counts, settings, mends)
         write_rows(out.with_name("dropped.jsonl.gz"), dropped)
         sheet += "\n" + Path(notes).read_text() if notes else ""
@@ -883,12 +879,11 @@ def select_problems(problems, rates=None, min_rate=0.0, max_rate=1.0, min_chars=
 def select(source, out, rates=None, skip_bad=False, problem_field=None, answer_field=None, **limits):
     """Write a slim, possibly filtered copy of a data set, with the fields of Problem that are known."""
     bad = []
-    on_bad = bad.append if skip_bad else None
-    problems = load_problems(source, None, problem_field, answer_field, on_bad=on_bad)
+    problems = load_problems(source, None, problem_field, answer_field, True, bad.append if skip_bad else None)
     rates = load_solve_rates(rates) if rates else {}
     kept, left = select_problems(problems, rates, **limits)
     rows = [vars(item) | {"solve_rate": rates.get(item.id, item.solve_rate)} for item in kept]
-    write_rows(out, [{k: v for k, v in row.items() if v not in (None, "", False)} for row in rows])
+    write_rows(out, [{k: v for k, v in row.items() if v or type(v) in (int, float)} for row in rows])
     for text in bad:
         say(f"left out: {text}")
     unrated = sum(row["solve_rate"] is None for row in rows)

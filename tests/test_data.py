@@ -686,8 +686,8 @@ def test_strict_labels_ranges_and_builds_that_cannot_be(tmp_path):
 
 
 def test_select_by_solve_rates_of_an_evaluation(tmp_path, capsys):
-    items = [{"id": k, "problem": f"{k}+0?", "answer": str(k)} for k in range(6)] + [{"problem": "x",
-                                                                                      "answer": "nan"}]
+    items = [{"id": k, "problem": f"{k}+0?", "answer": str(k), "difficulty": 0} for k in range(6)]
+    items.append({"problem": "x", "answer": "nan"})
     source = write_jsonl(tmp_path / "p.jsonl", items)
     right = {str(k): min(k, 4) for k in range(5)}  # of 4; problem 5 has not been asked
     rates = tmp_path / "eval.json"
@@ -699,6 +699,7 @@ def test_select_by_solve_rates_of_an_evaluation(tmp_path, capsys):
     assert stopped.value.code == 2 and "--skip_bad" in capsys.readouterr().err
     data.main([*command, "--skip_bad"])
     assert [(p.id, p.solve_rate) for p in data.load_problems(out)] == [("2", 0.5), ("3", 0.75), ("5", None)]
+    assert [p.difficulty for p in data.load_problems(out)] == [0, 0, 0]  # known, though it is 0
     told = capsys.readouterr().out
     assert "3 of 7" in told and "without a solve rate: 1" in told and "'nan' is none" in told
     rates.write_text('{"benchmarks": 1}')
