@@ -384,8 +384,7 @@ def load_problems(path, limit=None, problem_field=None, answer_field=None, need_
         if isinstance(item, DataError):
             text = f"{file}, {place}: {item}"
             if on_bad is None:
-                raise DataError(f"{text}. `python data.py select {path} --out FILE --skip_bad` leaves such "
-                                "rows out and lists them")
+                raise DataError(f"{text}. `data.py select {path} --out FILE --skip_bad` leaves such rows out")
             on_bad(text)
             continue
         name, copy = item.id or text_id(item.problem), 1
@@ -476,8 +475,7 @@ def encode_problems(problems, tokenizer, max_prompt_len, instruction=INSTRUCTION
                for item in tqdm(problems, desc="encode prompts", disable=quiet, leave=False)]
     kept = [pair for pair in encoded if len(pair[1]) <= max_prompt_len]
     if not kept:
-        raise DataError(f"all {len(problems)} prompts are longer than {max_prompt_len} tokens; "
-                        "raise --max_prompt_len")
+        raise DataError(f"all {len(problems)} prompts exceed {max_prompt_len} tokens; raise --max_prompt_len")
     items, ids = zip(*kept)
     return list(items), list(ids), len(problems) - len(kept)
 
@@ -843,8 +841,7 @@ def load_solve_rates(path):
         benchmarks = read_json(path)["benchmarks"].values()
         return {name: right / b["n"] for b in benchmarks for name, right in b["per_problem"].items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is no result of evaluate.py ({error!r}); `python evaluate.py --benchmarks "
-                        "DATA` writes one, eval/NAME.json") from None
+        raise DataError(f"{path} is no result of evaluate.py, such as eval/NAME.json ({error!r})") from None
 
 
 def select_problems(problems, rates=None, min_rate=0.0, max_rate=1.0, min_chars=0, max_chars=None,
@@ -879,15 +876,15 @@ def select_problems(problems, rates=None, min_rate=0.0, max_rate=1.0, min_chars=
 def select(source, out, rates=None, skip_bad=False, problem_field=None, answer_field=None, **limits):
     """Write a slim, possibly filtered copy of a data set, with the fields of Problem that are known."""
     bad = []
-    problems = load_problems(source, None, problem_field, answer_field, True, bad.append if skip_bad else None)
+    items = load_problems(source, None, problem_field, answer_field, on_bad=bad.append if skip_bad else None)
     rates = load_solve_rates(rates) if rates else {}
-    kept, left = select_problems(problems, rates, **limits)
+    kept, left = select_problems(items, rates, **limits)
     rows = [vars(item) | {"solve_rate": rates.get(item.id, item.solve_rate)} for item in kept]
     write_rows(out, [{k: v for k, v in row.items() if v or type(v) in (int, float)} for row in rows])
     for text in bad:
         say(f"left out: {text}")
     unrated = sum(row["solve_rate"] is None for row in rows)
-    say(f"{out}: {len(kept)} of {len(problems) + len(bad)} problems, left out: {left | {'bad': len(bad)}}, "
+    say(f"{out}: {len(kept)} of {len(items) + len(bad)} problems, left out: {left | {'bad': len(bad)}}, "
         f"without a solve rate: {unrated}")
 
 
