@@ -173,7 +173,7 @@ EDGES = re.compile(  # what may stand around an answer: spaces, an arrow, a full
     r"^(?:[\s~=]|\\[ ,;:!]|\\q?quad\b|\\displaystyle\b|\\hspace\{[^}]*\}|\*\*)+|"
     r"(?:[\s~&]|\\[ ,;:!]|\\q?quad\b|\\+$|\*\*)+$|(?<![.\\])[.,;]$|"
     r"\s*\\(?:Long)?[Rr]ightarrow(?:\W*(?:text\w*)?\W*[A-H]\W*)?$")
-WRAPPED = re.compile(  # $$...$$  $...$  \\(...\\)  \\[...\\]  and a dollar sign that was never opened
+WRAPPED = re.compile(  # $$...$$  $...$  \(...\)  \[...\]  and a dollar sign that was never opened
     r"(?s)\$\$((?:(?!\$\$).)+)\$\$|\$([^$]+)\$|\\\(((?:(?!\\\().)+)\\\)|\\\[((?:(?!\\\[).)+)\\\]|([^$]*)\$")
 QUOTED = r"(?:\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*')"
 
@@ -301,7 +301,7 @@ def read_gold(value, problem=""):
 
 
 def pick(row, field, name=None, kinds=object):
-    """The value of one of our fields, if it is of the kinds: under `name`, or one of FIELDS; else None."""
+    """The value of one of our fields, under `name` or one of FIELDS, if it is of the kinds; else None."""
     for known in [name.lower()] if name else FIELDS.get(field, [field]):
         value = row
         for key in [known] if known in row else known.split("."):
