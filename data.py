@@ -470,14 +470,14 @@ def encode_prompt(tokenizer, text, instruction=INSTRUCTION, chat=True, examples=
 
 def encode_problems(problems, tokenizer, max_prompt_len, instruction=INSTRUCTION, chat=True, examples=()):
     """(problems of at most max_prompt_len tokens, their token ids, number left out); DataError if none."""
-    quiet = len(problems) < 2000
+    n = len(problems)
     encoded = [(item, encode_prompt(tokenizer, item.problem, instruction, chat, examples))
-               for item in tqdm(problems, desc="encode prompts", disable=quiet, leave=False)]
+               for item in tqdm(problems, desc="encode prompts", disable=n < 2000, leave=False)]
     kept = [pair for pair in encoded if len(pair[1]) <= max_prompt_len]
     if not kept:
-        raise DataError(f"all {len(problems)} prompts exceed {max_prompt_len} tokens; raise --max_prompt_len")
+        raise DataError(f"all {n} prompts are longer than {max_prompt_len} tokens; raise --max_prompt_len")
     items, ids = zip(*kept)
-    return list(items), list(ids), len(problems) - len(kept)
+    return list(items), list(ids), n - len(kept)
 
 
 def batch_indices(n, step, batch, seed):
