@@ -25,6 +25,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import sys
 import unicodedata
@@ -471,8 +472,9 @@ def encode_prompt(tokenizer, text, instruction=INSTRUCTION, chat=True, examples=
 def encode_problems(problems, tokenizer, max_prompt_len, instruction=INSTRUCTION, chat=True, examples=()):
     """(problems of at most max_prompt_len tokens, their token ids, number left out); DataError if none."""
     n = len(problems)
-    encoded = [(item, encode_prompt(tokenizer, item.problem, instruction, chat, examples))
-               for item in tqdm(problems, desc="encode prompts", disable=n < 2000, leave=False)]
+    quiet = n < 2000 or os.environ.get("RANK", "0") != "0"
+    bar = tqdm(problems, desc="encode prompts", disable=quiet or None, leave=False)
+    encoded = [(item, encode_prompt(tokenizer, item.problem, instruction, chat, examples)) for item in bar]
     kept = [pair for pair in encoded if len(pair[1]) <= max_prompt_len]
     if not kept:
         raise DataError(f"all {n} prompts are longer than {max_prompt_len} tokens; raise --max_prompt_len")
@@ -613,7 +615,7 @@ def embed(texts, name, cache, batch=32, save_every=64):
     ids = {text: text_id(f"{name}\n{text}") for text in texts}
     todo = sorted((text for text in ids if ids[text] not in store), key=lambda text: (len(text), text))
     encode = load_embedder(name) if todo else None
-    for start in tqdm(range(0, len(todo), batch), desc="embed", disable=not todo):  # similar lengths together
+    for start in tqdm(range(0, len(todo), batch), desc="embed", disable=not todo or None):  # similar lengths together
         part = todo[start:start + batch]
         store.update(zip((ids[text] for text in part), encode(part)))
         if start // batch % save_every == save_every - 1 or start + batch >= len(todo):

@@ -9,11 +9,10 @@ One step: P problems are answered G times each. A right answer earns 1, a wrong 
 answer is its reward compared with the other answers to the same problem. A clipped policy gradient moves the
 probability of every response token, and the engine gets the new weights. `train` shows this on one screen.
 
-What differs from GRPO as published: every token of a mini-batch weighs the same (a mean over each response
-favours short right and long wrong answers); the gap between engine and trainer can be corrected (--tis_cap).
-What differs from DeepScaleR as run: the KL term has the right sign (its 8K stage maximised the KL), losses
-divide by the global token count (it summed means), `</think>` alone closes the thought.
-Left out on purpose: value models, reward models, tools, LoRA, asynchronous rollouts.
+Unlike GRPO as published: every token of a mini-batch weighs the same (a mean over each response favours
+short right and long wrong answers), and engine and trainer may differ (--tis_cap corrects that). Unlike
+DeepScaleR as run: the KL has the right sign (its 8K stage maximised it), losses divide by the global token
+count (it summed means), `</think>` alone closes the thought. Left out: value models, LoRA, asynchrony.
 Shapes: P prompts, G samples of each, S sequences of a micro-batch, R their response tokens, end to end.
 """
 import gzip
@@ -31,12 +30,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
+from tqdm import tqdm
 
 import common
 import data
 import evaluate
 import policy as policy_lib
-from common import RankError, say, together, tqdm
+from common import RankError, say, together
 from rollout import Sampling, compute_dtype, make_engine, rollout
 
 LATER = {"temperature": 1.0, "clip_high": 0.28, "kl_coef": 0.0, "entropy_coef": 0.0, "tis_cap": 2.0}
