@@ -615,7 +615,7 @@ def embed(texts, name, cache, batch=32, save_every=64):
     ids = {text: text_id(f"{name}\n{text}") for text in texts}
     todo = sorted((text for text in ids if ids[text] not in store), key=lambda text: (len(text), text))
     encode = load_embedder(name) if todo else None
-    for start in tqdm(range(0, len(todo), batch), desc="embed", disable=not todo or None):  # similar lengths together
+    for start in tqdm(range(0, len(todo), batch), desc="embed", disable=not todo or None):
         part = todo[start:start + batch]
         store.update(zip((ids[text] for text in part), encode(part)))
         if start // batch % save_every == save_every - 1 or start + batch >= len(todo):
