@@ -7,8 +7,8 @@
     python evaluate.py --table eval/*.json --published    # models x benchmarks, as in DeepScaleR's blog
 
 The same weights were published with 37.0 and with 43.1 on AIME 2024: prompts, samples, limits and graders
-differ. So every result carries its protocol, every score its standard error, and every response is kept, in
-OUT/NAME.responses.jsonl.gz beside OUT/NAME.json. Until both are written each rank keeps its samples in a part
+differ. So every result (OUT/NAME.json) carries its protocol, every score its standard error, and every
+response is kept (OUT/NAME.responses.jsonl.gz). Until both are written each rank has its samples in a part
 file: stopped at any time, the same command goes on with the missing ones, on any number of ranks.
 Left out on purpose: judges that are models, answers that are programs, votes, prompts tuned by benchmark.
 """
@@ -74,11 +74,9 @@ def load_style(name):
     If the file mentions <think>, the answer counts only after </think>."""
     if name in STYLES:
         return STYLES[name]
-    if not os.path.isfile(name):
-        raise ValueError(f"--style {name}: not one of {', '.join(STYLES)}, and no file")
-    template = Path(name).read_text(encoding="utf-8", errors="replace")
+    template = Path(name).read_text("utf-8", "replace") if os.path.isfile(name) else ""
     if template.count("{problem}") != 1:
-        raise ValueError(f"--style {name}: the file must hold {{problem}} exactly once, for the problem")
+        raise ValueError(f"--style {name}: not {', '.join(STYLES)} or a file with {{problem}} exactly once")
     return Style(template, "<think>" in template)
 
 
@@ -109,9 +107,9 @@ def load_prompts(path, args, model, tokenizer, style, room, limit=0):
     problems, prompts, dropped = encode(style, problems[:limit or None], tokenizer, room, args.instruction,
                                         not args.no_chat, examples, model.vocabulary)
     if not args.reward:
-        for note in (data.check_golds(problems, args.allow_unreadable), data.format_warning(problems)):
-            if note:
-                common.say(f"{path}: {note}")
+        notes = data.check_golds(problems, args.allow_unreadable), data.format_warning(problems)
+        for note in filter(None, notes):
+            common.say(f"{path}: {note}")
     return problems, prompts, dropped
 
 
@@ -172,11 +170,10 @@ def pass_at_k(right, n):
 
 
 def summarize(rows, n):
-    """Scores of one benchmark. rows: n a problem, one after another, with id, reward, reason,
-    response_tokens and finish_reason.
+    """Scores of one benchmark. rows: n of each problem, one after another.
 
     "pass@1" is the mean reward as it is; "pass@k" and "per_problem" count samples with a reward of RIGHT or
-    more. "rewards" are the means by problem, if one is neither 0 nor 1. Tokens are means a response."""
+    more. "rewards" are the means by problem, for --compare. Tokens are means a response."""
     ids = [row["id"] for row in rows[::n]]
     rewards = np.array([row["reward"] for row in rows], dtype=float).reshape(-1, n)  # [P, n]
     tokens = np.array([row["response_tokens"] for row in rows]).reshape(-1, n)       # [P, n]
@@ -190,7 +187,7 @@ def summarize(rows, n):
         "pass@k": [mean for mean, _ in passes], "pass@k_se": [error for _, error in passes],
         "truncated": sum(row["finish_reason"] == "length" for row in rows) / len(rows),
         "verdicts": dict(Counter(row["reason"] for row in rows)), "per_problem": dict(zip(ids, counts)),
-        "rewards": None if np.isin(rewards, (0, 1)).all() else dict(zip(ids, means.tolist())),
+        "rewards": dict(zip(ids, means.tolist())),
         **{key: float(x.mean()) if x.size else None for key, x in lengths.items()}}
 
 
@@ -278,30 +275,26 @@ def differences(old, new, free=()):
 
 def compare(first, other):
     """The second result against the first, on the problems both have, with intervals and p-values."""
-    notes, groups, rows = [], {}, []
     changed = differences(first["protocol"], other["protocol"], ("model", "weights", "commit", "versions"))
-    if changed:
-        notes.append(f"CAUTION the models are not all that differs: {changed}")
+    notes = [f"CAUTION the models are not all that differs: {changed}"] if changed else []
+    groups, rows = {}, []
     for name in [name for name in first["benchmarks"] if name in other["benchmarks"]]:
-        x, y = (b.get("rewards") or {i: right / b["n"] for i, right in b["per_problem"].items()}
-                for b in (first["benchmarks"][name], other["benchmarks"][name]))
-        shared = [i for i in x if i in y]
-        if len(shared) < max(len(x), len(y)):
-            notes.append(f"{name}: only {len(shared)} problems in both results are compared")
-        if shared:
-            groups[name] = [([x[i] for i in shared], [y[i] for i in shared])]
+        x, y = first["benchmarks"][name]["rewards"], other["benchmarks"][name]["rewards"]
+        pairs = 100 * np.array([(x[i], y[i]) for i in x if i in y])  # [P, 2] means of the problems in both
+        if len(pairs) < max(len(x), len(y)):
+            notes.append(f"{name}: only {len(pairs)} problems in both results are compared")
+        if len(pairs):
+            groups[name] = [pairs]
     if not groups:
         raise ValueError(f"{first['name']} and {other['name']} have no problem of a benchmark in common")
     if len(groups) > 1:
-        groups["average"] = [pair for group in groups.values() for pair in group]
+        groups["average"] = [pairs for pairs, in groups.values()]
     for title, group in groups.items():
-        a, b = zip(*group)  # means by problem of each result, a list for each benchmark
-        r = {key: 100 * value for key, value in paired_bootstrap(a, b).items()}
-        gains = np.concatenate([np.subtract(y, x) for x, y in group])  # [P]
-        scores = [percent(np.mean([np.mean(means) for means in side])) for side in (a, b)]
-        rows.append([title, len(gains), *scores, f"{r['difference']:+.1f} ± {r['se']:.1f}",
-                     f"{r['low']:+.1f} to {r['high']:+.1f}", f"{r['p'] / 100:.4f}",
-                     sum(gains > 0), sum(gains < 0)])
+        r, gains = paired_bootstrap(*zip(*(pairs.T for pairs in group))), np.diff(np.concatenate(group))
+        means = np.mean([pairs.mean(0) for pairs in group], axis=0)  # [2]
+        rows.append([title, len(gains), *(f"{mean:.1f}" for mean in means),
+                     f"{r['difference']:+.1f} ± {r['se']:.1f}", f"{r['low']:+.1f} to {r['high']:+.1f}",
+                     f"{r['p']:.4f}", (gains > 0).sum(), (gains < 0).sum()])
     head = ["benchmark", "problems", first["name"], other["name"], "difference", "95 % interval", "p"]
     return "\n".join([*notes, common.table([*head, "better", "worse"], rows)])
 
@@ -320,7 +313,7 @@ def read_result(path):
         itemgetter("name", "protocol", "benchmarks")(result)
         itemgetter("template", "think", "stop", "n", "versions")(result["protocol"])
         for b in result["benchmarks"].values():
-            itemgetter("n", "problems", "per_problem", "verdicts", "tokens", "pass@k_se")(b)
+            itemgetter("n", "problems", "per_problem", "verdicts", "tokens", "rewards")(b)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise ValueError(f"{path} is no result of evaluate.py, or of an old one ({e!r})") from e
     return result
@@ -361,6 +354,7 @@ def regrade(path):
 Item = namedtuple("Item", "benchmark id index problem prompt")
 SETTINGS = ("model", "style", "instruction", "no_chat", "examples", "reward", "temperature", "top_p",
             "max_tokens", "n", "seed", "limit", "engine")
+SAME = ("style", "instruction", "no_chat", "examples", "reward", "temperature", "top_p", "n", "seed", "dtype")
 
 
 class Evaluation:
@@ -376,14 +370,12 @@ class Evaluation:
             problems, prompts, dropped = load_prompts(path, args, model, self.tokenizer, self.style,
                                                       args.max_prompt_len, args.limit)
             if dropped:
-                raise ValueError(f"{name}: {dropped} prompts have more than {args.max_prompt_len} tokens. A "
-                                 f"score without them is not the benchmark's: raise --max_prompt_len")
+                raise ValueError(f"{dropped} prompts of {name} are too long: raise --max_prompt_len")
             for (p, ids), j in product(zip(problems, prompts), range(args.n)):
                 self.items[name, p.id, j] = Item(name, p.id, j, p, ids)
         self.room = args.max_tokens + max(len(item.prompt) for item in self.items.values())
         if model.positions and self.room > model.positions:
-            raise ValueError(f"--max_tokens {args.max_tokens} and the longest prompt: {self.room} tokens, "
-                             f"but {args.model} has {model.positions} positions")
+            raise ValueError(f"--max_tokens and a prompt: {self.room}, more than {model.positions} positions")
         weights = [np.memmap(p, np.uint8, "r") for p in sorted(Path(model.folder).glob("*.safetensors"))]
         some = b"".join(x[::1 + len(x) // 16384].tobytes() for x in weights)  # a path may get other weights
         self.protocol = {name: getattr(args, name) for name in SETTINGS} | common.provenance() | {
@@ -402,8 +394,7 @@ class Evaluation:
             old = first.get("protocol", self.protocol)  # none: killed before its first line was whole
             changed = differences(old, self.protocol, free)
             if changed:
-                raise ValueError(f"{path} was begun with other settings ({changed}): the old ones go on, "
-                                 f"another --name starts afresh")
+                raise ValueError(f"{path}: other settings ({changed}). Take those, or another --name")
             self.protocol["engine"] = old["engine"]
             rows |= {(row["benchmark"], row["id"], row["sample"]): row for row in lines}
         for key, row in rows.items():
@@ -471,8 +462,7 @@ def curve_note(args, protocol):
     """Whether this score is a point of the validation curve of the run that made the model, in a sentence."""
     with suppress(OSError, ValueError, LookupError, TypeError):  # the model is of no run of grpo.py
         o = common.read_json(os.path.join(args.model, "../../../config.json"))["options"]
-        there = {name: o.get(f"eval_{name}", o.get(name)) for name in (
-            "n", "temperature", "top_p", "seed", "style", "reward", "examples", "instruction", "no_chat", "dtype")}
+        there = {name: o.get(f"eval_{name}", o.get(name)) for name in SAME}
         there |= {"max_tokens": o["eval_max_len"] or o["max_len"], "limit": 0}
         name, changed = label(o["eval_data"]), differences(there, {key: protocol[key] for key in there})
         if o["eval_every"] and name in map(label, args.benchmarks):
