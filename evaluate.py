@@ -88,11 +88,14 @@ def encode(style, problems, tokenizer, room, instruction=data.INSTRUCTION, chat=
         raise ValueError("this --style is the whole prompt: put --instruction and --examples into its file")
     chat = chat and not style.template
     template = style.template or " ".join(filter(None, ["{problem}", instruction]))
-    asked, shown = ([replace(p, problem=template.replace("{problem}", p.problem)) for p in some]
-                    for some in (problems, examples))
+
+    def ask(some):
+        return [replace(p, problem=template.replace("{problem}", p.problem)) for p in some]
+
     added = tokenizer.convert_ids_to_tokens(tokenizer("")["input_ids"])  # such as a begin-of-text token
     plain = partial(tokenizer, add_special_tokens=not any(token in template for token in added))
-    asked, prompts, dropped = data.encode_problems(asked, tokenizer if chat else plain, room, "", chat, shown)
+    asked, prompts, dropped = data.encode_problems(
+        ask(problems), tokenizer if chat else plain, room, "", chat, ask(examples))
     rollout.check_tokenizer(tokenizer, [p.problem for p in asked], prompts, vocabulary)
     kept = {p.id for p in asked}
     return [p for p in problems if p.id in kept], prompts, dropped
@@ -288,10 +291,11 @@ def compare(first, other):
     if not groups:
         raise ValueError(f"{first['name']} and {other['name']} have no problem of a benchmark in common")
     if len(groups) > 1:
-        groups["average"] = [pairs for pairs, in groups.values()]
+        groups["average"] = [group[0] for group in groups.values()]
     for title, group in groups.items():
-        r, gains = paired_bootstrap(*zip(*(pairs.T for pairs in group))), np.diff(np.concatenate(group))
+        r = paired_bootstrap([pairs[:, 0] for pairs in group], [pairs[:, 1] for pairs in group])
         means = np.mean([pairs.mean(0) for pairs in group], axis=0)  # [2]
+        gains = np.diff(np.concatenate(group))  # [P, 1]
         rows.append([title, len(gains), *(f"{mean:.1f}" for mean in means),
                      f"{r['difference']:+.1f} ± {r['se']:.1f}", f"{r['low']:+.1f} to {r['high']:+.1f}",
                      f"{r['p']:.4f}", (gains > 0).sum(), (gains < 0).sum()])
@@ -427,7 +431,7 @@ class Evaluation:
                     head = [] if file.tell() else [{"protocol": self.protocol}]
                     file.write(common.json_lines([*head, row]))
             except OSError as e:
-                raise ValueError(f"{part} cannot be written ({e}): make room, then the same command goes on")
+                raise ValueError(f"{part} cannot be written ({e}): make room, then the run goes on") from e
             sample.text, sample.response_ids, sample.logprobs = "", (), ()  # kept: they need not travel
             return row["reward"], row["reason"]
 
