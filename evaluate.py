@@ -7,16 +7,14 @@
     python evaluate.py --table eval/*.json --published    # models x benchmarks, as in DeepScaleR's blog
 
 The same weights were published with 37.0 and with 43.1 on AIME 2024: prompts, samples, limits and graders
-differ. So every result carries its protocol, every score its standard error, and every response is kept, in
-OUT/NAME.responses.jsonl.gz beside OUT/NAME.json. Until both are written each rank keeps its samples in a part
+differ. So every result (OUT/NAME.json) carries its protocol, every score its standard error, and every
+response is kept (OUT/NAME.responses.jsonl.gz). Until both are written each rank has its samples in a part
 file: stopped at any time, the same command goes on with the missing ones, on any number of ranks.
 Left out on purpose: judges that are models, answers that are programs, votes, prompts tuned by benchmark.
 """
-import argparse
 import glob
 import gzip
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -27,6 +25,7 @@ from collections import Counter, namedtuple
 from contextlib import closing, suppress
 from dataclasses import asdict, fields, replace
 from functools import partial
+from itertools import groupby, product
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -75,27 +74,31 @@ def load_style(name):
     If the file mentions <think>, the answer counts only after </think>."""
     if name in STYLES:
         return STYLES[name]
-    try:
-        template = Path(name).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"--style {name}: not one of {', '.join(STYLES)}, and no file of text ({e})") from e
+    template = Path(name).read_text("utf-8", "replace") if os.path.isfile(name) else ""
     if template.count("{problem}") != 1:
-        raise ValueError(f"--style {name}: the file must hold {{problem}} exactly once, for the problem")
+        raise ValueError(f"--style {name}: not {', '.join(STYLES)} or a file with {{problem}} exactly once")
     return Style(template, "<think>" in template)
 
 
-def encode(style, problems, tokenizer, room, instruction=data.INSTRUCTION, chat=True, examples=()):
-    """(kept problems, their prompts as token ids, number dropped for being longer than `room` tokens)."""
-    if style.template is None:
-        return data.encode_problems(problems, tokenizer, room, instruction, chat=chat, examples=examples)
-    if instruction != data.INSTRUCTION or not chat or examples:
+def encode(style, problems, tokenizer, room, instruction=data.INSTRUCTION, chat=True, examples=(),
+           vocabulary=math.inf):
+    """(kept problems, their prompts as token ids, number dropped for being longer than `room` tokens).
+    ValueError if a prompt loses text on its way, or has tokens from `vocabulary` on."""
+    if style.template and (instruction != data.INSTRUCTION or not chat or examples):
         raise ValueError("this --style is the whole prompt: put --instruction and --examples into its file")
+    chat = chat and not style.template
+    template = style.template or " ".join(filter(None, ["{problem}", instruction]))
+
+    def ask(some):
+        return [replace(p, problem=template.replace("{problem}", p.problem)) for p in some]
+
     added = tokenizer.convert_ids_to_tokens(tokenizer("")["input_ids"])  # such as a begin-of-text token
-    tokenize = partial(tokenizer, add_special_tokens=not any(token in style.template for token in added))
-    asked = [replace(p, problem=style.template.replace("{problem}", p.problem)) for p in problems]
-    kept, prompts, dropped = data.encode_problems(asked, tokenize, room, instruction="", chat=False)
-    ids = {p.id for p in kept}
-    return [p for p in problems if p.id in ids], prompts, dropped
+    plain = partial(tokenizer, add_special_tokens=not any(token in template for token in added))
+    asked, prompts, dropped = data.encode_problems(
+        ask(problems), tokenizer if chat else plain, room, "", chat, ask(examples))
+    rollout.check_tokenizer(tokenizer, [p.problem for p in asked], prompts, vocabulary)
+    kept = {p.id for p in asked}
+    return [p for p in problems if p.id in kept], prompts, dropped
 
 
 def load_prompts(path, args, model, tokenizer, style, room, limit=0):
@@ -105,11 +108,11 @@ def load_prompts(path, args, model, tokenizer, style, room, limit=0):
                                   need_answer=not args.reward)
     examples = data.load_problems(args.examples) if args.examples else ()
     problems, prompts, dropped = encode(style, problems[:limit or None], tokenizer, room, args.instruction,
-                                        not args.no_chat, examples)
-    rollout.check_tokenizer(tokenizer, [p.problem for p in problems], prompts, model.vocabulary)
+                                        not args.no_chat, examples, model.vocabulary)
     if not args.reward:
-        for note in (data.check_golds(problems, args.allow_unreadable), data.format_warning(problems)):
-            common.say(f"{path}: {note}") if note else None
+        notes = data.check_golds(problems, args.allow_unreadable), data.format_warning(problems)
+        for note in filter(None, notes):
+            common.say(f"{path}: {note}")
     return problems, prompts, dropped
 
 
@@ -170,27 +173,25 @@ def pass_at_k(right, n):
 
 
 def summarize(rows, n):
-    """Scores of one benchmark. rows: n a problem, with id, reward, reason, response_tokens and finish_reason.
+    """Scores of one benchmark. rows: n of each problem, one after another.
 
     "pass@1" is the mean reward as it is; "pass@k" and "per_problem" count samples with a reward of RIGHT or
-    more. "rewards" are the means by problem, if one is neither 0 nor 1. Tokens are means a response."""
-    by_problem, right, wrong = {}, [], []
-    for row in rows:
-        by_problem.setdefault(row["id"], []).append(row["reward"])
-        (right if row["reward"] >= RIGHT else wrong).append(row["response_tokens"])
-    rewards = np.array(list(by_problem.values()), dtype=float)  # [P, n]
-    counts = (rewards >= RIGHT).sum(1).tolist()
-    score, se = mean_and_se(rewards.mean(1))
-    passes = [mean_and_se(column) for column in np.array([pass_at_k(c, n) for c in counts]).T]  # [n]
-    tokens = {"tokens": right + wrong, "tokens_right": right, "tokens_wrong": wrong}
-    out = {"problems": len(rewards), "n": n, "pass@1": score, "se": se,
-           "pass@k": [mean for mean, _ in passes], "pass@k_se": [error for _, error in passes],
-           "truncated": sum(row["finish_reason"] == "length" for row in rows) / len(rows),
-           "verdicts": dict(Counter(row["reason"] for row in rows)),
-           "per_problem": dict(zip(by_problem, counts))}
-    if not np.isin(rewards, (0, 1)).all():
-        out["rewards"] = dict(zip(by_problem, rewards.mean(1).tolist()))
-    return out | {key: float(np.mean(found)) if found else None for key, found in tokens.items()}
+    more. "rewards" are the means by problem, for --compare. Tokens are means a response."""
+    ids = [row["id"] for row in rows[::n]]
+    rewards = np.array([row["reward"] for row in rows], dtype=float).reshape(-1, n)  # [P, n]
+    tokens = np.array([row["response_tokens"] for row in rows]).reshape(-1, n)       # [P, n]
+    means, right = rewards.mean(1), rewards >= RIGHT
+    counts = right.sum(1).tolist()
+    passes = [mean_and_se(column) for column in np.transpose([pass_at_k(c, n) for c in counts])]  # [n]
+    lengths = {"tokens": tokens, "tokens_right": tokens[right], "tokens_wrong": tokens[~right]}
+    score, se = mean_and_se(means)
+    return {
+        "problems": len(ids), "n": n, "pass@1": score, "se": se,
+        "pass@k": [mean for mean, _ in passes], "pass@k_se": [error for _, error in passes],
+        "truncated": sum(row["finish_reason"] == "length" for row in rows) / len(rows),
+        "verdicts": dict(Counter(row["reason"] for row in rows)), "per_problem": dict(zip(ids, counts)),
+        "rewards": dict(zip(ids, means.tolist())),
+        **{key: float(x.mean()) if x.size else None for key, x in lengths.items()}}
 
 
 def average(benchmarks):
@@ -250,10 +251,9 @@ def report(results, published=False):
 def protocol_line(p):
     """Everything that would change the number, on one line."""
     hidden = ["model", "weights", "template", "stop", "versions", "", None]
-    shown = {k: v for k, v in (p | p["versions"]).items() if k not in hidden and v not in hidden}
+    shown = [f"{k} {v}" for k, v in (p | p["versions"]).items() if k not in hidden and v not in hidden]
     own = f"; scores: mean rewards x 100, pass@n: from {RIGHT:g} on" if p.get("reward") else ""
-    text = ", ".join(f"{k} {v}" for k, v in shown.items())
-    return f"{text}{own}; ±: one standard error, problems clustered; at 0 and 100 a 95 % bound"
+    return f"{', '.join(shown)}{own}; ±: one standard error, problems clustered; at 0 and 100 a 95 % bound"
 
 
 def alarms(result):
@@ -272,37 +272,35 @@ def alarms(result):
 
 def differences(old, new, free=()):
     """The settings in which two protocols differ, as text, but for those in `free`."""
-    names = [name for name in {**old, **new} if name not in free and old.get(name) != new.get(name)]
+    names = [name for name in old | new if name not in free and old.get(name) != new.get(name)]
     return "; ".join(f"{name} {old.get(name)!r} -> {new.get(name)!r}" for name in names)
 
 
 def compare(first, other):
     """The second result against the first, on the problems both have, with intervals and p-values."""
     changed = differences(first["protocol"], other["protocol"], ("model", "weights", "commit", "versions"))
-    lines, groups, rows = [], {}, []
-    if changed:
-        lines.append(f"CAUTION the models are not all that differs: {changed}")
+    notes = [f"CAUTION the models are not all that differs: {changed}"] if changed else []
+    groups, rows = {}, []
     for name in [name for name in first["benchmarks"] if name in other["benchmarks"]]:
-        x, y = (b.get("rewards") or {i: right / b["n"] for i, right in b["per_problem"].items()}
-                for b in (first["benchmarks"][name], other["benchmarks"][name]))
-        shared = [i for i in x if i in y]
-        if len(shared) < max(len(x), len(y)):
-            lines.append(f"{name}: only {len(shared)} problems in both results are compared")
-        if shared:
-            groups[name] = [([x[i] for i in shared], [y[i] for i in shared])]
+        x, y = first["benchmarks"][name]["rewards"], other["benchmarks"][name]["rewards"]
+        pairs = 100 * np.array([(x[i], y[i]) for i in x if i in y])  # [P, 2] means of the problems in both
+        if len(pairs) < max(len(x), len(y)):
+            notes.append(f"{name}: only {len(pairs)} problems in both results are compared")
+        if len(pairs):
+            groups[name] = [pairs]
     if not groups:
         raise ValueError(f"{first['name']} and {other['name']} have no problem of a benchmark in common")
     if len(groups) > 1:
-        groups["average"] = [pair for group in groups.values() for pair in group]
-    for title, pairs in groups.items():
-        r = {key: 100 * value for key, value in paired_bootstrap(*zip(*pairs)).items()}
-        means = [f"{100 * np.mean([np.mean(side) for side in sides]):.1f}" for sides in zip(*pairs)]
-        gains = np.concatenate([np.subtract(y, x) for x, y in pairs])
-        rows.append([title, len(gains), *means, f"{r['difference']:+.1f} ± {r['se']:.1f}",
-                     f"{r['low']:+.1f} to {r['high']:+.1f}", f"{r['p'] / 100:.4f}",
-                     sum(gains > 0), sum(gains < 0)])
+        groups["average"] = [group[0] for group in groups.values()]
+    for title, group in groups.items():
+        r = paired_bootstrap([pairs[:, 0] for pairs in group], [pairs[:, 1] for pairs in group])
+        means = np.mean([pairs.mean(0) for pairs in group], axis=0)  # [2]
+        gains = np.diff(np.concatenate(group))  # [P, 1]
+        rows.append([title, len(gains), *(f"{mean:.1f}" for mean in means),
+                     f"{r['difference']:+.1f} ± {r['se']:.1f}", f"{r['low']:+.1f} to {r['high']:+.1f}",
+                     f"{r['p']:.4f}", (gains > 0).sum(), (gains < 0).sum()])
     head = ["benchmark", "problems", first["name"], other["name"], "difference", "95 % interval", "p"]
-    return "\n".join([*lines, common.table([*head, "better", "worse"], rows)])
+    return "\n".join([*notes, common.table([*head, "better", "worse"], rows)])
 
 
 # ----- Files -----------------------------------------------------------------------------------------------
@@ -319,7 +317,7 @@ def read_result(path):
         itemgetter("name", "protocol", "benchmarks")(result)
         itemgetter("template", "think", "stop", "n", "versions")(result["protocol"])
         for b in result["benchmarks"].values():
-            itemgetter("n", "problems", "per_problem", "verdicts", "tokens", "pass@k_se")(b)
+            itemgetter("n", "problems", "per_problem", "verdicts", "tokens", "rewards")(b)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise ValueError(f"{path} is no result of evaluate.py, or of an old one ({e!r})") from e
     return result
@@ -327,10 +325,8 @@ def read_result(path):
 
 def write_result(base, result, rows):
     """Score the rows and write both files, responses first: a result never stands without them."""
-    n, rows_of = result["protocol"]["n"], {}
-    for row in rows:
-        rows_of.setdefault(row["benchmark"], []).append(row)
-    result["benchmarks"] = {name: summarize(found, n) for name, found in rows_of.items()}
+    n, by_benchmark = result["protocol"]["n"], groupby(rows, itemgetter("benchmark"))
+    result["benchmarks"] = {name: summarize(list(found), n) for name, found in by_benchmark}
     result["average"] = average(result["benchmarks"].values())
     text = common.json_lines(rows).encode()
     common.write_atomic(base + ".responses.jsonl.gz", gzip.compress(text, 6, mtime=0))
@@ -338,26 +334,22 @@ def write_result(base, result, rows):
     return result
 
 
-def graded(text, problem, style, grade):
-    """The part of a row that depends on the grader."""
-    value, reason = grade(problem, rollout.Sample([], [], [], "", text))
-    return {"extracted": reward.extract_answer(text, style.think), "reason": reason, "reward": value}
-
-
 def regrade(path):
     """Grade the responses behind a result again with today's grader -> the new result."""
     result, base = read_result(path), path.removesuffix(".json")
-    p = result["protocol"] | {"commit": common.provenance()["commit"]}
+    p, changed = result["protocol"], 0
     style = Style(p["template"], p["think"], p["stop"])
     grade = load_reward(p.get("reward"), style)
     with common.lock(base + ".lock"):
         rows = list(common.read_lines(base + ".responses.jsonl.gz"))
-        before = [row["reward"] for row in rows]
         for row in rows:
             problem = data.Problem(**{f.name: row.get(f.name) for f in fields(data.Problem)})
-            row |= graded(row["response"], problem, style, grade)
-        print(f"{path}: {sum(row['reward'] != old for row, old in zip(rows, before))} verdicts changed")
-        return write_result(base, result | {"protocol": p}, rows)
+            value, row["reason"] = grade(problem, rollout.Sample([], [], [], "", row["response"]))
+            changed += value != row["reward"]
+            row["reward"] = value
+        print(f"{path}: {changed} verdicts changed")
+        p["commit"] = common.provenance()["commit"]
+        return write_result(base, result, rows)
 
 
 # ----- One evaluation --------------------------------------------------------------------------------------
@@ -366,6 +358,7 @@ def regrade(path):
 Item = namedtuple("Item", "benchmark id index problem prompt")
 SETTINGS = ("model", "style", "instruction", "no_chat", "examples", "reward", "temperature", "top_p",
             "max_tokens", "n", "seed", "limit", "engine")
+SAME = ("style", "instruction", "no_chat", "examples", "reward", "temperature", "top_p", "n", "seed", "dtype")
 
 
 class Evaluation:
@@ -376,18 +369,17 @@ class Evaluation:
         self.style, self.items = load_style(args.style), {}
         self.grade = load_reward(args.reward, self.style)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(model.folder)
-        for name in args.benchmarks:
-            problems, prompts, dropped = load_prompts(BENCHMARKS.get(name, name), args, model, self.tokenizer,
-                                                      self.style, args.max_prompt_len, args.limit)
+        for path in args.benchmarks:
+            name, path = label(path), BENCHMARKS.get(path, path)
+            problems, prompts, dropped = load_prompts(path, args, model, self.tokenizer, self.style,
+                                                      args.max_prompt_len, args.limit)
             if dropped:
-                raise ValueError(f"{name}: {dropped} prompts have more than {args.max_prompt_len} tokens. A "
-                                 f"score without them is not the benchmark's: raise --max_prompt_len")
-            for (p, ids), j in itertools.product(zip(problems, prompts), range(args.n)):
-                self.items[label(name), p.id, j] = Item(label(name), p.id, j, p, ids)
+                raise ValueError(f"{dropped} prompts of {name} are too long: raise --max_prompt_len")
+            for (p, ids), j in product(zip(problems, prompts), range(args.n)):
+                self.items[name, p.id, j] = Item(name, p.id, j, p, ids)
         self.room = args.max_tokens + max(len(item.prompt) for item in self.items.values())
         if model.positions and self.room > model.positions:
-            raise ValueError(f"--max_tokens {args.max_tokens} and the longest prompt: {self.room} tokens, "
-                             f"but {args.model} has {model.positions} positions")
+            raise ValueError(f"--max_tokens and a prompt: {self.room}, more than {model.positions} positions")
         weights = [np.memmap(p, np.uint8, "r") for p in sorted(Path(model.folder).glob("*.safetensors"))]
         some = b"".join(x[::1 + len(x) // 16384].tobytes() for x in weights)  # a path may get other weights
         self.protocol = {name: getattr(args, name) for name in SETTINGS} | common.provenance() | {
@@ -406,8 +398,7 @@ class Evaluation:
             old = first.get("protocol", self.protocol)  # none: killed before its first line was whole
             changed = differences(old, self.protocol, free)
             if changed:
-                raise ValueError(f"{path} was begun with other settings ({changed}): the old ones go on, "
-                                 f"another --name starts afresh")
+                raise ValueError(f"{path}: other settings ({changed}). Take those, or another --name")
             self.protocol["engine"] = old["engine"]
             rows |= {(row["benchmark"], row["id"], row["sample"]): row for row in lines}
         for key, row in rows.items():
@@ -424,9 +415,10 @@ class Evaluation:
         text, finish, tokens = self.style.cut(sample.text), sample.finish_reason, len(sample.response_ids)
         if len(text) < len(sample.text):
             finish, tokens = "stop", len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        value, reason = self.grade(item.problem, sample)
         return {"benchmark": item.benchmark, **asdict(item.problem), "sample": item.index, "response": text,
-                **graded(text, item.problem, self.style, self.grade),
-                "prompt_tokens": len(item.prompt), "response_tokens": tokens, "finish_reason": finish}
+                "reason": reason, "reward": value, "prompt_tokens": len(item.prompt),
+                "response_tokens": tokens, "finish_reason": finish}
 
     def generate(self, missing, stop):
         """Each rank appends what it has made and graded to a part file. -> False if a signal came first."""
@@ -436,22 +428,20 @@ class Evaluation:
             row = self.row(item, sample)
             try:
                 with open(part, "a", encoding="utf-8") as file:
-                    file.write(common.json_lines([row]))
+                    head = [] if file.tell() else [{"protocol": self.protocol}]
+                    file.write(common.json_lines([*head, row]))
             except OSError as e:
-                raise ValueError(f"{part} cannot be written ({e}): make room, then the same command goes on")
-            sample.response_ids, sample.logprobs = sample.response_ids[:0], sample.logprobs[:0]
-            sample.text = ""  # nobody needs it any more: it need not travel
+                raise ValueError(f"{part} cannot be written ({e}): make room, then the run goes on") from e
+            sample.text, sample.response_ids, sample.logprobs = "", (), ()  # kept: they need not travel
             return row["reward"], row["reason"]
 
+        sampling = rollout.Sampling(temperature=args.temperature, top_p=args.top_p, seed=args.seed,
+                                    max_tokens=args.max_tokens)
         engine = rollout.make_engine(
             self.protocol["engine"], self.model.folder, max_model_len=self.room, dtype=self.protocol["dtype"],
             device=self.device, max_seqs=args.max_seqs, gpu_memory=args.gpu_memory, load_weights=True)
         with closing(engine):
             self.protocol["engine"] = engine.name
-            head = common.json_lines([{"protocol": self.protocol}])
-            common.together("samples", lambda: common.write_atomic(part, head))
-            sampling = rollout.Sampling(temperature=args.temperature, top_p=args.top_p, seed=args.seed,
-                                        max_tokens=args.max_tokens)
             samples, _ = rollout.rollout(
                 engine, self.tokenizer, missing, [item.prompt for item in missing], sampling, "eval", keep,
                 only=[(k, item.index) for k, item in enumerate(missing)], stop=stop, desc="evaluate")
@@ -460,8 +450,9 @@ class Evaluation:
     def finish(self, seconds):
         """Score all samples and write the result; the part files go last."""
         rows, path = self.saved(), self.base + ".json"
+        if os.path.exists(path):
+            seconds += read_result(path).get("seconds", 0.0)
         rows = [rows[key] for key in self.items]
-        seconds += read_result(path).get("seconds", 0.0) if os.path.exists(path) else 0.0
         result = write_result(self.base, {
             "name": self.args.name, "model": self.args.model, "parameters": self.model.parameters,
             "protocol": self.protocol, "curve": curve_note(self.args, self.protocol), "seconds": seconds,
@@ -475,9 +466,7 @@ def curve_note(args, protocol):
     """Whether this score is a point of the validation curve of the run that made the model, in a sentence."""
     with suppress(OSError, ValueError, LookupError, TypeError):  # the model is of no run of grpo.py
         o = common.read_json(os.path.join(args.model, "../../../config.json"))["options"]
-        there = {name: o[f"eval_{name}"] for name in ("n", "temperature", "top_p", "seed")}
-        shared = ("style", "reward", "examples", "instruction", "no_chat", "dtype")
-        there |= {name: o[name] for name in shared}
+        there = {name: o.get(f"eval_{name}", o.get(name)) for name in SAME}
         there |= {"max_tokens": o["eval_max_len"] or o["max_len"], "limit": 0}
         name, changed = label(o["eval_data"]), differences(there, {key: protocol[key] for key in there})
         if o["eval_every"] and name in map(label, args.benchmarks):
@@ -538,18 +527,15 @@ OPTIONS = {
         ("published", bool, False, None, "add the published rows of DeepScaleR's blog to the table"),
         ("gpu_memory", float, 0.9, 0.01, "vLLM's share of each GPU"), *MACHINE_OPTIONS],
 }
-LISTS = [
-    ("benchmarks", FIVE, f"files of problems, or of {', '.join(BENCHMARKS)}"),
-    ("regrade", [], "saved results, to be graded again"),
-    ("compare", [], "two saved results or more: each against the first"),
-    ("table", [], "saved results, to be shown in one table")]
 
 
 def parse_args(argv=None):
     p = common.Parser(OPTIONS, {"--show": "per_problem of the results"}, description=__doc__.split("\n")[0])
-    p.add_argument("-n", type=int, default=argparse.SUPPRESS, help="as --n, which some torchruns take")
-    for name, default, text in LISTS:
-        p.add_argument(f"--{name}", nargs="+", default=default, help=text)
+    p.add_argument("-n", type=int, help="as --n, which some torchruns take")
+    p.add_argument("--benchmarks", nargs="+", default=FIVE, help=f"files, or of {', '.join(BENCHMARKS)}")
+    p.add_argument("--regrade", nargs="+", default=[], help="saved results, to be graded again")
+    p.add_argument("--compare", nargs="+", default=[], help="saved results: each against the first")
+    p.add_argument("--table", nargs="+", default=[], help="saved results, to be shown in one table")
     args = p.parse(argv)
     if args.model and not args.name:  # RUN/checkpoints/000120/hf -> RUN-000120
         parts = [x for x in Path(args.model).parts if x not in ("hf", "checkpoints", "/", "..")] or ["model"]

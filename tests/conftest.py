@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -28,10 +28,12 @@ SPECIAL = ["<eos>", "<user>", "<bot>", "<think>", "</think>", "\\boxed{"]
 
 
 def make_tokenizer(template=True):
-    """One token a character, pad equal to EOS on purpose (as in DeepSeek's distilled Qwen)."""
-    vocab = {token: i for i, token in enumerate(SPECIAL + list(string.printable))}
-    core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    core.decoder = decoders.Fuse()
+    """One token a character, pad equal to EOS on purpose (as in DeepSeek's distilled Qwen). It is a tokenizer of
+    bytes, because AutoTokenizer makes a Qwen2Tokenizer of the folder of any Qwen2, whatever its files say."""
+    bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    names = [bytewise.pre_tokenize_str(c)[0][0] for c in string.printable]
+    core = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(SPECIAL + names)}, merges=[]))
+    core.pre_tokenizer, core.decoder = bytewise, decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>",
                                         additional_special_tokens=SPECIAL[1:])
     if template:
@@ -94,7 +96,8 @@ def sequences(n=9, seed=0, vocab=100, longest=40):
     return out
 
 
-SMALL = ["--max_len", "24", "--prompts", "6", "--group", "4", "--lr", "1e-3", "--style", "plain",
+# a small step: two ranks differ by rounding alone, which after large ones decides what a later sample says
+SMALL = ["--max_len", "24", "--prompts", "6", "--group", "4", "--lr", "1e-4", "--style", "plain",
          "--engine", "torch"]
 
 

@@ -160,6 +160,20 @@ def test_prompts_of_the_styles(tmp_path):
         evaluate.load_style("nonsense")
 
 
+def test_a_tokenizer_that_loses_a_part_of_the_prompt_is_refused():
+    """All that the model should read counts, not the problem alone: here it has no blank to lose."""
+    from tokenizers import normalizers
+    tokenizer, problem, plain = make_tokenizer(), [data.Problem("p", "1+1?", "2")], evaluate.STYLES["plain"]
+    assert evaluate.encode(plain, problem, tokenizer, 500, vocabulary=106)
+    with pytest.raises(ValueError, match="the model has 90 embeddings"):
+        evaluate.encode(plain, problem, tokenizer, 500, vocabulary=90)
+    tokenizer._tokenizer.normalizer = normalizers.Replace(" ", "")
+    for style, given in ((plain, {}), (plain, {"chat": False}), (evaluate.STYLES["qwen-math"], {})):
+        with pytest.raises(ValueError, match=r"does not give text back.*becomes"):
+            evaluate.encode(style, problem, tokenizer, 500, **given)
+    assert evaluate.encode(plain, problem, tokenizer, 500, instruction="")[1]
+
+
 @pytest.mark.parametrize("template", ["<bos>Q: {problem}", "\n<bos>Q: {problem}", "Q: {problem}"])
 def test_a_style_file_with_the_begin_of_text_token_gets_no_second_one(template, tmp_path):
     from tokenizers.processors import TemplateProcessing
