@@ -8,9 +8,9 @@ A number that is not in a results file cannot get into a table. Medians; in brac
 repetitions. A file of results that is not named here gets a table of all its numbers.
 """
 import argparse
-import json
-import re
+import itertools
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -65,21 +65,19 @@ def cell(value):
 
 
 def table(rows, columns=None):
-    """Rows as a Markdown table. columns: {key: heading}, default: all that are one value. Those that no row
-    has are left out. A side that failed says why in its last cell."""
+    """Rows as a Markdown table. columns: {key: heading}, default: all that are one value. A side that failed
+    says why in its last cell."""
     if columns is None:
-        keys = dict.fromkeys(k for row in rows for k, v in row.items()
-                             if not isinstance(v, (list, dict)) or "median" in v)
-        columns = {k: k.replace("_", " ") for k in keys if k != "side"}
-    columns = {k: v for k, v in columns.items() if any(row.get(k) is not None for row in rows)}
+        found = {k for row in rows for k, v in row.items() if not isinstance(v, (list, dict)) or "median" in v}
+        columns = {k: k.replace("_", " ") for k in dict.fromkeys(itertools.chain(*rows)) if k in found}
+    elif "side" in rows[0]:
+        columns = {"side": "", **columns}
     lines = []
     for row in rows:
-        lines.append([cell(row.get(k)) for k in columns])
-        if "error" in row and "verdict" not in row:
+        lines.append([NAMES.get(row[k], row[k]) if k == "side" else cell(row.get(k)) for k in columns])
+        if isinstance(row.get("error"), str):
             lines[-1][-1] = row["error"][:90]
-        if "side" in row:
-            lines[-1].insert(0, NAMES.get(row["side"], row["side"]))
-    return common.table([""] * any("side" in row for row in rows) + list(columns.values()), lines)
+    return common.table(columns.values(), lines)
 
 
 def about(d):
@@ -118,34 +116,86 @@ def sections(results=measure.RESULTS):
     return "\n\n".join(part.strip() for part in text)
 
 
-# ----- At most eight rows, for README.md --------------------------------------------------------------------
+# ----- One table of at most eight rows, for README.md --------------------------------------------------------
 
-class Results:
-    def __init__(self, folder):
-        self.folder = Path(folder)
-
-    def __call__(self, name, side, **fields):
-        """The first row of a file with this side and these fields, medians only."""
-        for row in common.read_json(self.folder / f"{name}.json")["rows"]:
-            if row.get("side") == side and fields.items() <= row.items() and "error" not in row:
-                return {k: v["median"] if isinstance(v, dict) and "median" in v else v for k, v in row.items()}
-        raise KeyError(side)
+def update_words(r):
+    memory = r["ours"]["memory_mb"] / r["trl"]["memory_mb"]
+    return (f"{r['trl']['times_ours']:.1f} times as fast with {memory:.0%} of the memory, and "
+            f"{r['limit']['times_ours']:.2f} of the bare model's speed")
 
 
-def updates(of):
-    text = []
-    for name, model in (("update", "1.6 M parameters"), ("update_smollm2", "SmolLM2")):
-        ours, trl, limit = (of(name, side) for side in ("ours", "trl", "limit"))
-        text.append(f"{model}: {trl['times_ours']:.1f} times as fast with "
-                    f"{ours['memory_mb'] / trl['memory_mb']:.0%} of the memory, {limit['times_ours']:.2f} of the "
-                    f"bare model's speed")
-    return "; ".join(text)
+def head_words(r):
+    ours, trl = r["ours", 24576], r.get(("trl", 24576))
+    beside = f", TRL's {trl['seconds']:.0f} s and {trl['memory_mb']:,.0f} MiB" if trl else ""
+    return f"{ours['seconds']:.0f} s and {ours['memory_mb']:,.0f} MiB{beside}"
 
 
-def head(of):
-    ours = of("logprobs", "ours", length=24576)
-    return f"{ours['seconds']:.0f} s, {ours['memory_mb']:,.0f} MiB"
+def step_words(r):
+    trl = r["trl_hf"]
+    return f"{trl['times_ours']:.1f} times as fast, {trl['times_ours_per_token']:.1f} for each token"
+
+
+def grader_words(r):
+    return "; ".join(f"{NAMES[name].strip('*')} {r[name]['accuracy']:.1%}, {r[name]['false_positives']}, "
+                     f"{r[name]['answers_per_second']:,.0f}" for name in ("nanoscaler", "math-verify"))
+
+
+# what, results, and what their rows say; without that a result's own summary
+SUMMARY = [
+    ("an update beside TRL's: 1.6 M parameters / SmolLM2", ["update", "update_smollm2"], update_words),
+    ("the head on 24,576 tokens, vocabulary 151,936", ["logprobs", "logprobs_long"], head_words),
+    ("generation through vLLM beside bare vLLM asked for the same, SmolLM2", ["generate_smollm2"],
+     lambda r: f"{r['vllm']['times_bare_same']:.2f} of its tokens a second"),
+    ("the torch engine beside transformers' `generate`: 1.6 M parameters / SmolLM2",
+     ["generate", "generate_smollm2"], lambda r: f"{r['torch']['times_bare']:.1f} times its tokens a second"),
+    ("a whole step beside TRL's: 1.6 M parameters / SmolLM2", ["step", "step_smollm2"], step_words),
+    ("graders: judged right, wrong answers paid, answers a second", ["grader"], grader_words),
+    ("what a policy earns that only looks for an easy box", ["lazy"], None),
+    ("memory of an update without a card: prediction beside simulation", ["memory"], None)]
+
+
+def summary(results=measure.RESULTS):
+    """The rows of SUMMARY for which there are numbers, as one Markdown table."""
+    lines = []
+    for what, names, words in SUMMARY:
+        said = []
+        for name in names:
+            path, rows = Path(results) / f"{name}.json", {}
+            d = common.read_json(path) if path.exists() else {"rows": []}
+            for row in d["rows"] if words else ():
+                flat = {k: v["median"] if isinstance(v, dict) and "median" in v else v for k, v in row.items()}
+                rows |= {row["side"]: flat, (row["side"], row.get("length")): flat} if "error" not in row else {}
+            with suppress(KeyError):  # a side is missing
+                said.append((words(rows) if words else d["summary"], f"[{name}.json](bench/results/{name}.json)"))
+        if said:
+            lines.append([what, *(separator.join(x) for separator, x in zip((" / ", ", "), zip(*said)))])
+    return common.table(["what", "result", "file"], lines)
+
+
+# ----- The two files ----------------------------------------------------------------------------------------
+
+FILES = [(measure.ROOT / "bench" / "README.md", "<!-- tables -->", "<!-- end tables -->", sections),
+         (measure.ROOT / "README.md", "<!-- measured -->", "<!-- end measured -->", summary)]
+
+
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--write", action="store_true", help="replace what is between the markers of both files")
+    p.add_argument("--check", action="store_true", help="exit 1 if a file differs from its table")
+    args, different = p.parse_args(argv), []
+    for path, start, end, make in FILES:
+        text = path.read_text()
+        before, marker, rest = text.partition(start)
+        new = f"{before}{start}\n\n{make().strip()}\n\n{end}{rest.partition(end)[2]}" if marker else text
+        if args.write:
+            common.write_atomic(str(path), new)
+        elif not args.check:
+            print(make(), end="\n\n")
+        different += [str(path)] * (new != text)
+    if args.check and different:
+        print(f"{' and '.join(different)}: python bench/tables.py --write")
+    return int(args.check and bool(different))
 
 
 if __name__ == "__main__":
-    print(sections())
+    sys.exit(main())
