@@ -3,16 +3,6 @@
     python bench/generate.py                               # tiny
     python bench/generate.py --model models/smollm2
 
-  vllm        rollout.VllmEngine as training uses it: seeds, log-probs of the tempered distribution
-  bare_vllm   LLM.generate with the same engine options, no seeds, no log-probs
-  bare_vllm+  LLM.generate asked for what ours asks for: seeds and log-probs. The difference to `vllm` is ours
-  torch       rollout.TorchEngine: finished rows leave the batch, waiting prompts enter
-  hf          transformers' `generate` in batches of as many rows as the torch engine has slots; the prompts
-              of a batch are padded, and it runs until its longest sample is done
-
-The vLLM sides take turns on one engine in one process: they differ by less than two processes, or two minutes
-on a shared machine, do. "Times bare" is the median of the ratios of neighbouring turns, with range.
-
 Workloads: a random Qwen2 of 1.6 M parameters of whose 4,096 tokens 50 are end tokens, so that lengths are
 geometric, with a cut-off tail; or SmolLM2 on chat prompts of real problems, ended by the model itself. Sides
 draw different random numbers, so they write different numbers of tokens: compare tokens a second. Checked:
@@ -46,8 +36,10 @@ def measured(spec, ways, turns=1):
         fixed[side] = generate(few, min(16, spec["max_len"]), 0.0)
     for _ in range(turns):
         for side, generate in ways.items():
-            with measure.meter() as m:
-                lengths = [len(ids) for ids in generate(prompts, spec["max_len"], 1.0)]
+            m = measure.Meter()
+            m.start()
+            lengths = [len(ids) for ids in generate(prompts, spec["max_len"], 1.0)]
+            m.stop()
             parts[side].append(m.answer(greedy=fixed[side], tokens=sum(lengths), samples=len(lengths),
                                         length_mean=sum(lengths) / len(lengths), length_max=max(lengths)))
     return {"parts": parts}
@@ -85,6 +77,8 @@ def bare_vllm(engine, same):
 
 
 def vllm(spec):
+    """Three sides in turns on one engine: they differ by less than two processes, or two minutes on a shared
+    machine, do. The difference between ours and "bare_vllm+" is ours."""
     engine = open_engine("vllm", spec)
     ways = {"vllm": ours(engine), "bare_vllm": bare_vllm(engine, False),
             "bare_vllm+": bare_vllm(engine, True)}
@@ -92,6 +86,7 @@ def vllm(spec):
 
 
 def hf(spec):
+    """Batches of as many rows as the torch engine has slots, padded; each runs until its longest is done."""
     from transformers import AutoModelForCausalLM
 
     from rollout import stop_token_ids

@@ -309,9 +309,8 @@ def check_engine(args, report):
 def update(args, report):
     """Updates of the big model on samples as an 8K step has them, from samples in hand to the optimizer's
     step. Peak memory must be 0.9 to 1 of the prediction."""
-    shape, path = args.size["rollouts"], Path(args.work) / "rollouts.jsonl"
-    measure.rollouts(path, 300, **shape)
-    samples = measure.as_samples(measure.read_rollouts(path))
+    shape = args.size["rollouts"]
+    samples = measure.as_samples(measure.rollouts(300, **shape))
     options = {name: shape[name] for name in ("prompts", "group", "max_len")}
     learner = measure.make_learner(random_model(args, "big"), 0, updates=1, lr=1e-6, **options)
     advantages = grpo.group_advantages(torch.tensor([s.reward for s in samples]).view(-1, shape["group"]))
@@ -400,7 +399,7 @@ def learn(args, report):
     if args.tiny:  # a random model learns to box the one right answer
         model = measure.tiny_model(Path(args.work) / "learn", vocab=256, hidden=64, layers=2, stops=3)
         options = {"model": model, "style": "plain", "no_chat": True,
-                   "data": measure.random_problems(Path(args.work) / "ones.jsonl", 16, "1")}
+                   "data": measure.random_problems(Path(args.work) / "ones.jsonl", 16, ["1"])}
     lines = run_grpo(args, report, 60 * args.minutes - 90, updates=1, **options, **args.size["learn"])
     if len(lines) < 20:
         raise RuntimeError(f"only {len(lines)} steps in the time, 20 are needed")
@@ -437,7 +436,6 @@ def run_part(part, args):
         PARTS[part](args, report)
     except Exception as e:  # noqa: BLE001  the parts behind it still run
         report.add("FAILED", error_text=" ".join(f"{type(e).__name__}: {e}".split())[:300])
-    measure.leave()
     forget_memory()
     return not any(row.get("verdict") == "WRONG" or row["what"] == "FAILED" for row in report.rows)
 

@@ -90,8 +90,8 @@ PLAIN_INSIDE = [
     (r"\\frac *(?:\{([^{}]*)\}|([0-9a-z])) *(?:\{([^{}]*)\}|([0-9a-z]))", r"\1\2/\3\4"),
     (r"\\sqrt *(?:\{([^{}]*)\}|([0-9a-z]))", r"sqrt(\1\2)"),
     (r"\\(?:text|mathrm|mathbf|textbf|mbox) *\{([^{}]*)\}", r"\1")]
-SYMBOLS = {r"\pi": "pi", r"\infty": "inf", r"\cup": "u", r"\cdot": "*", r"\times": "*", r"\le": "≤", r"\ge": "≥",
-           r"\leq": "≤", r"\geq": "≥", r"\pm": "±", r"\in": "∈", r"\not": "≠"}
+SYMBOLS = {r"\pi": "pi", r"\infty": "inf", r"\cup": "u", r"\cdot": "*", r"\times": "*", r"\le": "≤",
+           r"\ge": "≥", r"\leq": "≤", r"\geq": "≥", r"\pm": "±", r"\in": "∈", r"\not": "≠"}
 
 
 def prm800k(text):

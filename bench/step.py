@@ -3,19 +3,12 @@
     python bench/step.py --peer_python PEERS/bin/python                           # tiny
     python bench/step.py --peer_python PEERS/bin/python --model models/smollm2
 
-  ours_vllm, ours_torch   grpo.py itself, as a command would run it, with --engine vllm or torch
-  trl_hf                  GRPOTrainer.train with its default generation, transformers' `generate`. (With vLLM
-                          TRL 1.16 cannot push weights on a CPU)
-
 Same model, prompts, samples a prompt, temperature, longest response, updates a rollout, learning rate and
 grader (reward.py), fp32. The first step warms up; the seconds are those of the others. The sides draw
-different random numbers, so responses differ in length: the table shows seconds for a token beside those of a
-step.
-
+different random numbers, so responses differ in length, and the table shows the time for a token as well.
 Workloads: a random Qwen2 of 1.6 M parameters that writes 82 tokens on average and boxes a right answer about
 every third time; or SmolLM2 on real easy problems with two solved examples in the prompt.
 """
-import json
 import resource
 import statistics
 import sys
@@ -29,28 +22,28 @@ import measure
 import update
 
 # micro: samples in a micro-batch of TRL; steps: the first is not counted
-WORKLOADS = {"tiny": {"prompts": 16, "group": 8, "max_len": 208, "steps": 3, "micro": 16},
+WORKLOADS = {"tiny": {"prompts": 16, "group": 8, "max_len": 208, "steps": 3, "micro": 8},
              "smollm2": {"prompts": 4, "group": 8, "max_len": 208, "steps": 3, "micro": 4},
              "quick": {"prompts": 4, "group": 4, "max_len": 24, "steps": 2, "micro": 4}}
 
 
 def report(seconds, tokens, **more):
     """Several steps of one process -> its answer: the median step."""
-    unit = 2**20 if sys.platform == "darwin" else 1024
+    who = resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN  # ours is a child of its worker
     return {"seconds": statistics.median(seconds), "steps": seconds, "tokens": statistics.mean(tokens),
             "tokens_per_second": sum(tokens) / sum(seconds),
-            "memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, **more}
+            "memory_mb": max(resource.getrusage(x).ru_maxrss for x in who) / 1024, **more}
 
 
 def ours(spec, engine):
-    """grpo.main in this process; its own metrics.jsonl says how long each step and phase took."""
-    same = {name: spec[name] for name in ("model", "data", "prompts", "group", "max_len", "steps")}
+    """grpo.py itself; its own metrics.jsonl says how long each step and phase took."""
+    shape = spec["shape"]
     with tempfile.TemporaryDirectory() as out:
         lines = measure.run_grpo({
-            **same, **spec["options"], "out": out, "engine": engine, "dtype": "float32", "lr": 1e-6,
-            "recipe": "improved", "updates": update.UPDATES, "drop_zero_variance": 0, "style": "plain",
-            "eval_data": "none", "temperature": 1.0,
-            "max_seqs": spec["prompts"] * spec["group"]})[1:]  # TRL generates all of them at once as well
+            **shape, **spec["options"], "model": spec["model"], "data": spec["data"], "out": out,
+            "engine": engine, "dtype": "float32", "lr": 1e-6, "recipe": "improved", "style": "plain",
+            "updates": update.UPDATES, "drop_zero_variance": 0, "eval_data": "none", "temperature": 1.0,
+            "max_seqs": shape["prompts"] * shape["group"]})[1:]  # as TRL, which generates all at once
     means = {name: statistics.mean(line[name] for line in lines)
              for name in ("reward", "grad_norm", "entropy", "mismatch_kl", "seconds_generate",
                           "seconds_reward", "seconds_logprobs", "seconds_update", "seconds_sync")}
@@ -58,15 +51,16 @@ def ours(spec, engine):
 
 
 def trl(spec):
-    """GRPOTrainer on the same prompts, rewarded by the same function; a step ends with its last update."""
+    """GRPOTrainer with transformers' `generate` (with vLLM TRL 1.16 cannot push weights on a CPU), rewarded
+    by the same function; a step ends with its last update."""
     import reward
     from rollout import stop_token_ids
-    rows, ends = json.loads(Path(spec["trl_data"]).read_text()), []
+    rows, ends, shape = spec["rows"], [], spec["shape"]
 
     def grade(completions, answer, **_):
         return [reward.compute_reward("</think>" + text, gold) for text, gold in zip(completions, answer)]
 
-    trainer = update.trl_trainer(spec, spec["model"], rows, update.UPDATES * spec["steps"],
+    trainer = update.trl_trainer(spec, spec["model"], rows, shape["steps"],
                                  lambda k: k % update.UPDATES or ends.append(time.perf_counter()),
                                  reward_funcs=grade)
     for r in rows:  # TRL takes text; what it makes of it must be our token ids
@@ -78,10 +72,11 @@ def trl(spec):
 
     def after_the_first(name):
         values = [line[name] for line in trainer.state.log_history if name in line]
-        return values[len(values) // spec["steps"]:]
+        return values[len(values) // shape["steps"]:]
 
     lengths = after_the_first("completions/mean_length")
-    return report([b - a for a, b in pairwise(ends)], [x * spec["prompts"] * spec["group"] for x in lengths],
+    tokens = [x * shape["prompts"] * shape["group"] for x in lengths]
+    return report([b - a for a, b in pairwise(ends)], tokens,
                   **{k: statistics.mean(after_the_first(k)) for k in ("reward", "grad_norm", "entropy")})
 
 
@@ -95,7 +90,8 @@ def cases(args):
 
     import data
     name, work, easy = "smollm2" if args.model else "tiny", Path(args.work), measure.ROOT / "assets"
-    shape = WORKLOADS["quick" if args.quick else name]
+    shape = dict(WORKLOADS["quick" if args.quick else name])
+    micro = shape.pop("micro")
     if name == "tiny":
         model, options, examples = measure.tiny_model(work / "step", stops=50), {"no_chat": True}, ()
         path = measure.random_problems(work / "step-problems.jsonl", 2 * shape["prompts"])
@@ -110,10 +106,8 @@ def cases(args):
              for i in data.batch_indices(len(problems), step, shape["prompts"], 0)]
     rows = [{"prompt": tokenizer.decode(prompts[i]), "ids": list(prompts[i]), "answer": problems[i].answer}
             for i in order]
-    trl_data = work / f"trl-{name}.json"
-    trl_data.write_text(json.dumps(rows))
-    settings = {**shape, "model": model, "data": path, "trl_data": str(trl_data), "options": options,
-                "work": args.work}
+    settings = {"shape": shape, "micro": micro, "model": model, "data": path, "rows": rows,
+                "options": options, "work": args.work}
     what = f"a step of {shape['prompts']} x {shape['group']} samples of at most {shape['max_len']} tokens"
     return [(what, {"workload": name}, settings)]
 

@@ -8,10 +8,10 @@ A number that is not in a results file cannot get into a table. Medians; in brac
 repetitions. A file of results that is not named here gets a table of all its numbers.
 """
 import argparse
-import itertools
 import sys
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import measure
@@ -34,9 +34,10 @@ TABLES = {
         "seconds": "seconds a step", "times_ours": "times ours", "tokens_per_second": "response tokens/s",
         "times_ours_per_token": "times ours, per token", "memory_mb": "MiB of the process"}),
     "grader": ("Grader", {
-        "accuracy": "right", "false_positives": "wrong paid", "negatives": "of", "false_negatives": "right refused",
-        "positives": "of", "answers_per_second": "answers/s", "p50_ms": "p50 ms", "p99_ms": "p99 ms",
-        "hostile_paid": "hostile paid", "hostile_over_2s": "over 2 s", "hostile": "of"}),
+        "accuracy": "right", "false_positives": "wrong paid", "negatives": "of",
+        "false_negatives": "right refused", "positives": "of", "answers_per_second": "answers/s",
+        "p50_ms": "p50 ms", "p99_ms": "p99 ms", "hostile_paid": "hostile paid", "hostile_over_2s": "over 2 s",
+        "hostile": "of"}),
 }
 NAMES = {"ours": "**ours**", "trl": "TRL", "sorted": "plain loop, sorted by length", "limit": "limit",
          "full": "full logits", "vllm": "**ours, vLLM**", "bare_vllm": "bare vLLM",
@@ -68,8 +69,9 @@ def table(rows, columns=None):
     """Rows as a Markdown table. columns: {key: heading}, default: all that are one value. A side that failed
     says why in its last cell."""
     if columns is None:
-        found = {k for row in rows for k, v in row.items() if not isinstance(v, (list, dict)) or "median" in v}
-        columns = {k: k.replace("_", " ") for k in dict.fromkeys(itertools.chain(*rows)) if k in found}
+        found = {k: v for row in rows for k, v in row.items()}
+        columns = {k: k.replace("_", " ") for k, v in found.items()
+                   if not isinstance(v, (list, dict)) or "median" in v}
     elif "side" in rows[0]:
         columns = {"side": "", **columns}
     lines = []
@@ -101,8 +103,7 @@ def section(path):
         return "\n".join(f"**{part}**, {p['device']}, {p['date'][:10]}, commit {p['commit']}, "
                          f"{p['seconds']:.0f} s\n\n{table(p['rows'])}" for part, p in d.items())
     _, columns = TABLES.get(stem.split("_")[0], ("", None))
-    rows = [r for r in d["rows"] if columns is None or r.get("side") in NAMES]
-    return f"{stem}: {d['what']}\n\n{table(rows, columns)}\n{about(d)}"
+    return f"{stem}: {d['what']}\n\n{table(d['rows'], columns)}\n{about(d)}"
 
 
 def sections(results=measure.RESULTS):
@@ -116,40 +117,25 @@ def sections(results=measure.RESULTS):
     return "\n\n".join(part.strip() for part in text)
 
 
-# ----- One table of at most eight rows, for README.md --------------------------------------------------------
+# ----- One table of at most eight rows, for README.md -------------------------------------------------------
 
-def update_words(r):
-    memory = r["ours"]["memory_mb"] / r["trl"]["memory_mb"]
-    return (f"{r['trl']['times_ours']:.1f} times as fast with {memory:.0%} of the memory, and "
-            f"{r['limit']['times_ours']:.2f} of the bare model's speed")
-
-
-def head_words(r):
-    ours, trl = r["ours", 24576], r.get(("trl", 24576))
-    beside = f", TRL's {trl['seconds']:.0f} s and {trl['memory_mb']:,.0f} MiB" if trl else ""
-    return f"{ours['seconds']:.0f} s and {ours['memory_mb']:,.0f} MiB{beside}"
-
-
-def step_words(r):
-    trl = r["trl_hf"]
-    return f"{trl['times_ours']:.1f} times as fast, {trl['times_ours_per_token']:.1f} for each token"
-
-
-def grader_words(r):
-    return "; ".join(f"{NAMES[name].strip('*')} {r[name]['accuracy']:.1%}, {r[name]['false_positives']}, "
-                     f"{r[name]['answers_per_second']:,.0f}" for name in ("nanoscaler", "math-verify"))
-
-
-# what, results, and what their rows say; without that a result's own summary
+# what, results, and words about the rows of their sides; without words a result's own summary
+UPDATE = ("{trl.times_ours:.1f} times as fast ({limit.times_ours:.2f} of the bare model's speed) in "
+          "{ours.memory_mb:,.0f} instead of {trl.memory_mb:,.0f} MiB")
+HEAD = ("{ours.length:,} tokens: {ours.seconds:.0f} s and {ours.memory_mb:,.0f} MiB, TRL {trl.seconds:.0f} s "
+        "and {trl.memory_mb:,.0f} MiB")
+GRADER = "{X.accuracy:.1%}, {X.false_positives}, {X.answers_per_second:,.0f}"
 SUMMARY = [
-    ("an update beside TRL's: 1.6 M parameters / SmolLM2", ["update", "update_smollm2"], update_words),
-    ("the head on 24,576 tokens, vocabulary 151,936", ["logprobs", "logprobs_long"], head_words),
-    ("generation through vLLM beside bare vLLM asked for the same, SmolLM2", ["generate_smollm2"],
-     lambda r: f"{r['vllm']['times_bare_same']:.2f} of its tokens a second"),
+    ("an update beside TRL's: 1.6 M parameters / SmolLM2", ["update", "update_smollm2"], UPDATE),
+    ("the head at a vocabulary of 151,936, beside TRL's", ["logprobs"], HEAD),
+    ("generation through vLLM beside bare vLLM asked for the same: 1.6 M parameters / SmolLM2",
+     ["generate", "generate_smollm2"], "{vllm.times_bare_same:.2f} of its tokens a second"),
     ("the torch engine beside transformers' `generate`: 1.6 M parameters / SmolLM2",
-     ["generate", "generate_smollm2"], lambda r: f"{r['torch']['times_bare']:.1f} times its tokens a second"),
-    ("a whole step beside TRL's: 1.6 M parameters / SmolLM2", ["step", "step_smollm2"], step_words),
-    ("graders: judged right, wrong answers paid, answers a second", ["grader"], grader_words),
+     ["generate", "generate_smollm2"], "{torch.times_bare:.1f} times its tokens a second"),
+    ("a whole step beside TRL's: 1.6 M parameters / SmolLM2", ["step", "step_smollm2"],
+     "{trl_hf.times_ours:.1f} times as fast, {trl_hf.times_ours_per_token:.1f} for each token"),
+    ("right, wrong answers paid, answers a second: reward.py; math-verify", ["grader"],
+     f"{GRADER.replace('X', 'nanoscaler')}; {GRADER.replace('X', 'math_verify')}"),
     ("what a policy earns that only looks for an easy box", ["lazy"], None),
     ("memory of an update without a card: prediction beside simulation", ["memory"], None)]
 
@@ -158,18 +144,21 @@ def summary(results=measure.RESULTS):
     """The rows of SUMMARY for which there are numbers, as one Markdown table."""
     lines = []
     for what, names, words in SUMMARY:
-        said = []
+        said, files = [], []
         for name in names:
-            path, rows = Path(results) / f"{name}.json", {}
-            d = common.read_json(path) if path.exists() else {"rows": []}
-            for row in d["rows"] if words else ():
-                flat = {k: v["median"] if isinstance(v, dict) and "median" in v else v for k, v in row.items()}
-                rows |= {row["side"]: flat, (row["side"], row.get("length")): flat} if "error" not in row else {}
-            with suppress(KeyError):  # a side is missing
-                said.append((words(rows) if words else d["summary"], f"[{name}.json](bench/results/{name}.json)"))
-        if said:
-            lines.append([what, *(separator.join(x) for separator, x in zip((" / ", ", "), zip(*said)))])
+            with suppress(OSError, LookupError, AttributeError):  # a result or a side is missing
+                d = common.read_json(Path(results) / f"{name}.json")
+                said.append(words.format(**by_side(d["rows"])) if words else d["summary"])
+                files.append(f"[{name}.json](bench/results/{name}.json)")
+        lines += [[what, " / ".join(said), ", ".join(files)]] if said else []
     return common.table(["what", "result", "file"], lines)
+
+
+def by_side(rows):
+    """{name of a side: its last row, with medians for spreads}."""
+    return {row["side"].replace("-", "_"): SimpleNamespace(**{
+        k: v["median"] if isinstance(v, dict) and "median" in v else v for k, v in row.items()})
+        for row in rows if "error" not in row}
 
 
 # ----- The two files ----------------------------------------------------------------------------------------

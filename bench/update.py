@@ -1,26 +1,15 @@
-"""update.py - the training half of a step on a saved rollout file: ours, TRL, a plain loop, and the limit.
+"""update.py - the training half of a step on given samples: ours, TRL, a plain loop, and the limit.
 
     python bench/update.py --peer_python PEERS/bin/python                           # tiny
     python bench/update.py --peer_python PEERS/bin/python --model models/smollm2
 
 Timed: advantages, packing or padding, old log-probs, loss, backward, clipping, AdamW, from the samples in
-hand to the last optimizer step, in fp32. Every side does it twice on the same samples, and `seconds` is the
-second time: a run's first optimizer step creates Adam's moments, 3 s of first touches of memory with SmolLM2,
-and no later one does (`first_seconds` shows it). The recipe's two updates a rollout: the second needs old
-log-probs. TRL scores all samples for that; ours and the loop only the second half, because at the first
-update the policy is the old one.
-
-  ours     grpo.py's own Learner.pack, score and update, micro-batches of 2,048 tokens, its default on a CPU;
-           computes the entropy as well
-  trl      GRPOTrainer.train with the samples handed in through `rollout_func`; its shuffling of samples is
-           switched off so that its two mini-batches are ours; computes the entropy as well
-  sorted   the plain loop: samples sorted by length, no attention mask (right-padding needs none), head on
-           response tokens, the loss of grpo.py; no entropy
-  limit    as many tokens forward and backward through the bare model as ours, in full rows of one length
-           without any padding: body, head on response tokens, cross-entropy; no entropy and no optimizer
-
-Micro-batches of trl and sorted have as many samples as were fastest for them. Checked: the gradient norm of
-each update against ours (an on-policy GRPO loss is about 0 whatever the log-probs are, its gradient is not).
+hand to the last optimizer step, in fp32. Every side does it twice, and `seconds` is the second time: a run's
+first optimizer step creates Adam's moments, 3 s of first touches of memory with SmolLM2 (`first_seconds`).
+The recipe's two updates a rollout: the second needs old log-probs. TRL scores all samples for that, ours and
+the loop the second half, because at the first update the policy is the old one. Ours and TRL compute the
+entropy as well. Micro-batches of TRL and the loop have as many samples as were fastest for them. Checked: the
+gradient norm of each update against ours (an on-policy GRPO loss is about 0 whatever the log-probs are).
 """
 import os
 import sys
@@ -42,10 +31,10 @@ UPDATES = 2
 
 
 def load(spec):
-    """Model in fp32 and the samples of the rollout file."""
+    """Model in fp32 and its samples."""
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32).train()
-    return model, measure.read_rollouts(spec["rollouts"])
+    return model, measure.rollouts(model.config.vocab_size, **spec["shape"])
 
 
 def warm_up(loss, optimizer):
@@ -54,23 +43,33 @@ def warm_up(loss, optimizer):
     optimizer.zero_grad(set_to_none=True)
 
 
+def split(rows):
+    """Samples -> those of each update."""
+    half = len(rows) // UPDATES
+    return [rows[i:i + half] for i in range(0, len(rows), half)]
+
+
+def responses(rows):
+    return sum(len(r["response"]) for r in rows)
+
+
 def ours(spec):
-    """As grpo.train does it between `generate` and `push`."""
+    """grpo.py's Learner as grpo.train uses it between `generate` and `push`."""
     import grpo
-    # no correction for an engine: the file's log-probs are random, and the other sides get none
-    learner = measure.make_learner(spec["model"], spec["token_budget"], temperature=1.0, lr=1e-6, tis_cap=0,
-                                   dtype="float32", updates=UPDATES, group=spec["group"],
-                                   prompts=spec["prompts"], max_len=spec["max_len"])
-    rows = measure.read_rollouts(spec["rollouts"])
+    # no correction for an engine: the log-probs are random, and the other sides get none
+    learner = measure.make_learner(
+        spec["model"], spec["token_budget"], temperature=1.0, lr=1e-6, tis_cap=0, dtype="float32",
+        updates=UPDATES, **{name: spec["shape"][name] for name in ("group", "prompts", "max_len")})
+    _, rows = load(spec)
     samples, norms, entropies = measure.as_samples(rows), [], []
-    rewards = torch.tensor([r["reward"] for r in rows]).view(spec["prompts"], spec["group"])
+    rewards = torch.tensor([r["reward"] for r in rows]).view(-1, spec["shape"]["group"])
     first, _ = learner.pack(samples, rewards, torch.arange(1))
     warm_up(learner.policy(first[0][0])[0].sum(), learner.optimizer)
     meter = measure.Meter()
     for begin in (meter.start, meter.lap):
         begin()
         advantages = grpo.group_advantages(rewards)
-        halves = torch.arange(spec["prompts"]).chunk(UPDATES)
+        halves = torch.arange(len(rewards)).chunk(UPDATES)
         minibatches = [learner.pack(samples, advantages, prompts) for prompts in halves]
         old = [learner.score(learner.policy if k else None, mini) for k, mini in enumerate(minibatches)]
         for mini, old_logp in zip(minibatches, old):
@@ -82,7 +81,7 @@ def ours(spec):
     return meter.answer(grad_norm=norms, entropy=entropies)
 
 
-def trl_trainer(spec, model, prompts, max_steps, on_update, **more):
+def trl_trainer(spec, model, prompts, rollouts, on_update, **more):
     """GRPOTrainer with what both sides share, no logs, nothing saved. prompts: rows of its data set.
     on_update(k) is called after the k-th optimizer step."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
@@ -94,49 +93,48 @@ def trl_trainer(spec, model, prompts, max_steps, on_update, **more):
         def on_step_end(self, args, state, control, **_):
             on_update(state.global_step)
 
-    n, k = spec["prompts"] * spec["group"], spec["micro"]
+    shape, k = spec["shape"], spec["micro"]
+    n = shape["prompts"] * shape["group"]
     config = GRPOConfig(
         f"{spec['work']}/trl", per_device_train_batch_size=k, gradient_accumulation_steps=n // UPDATES // k,
-        steps_per_generation=n // k, num_generations=spec["group"], max_steps=max_steps,
-        max_completion_length=spec["max_len"], learning_rate=1e-6, weight_decay=0.01, max_grad_norm=1.0,
+        steps_per_generation=n // k, num_generations=shape["group"], max_steps=UPDATES * rollouts,
+        max_completion_length=shape["max_len"], learning_rate=1e-6, weight_decay=0.01, max_grad_norm=1.0,
         lr_scheduler_type="constant", loss_type="dapo", epsilon=0.2, epsilon_high=0.28, beta=0.0,
         temperature=1.0, top_p=1.0, top_k=0, bf16=False, use_cpu=True, gradient_checkpointing=False,
         dataloader_pin_memory=False, shuffle_dataset=False, logging_steps=1, report_to=[],
         save_strategy="no", disable_tqdm=True)
-    tokenizer = AutoTokenizer.from_pretrained(spec["model"])
     return GRPOTrainer(model, args=config, train_dataset=Dataset.from_list(prompts), callbacks=[OnUpdate()],
-                       processing_class=tokenizer, **more)
+                       processing_class=AutoTokenizer.from_pretrained(spec["model"]), **more)
 
 
 def trl(spec):
-    """GRPOTrainer's own loop; the clock runs from rollout_func to the last optimizer step's end."""
+    """GRPOTrainer.train with the samples handed in through `rollout_func`, where the clock starts; its
+    shuffling of samples is switched off so that its two mini-batches are ours."""
     import trl.trainer.grpo_trainer as module
     module.shuffle_sequence_dict = lambda batch: batch
-    model, rows = load(spec)
-    meter, begins = measure.Meter(), []
+    (model, rows), meter = load(spec), measure.Meter()
+    begins = iter((meter.start, meter.lap))
 
     def rollout_func(prompts, trainer):
-        begins.append(meter.lap if begins else meter.start)
-        begins[-1]()
+        next(begins)()
         return {"prompt_ids": [r["prompt"] for r in rows], "completion_ids": [r["response"] for r in rows],
                 "logprobs": None}
 
     trainer = trl_trainer(
-        spec, model, [{"prompt": str(r["problem"])} for r in rows[::spec["group"]]], 2 * UPDATES,
+        spec, model, [{"prompt": str(r["problem"])} for r in rows[::spec["shape"]["group"]]], 2,
         lambda k: k == 2 * UPDATES and meter.stop(), rollout_func=rollout_func,
         reward_funcs=lambda completions, **_: [r["reward"] for r in rows])
     warm_up(plain_logp(trainer.model, rows[:2]).sum(), trainer.model)
     trainer.train()
     log = [line for line in trainer.state.log_history if "grad_norm" in line]
     # TRL divides each mini-batch by the mean token count of all mini-batches, we by its own: put on our scale
-    half = len(rows) // UPDATES
-    counts = [sum(len(r["response"]) for r in rows[i:i + half]) for i in range(0, len(rows), half)]
-    norms = [line["grad_norm"] * sum(counts) / UPDATES / c for line, c in zip(log, counts * 2, strict=True)]
+    scale = [responses(rows) / UPDATES / responses(mini) for mini in split(rows)] * 2
+    norms = [line["grad_norm"] * s for line, s in zip(log, scale, strict=True)]
     return meter.answer(grad_norm=norms, entropy=[line["entropy"] for line in log], micro=spec["micro"])
 
 
 def plain_logp(model, rows):
-    """Log-probs [R] of the response tokens of a padded micro-batch."""
+    """Log-probs [R] of the response tokens of a micro-batch, padded on the right, which needs no mask."""
     longest = max(len(r["prompt"]) + len(r["response"]) for r in rows)
     ids = torch.zeros(len(rows), longest, dtype=torch.int64)
     scored = torch.zeros(len(rows), longest, dtype=torch.bool)  # positions that predict a response token
@@ -144,31 +142,28 @@ def plain_logp(model, rows):
         p, t = len(r["prompt"]), len(r["prompt"]) + len(r["response"])
         ids[i, :t], scored[i, p - 1:t - 1] = torch.tensor(r["prompt"] + r["response"]), True
     hidden = model.base_model(ids, use_cache=False).last_hidden_state[scored]
-    targets = ids.roll(-1, 1)[scored]
-    return torch.cat([-F.cross_entropy(model.lm_head(h), t, reduction="none")
-                      for h, t in zip(hidden.split(1024), targets.split(1024))])
+    tiles = zip(hidden.split(1024), ids.roll(-1, 1)[scored].split(1024))
+    return torch.cat([-F.cross_entropy(model.lm_head(h), y, reduction="none") for h, y in tiles])
 
 
 def plain(spec):
-    """A loop as one would write it in an afternoon, on the loss function of grpo.py."""
+    """A loop as one would write it in an afternoon: samples sorted by length, the loss of grpo.py."""
     import grpo
     (model, rows), k, norms = load(spec), spec["micro"], []
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.01, fused=True)
-    rewards = torch.tensor([r["reward"] for r in rows]).view(spec["prompts"], spec["group"])
-    half, meter = len(rows) // UPDATES, measure.Meter()
+    rewards = torch.tensor([r["reward"] for r in rows]).view(-1, spec["shape"]["group"])
     warm_up(plain_logp(model, rows[:2]).sum(), optimizer)
+    meter = measure.Meter()
     for begin in (meter.start, meter.lap):
         begin()
         for r, advantage in zip(rows, grpo.group_advantages(rewards).flatten().tolist()):
             r["advantage"] = advantage
-        minis = [sorted(rows[i:i + half], key=lambda r: len(r["prompt"]) + len(r["response"]))
-                 for i in range(0, len(rows), half)]
-        minis = [[mini[i:i + k] for i in range(0, half, k)] for mini in minis]
+        minis = [sorted(mini, key=lambda r: len(r["prompt"]) + len(r["response"])) for mini in split(rows)]
+        minis = [[mini[i:i + k] for i in range(0, len(mini), k)] for mini in minis]
         with torch.no_grad():
-            old = [[plain_logp(model, batch) if i else None for batch in mini]
-                   for i, mini in enumerate(minis)]
+            old = [[plain_logp(model, b) if i else None for b in mini] for i, mini in enumerate(minis)]
         for mini, old_logps in zip(minis, old):
-            total = sum(len(r["response"]) for batch in mini for r in batch)
+            total = sum(map(responses, mini))
             for batch, old_logp in zip(mini, old_logps):
                 advantages = torch.tensor([r["advantage"] for r in batch])
                 lengths = torch.tensor([len(r["response"]) for r in batch])
@@ -183,29 +178,27 @@ def plain(spec):
 
 
 def limit(spec):
-    """The same numbers of tokens through the bare model, in micro-batches [B, L] without any padding."""
+    """As many tokens forward and backward through the bare model as ours, in full rows of one length without
+    any padding: body, head on response tokens, cross-entropy; no entropy and no optimizer."""
     (model, rows), batches = load(spec), []
-    half = len(rows) // UPDATES
-    for i in range(0, len(rows), half):
-        scored = sum(len(r["response"]) for r in rows[i:i + half])
-        tokens = scored + sum(len(r["prompt"]) for r in rows[i:i + half])
-        pieces = -(-tokens // spec["token_budget"])  # as many micro-batches as ours, at least
-        for j in range(pieces):
-            b = (half * (j + 1)) // pieces - (half * j) // pieces
-            ids = torch.randint(5, model.config.vocab_size, (b, round(tokens / half)))
-            batches.append((ids, scored * b // half, i > 0))
+    for i, mini in enumerate(split(rows)):
+        scored = responses(mini)
+        tokens = scored + sum(len(r["prompt"]) for r in mini)
+        ids = torch.randint(5, model.config.vocab_size, (len(mini), round(tokens / len(mini))))
+        for part in ids.tensor_split(-(-tokens // spec["token_budget"])):  # as many as ours, at least
+            batches.append((part, scored * len(part) // len(mini), i > 0))
 
     def loss(ids, n):
         hidden = model.base_model(ids, use_cache=False).last_hidden_state.flatten(0, 1)[:n]
-        return F.cross_entropy(hidden @ model.get_output_embeddings().weight.T, ids.flatten()[:n])
+        return F.cross_entropy(model.lm_head(hidden), ids.flatten()[:n])
 
     warm_up(loss(batches[0][0][:2], 8), model)
     meter = measure.Meter()
     for begin in (meter.start, meter.lap):
         begin()
         with torch.no_grad():
-            for ids, n, old in batches:
-                if old:
+            for ids, n, scored_before in batches:
+                if scored_before:
                     loss(ids, n)
         for ids, n, _ in batches:
             loss(ids, n).backward()
@@ -220,17 +213,16 @@ PEERS = {"trl": "trl"}
 
 def cases(args):
     from transformers import AutoConfig
-    name, work = "smollm2" if args.model else "tiny", Path(args.work)
+    name = "smollm2" if args.model else "tiny"
     shape = dict(WORKLOADS["quick" if args.quick else name])
-    model = args.model or measure.tiny_model(work / "tiny")
-    micro, path = shape.pop("micro"), work / f"rollouts-{name}.jsonl"
-    holds = measure.rollouts(path, AutoConfig.from_pretrained(model).vocab_size, **shape)
-    what = (f"old log-probs, loss, backward and AdamW on {holds['samples']} samples: "
-            f"{holds['tokens_response']:,} response tokens of at most {holds['length_max']}, "
-            f"{holds['truncated']:.0%} cut off")
-    settings = {**shape, "micro": micro, "model": model, "rollouts": str(path), "work": args.work,
-                "token_budget": 256 if args.quick else 2048}
-    return [(what, {"workload": name, **holds}, settings)]
+    model, micro = args.model or measure.tiny_model(Path(args.work) / "tiny"), shape.pop("micro")
+    rows = measure.rollouts(AutoConfig.from_pretrained(model).vocab_size, **shape)
+    cut = sum(r["finish_reason"] == "length" for r in rows) / len(rows)
+    what = (f"old log-probs, loss, backward and AdamW on {len(rows)} samples: {responses(rows):,} response "
+            f"tokens of at most {shape['max_len']}, {cut:.0%} cut off")
+    settings = {"shape": shape, "micro": micro, "model": model, "work": args.work,
+                "token_budget": 256 if args.quick else 2048}  # 2,048: grpo.py's own on a CPU
+    return [(what, {"workload": name, "tokens_response": responses(rows)}, settings)]
 
 
 def compare(rows, _):
