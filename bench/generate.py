@@ -122,7 +122,7 @@ def cases(args):
     name, work = "smollm2" if args.model else "tiny", Path(args.work)
     count, group, max_len, max_seqs, turns = WORKLOADS["quick" if args.quick else name]
     if name == "tiny":
-        g, model = random.Random(0), measure.tiny_model(work / "generate", stops=50)
+        g, model = random.Random(0), measure.random_model(work / "stops", stops=50)
         prompts = [[g.randrange(100, 256) for _ in range(g.randint(8, 32))] for _ in range(count)]
     else:
         from transformers import AutoTokenizer

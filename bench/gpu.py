@@ -4,25 +4,13 @@
     python bench/gpu.py correctness update                 # some of them, each at most --minutes
     python bench/gpu.py --device cpu --tiny --out X.json   # the same code anywhere, which claims nothing
 
-  correctness   attention and head against float64; a whole model against the CPU in fp32: packed = separate,
-                shared prompts, recomputation, bf16 gradients; engine against trainer after pushes and sleeps
-                of both levels, the head changed too; seeds, stop, finish reasons
-  update        pack + update of the 1.5B model at budgets of 8K to 32K: tokens/s, MFU, and peak memory beside
-                the prediction of schedule.py --dry_run
-  generation    start, sleep, push, wake; tokens/s of 1K responses beside bare vLLM, and of one GPU's share of
-                an 8K step
-  step          grpo.py itself on the 1.5B model: seconds of each phase, engine against trainer
-  learn         grpo.py on the toy problems for some minutes: reward in tenths of the run
-
 The 1.5B model has the shape of R1-Distill-Qwen-1.5B and random weights: what they say changes no time. Of
 its tokens 35 end a text, so lengths are geometric with a mean near 4,000. Every part is a process of its
 own, and every result is in the JSON at once: what breaks or is stopped costs its own rows. A result with a
 bound is "ok" or "WRONG"; one that is wrong, or a part that fails, makes the exit status 1. Without vLLM, or
-with one that does not start (a row says why), the torch engine generates. MFU counts three forwards of the
-tokens in packed rows, not what recomputation repeats.
+with one that does not start (a row says why), the torch engine generates.
 """
 import argparse
-import datetime
 import json
 import os
 import statistics
@@ -75,11 +63,10 @@ class Report:
 
     def __init__(self, part, args):
         self.part, self.path, self.began, self.rows = part, args.out, time.time(), []
-        name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-        self.head = {"device": name, "tiny": args.tiny, "commit": measure.commit(),
-                     "date": datetime.datetime.now().isoformat(timespec="minutes"),
+        self.head = {"device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+                     "tiny": args.tiny, "commit": measure.commit(), "date": time.strftime("%Y-%m-%dT%H:%M"),
                      "versions": measure.versions() | {"cuda": torch.version.cuda}}
-        print(f"\n{part} on {name}", flush=True)
+        print(f"\n{part} on {self.head['device']}", flush=True)
 
     def add(self, what, bound=None, **numbers):
         """One result. With a bound, `error` must not be above it; a NaN is above everything. Only this part's
@@ -96,18 +83,10 @@ class Report:
 
 
 def random_model(args, shape):
-    """Folder of a random Qwen2 in bf16 with tokenizer and end tokens, made on the device if it is missing."""
-    from transformers import AutoModelForCausalLM, Qwen2Config
+    """Folder of a random Qwen2 in bf16, made on the device."""
     folder = Path(args.work) / f"{'tiny' if args.tiny else 'card'}-{shape}"
-    if not (folder / "tokenizer.json").exists():  # which is written last
-        config = Qwen2Config(**R1 | args.size[shape], eos_token_id=0, bos_token_id=None, pad_token_id=0,
-                             tie_word_embeddings=False, initializer_range=0.1 if args.tiny else 0.02)
-        torch.manual_seed(0)
-        with torch.device(args.device):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        model.save_pretrained(folder)
-        measure.save_tokenizer(folder, config.vocab_size, args.size["stops"])
-    return str(folder)
+    return measure.random_model(folder, args.size["stops"], args.device, "bfloat16", **R1 | args.size[shape],
+                                initializer_range=0.1 if args.tiny else 0.02, tie_word_embeddings=False)
 
 
 def prompts_of(args, problems, group, length):
@@ -169,6 +148,8 @@ def forget_memory():
 # ----- correctness ------------------------------------------------------------------------------------------
 
 def correctness(args, report):
+    """Attention and head against float64; a whole model against the CPU in fp32: packed = separate, shared
+    prompts, recomputation, bf16 gradients; engine against trainer, seeds, stop, finish reasons."""
     device = measure.join()
     for dtype in ("float32", "bfloat16"):
         check_attention(args, report, device, dtype)
@@ -308,7 +289,8 @@ def check_engine(args, report):
 
 def update(args, report):
     """Updates of the big model on samples as an 8K step has them, from samples in hand to the optimizer's
-    step. Peak memory must be 0.9 to 1 of the prediction."""
+    step. MFU counts three forwards of the packed tokens, not what recomputation repeats. Peak memory must be
+    0.9 to 1 of what schedule.py --dry_run predicts."""
     shape = args.size["rollouts"]
     samples = measure.as_samples(measure.rollouts(300, **shape))
     options = {name: shape[name] for name in ("prompts", "group", "max_len")}
@@ -353,6 +335,8 @@ def update(args, report):
 
 
 def generation(args, report):
+    """Seconds to start, sleep, push and wake; tokens a second of 1K responses beside bare vLLM, and of one
+    GPU's share of an 8K step."""
     folder, card = random_model(args, "big"), args.device == "cuda"
     engine = first_that_works(args, report, lambda name: rollout.make_engine(
         name, folder, max_model_len=sum(args.size["share"][2:]), dtype="auto", device=measure.join(),
@@ -382,6 +366,7 @@ def generation(args, report):
 # ----- grpo.py itself ---------------------------------------------------------------------------------------
 
 def step(args, report):
+    """grpo.py itself on the big model: seconds of each phase, engine against trainer."""
     shape = args.size["step"]
     problems = measure.random_problems(Path(args.work) / "problems.jsonl", 2 * shape["prompts"])
     bound, _ = grpo.MISMATCH[grpo.compute_dtype("auto", args.device)]
@@ -393,11 +378,12 @@ def step(args, report):
 
 
 def learn(args, report):
-    """Rewards in tenths of the run; the last must be above the first by two standard errors."""
+    """grpo.py on the toy problems for some minutes: rewards in tenths of the run; the last must be above the
+    first by two standard errors."""
     toy = measure.ROOT / "toy"
     options = {"model": toy / "model", "data": toy / "train.jsonl.gz"}
     if args.tiny:  # a random model learns to box the one right answer
-        model = measure.tiny_model(Path(args.work) / "learn", vocab=256, hidden=64, layers=2, stops=3)
+        model = measure.random_model(Path(args.work) / "learn", stops=3, **TINY | {"vocab_size": 256})
         options = {"model": model, "style": "plain", "no_chat": True,
                    "data": measure.random_problems(Path(args.work) / "ones.jsonl", 16, ["1"])}
     lines = run_grpo(args, report, 60 * args.minutes - 90, updates=1, **options, **args.size["learn"])

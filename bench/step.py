@@ -93,7 +93,7 @@ def cases(args):
     shape = dict(WORKLOADS["quick" if args.quick else name])
     micro = shape.pop("micro")
     if name == "tiny":
-        model, options, examples = measure.tiny_model(work / "step", stops=50), {"no_chat": True}, ()
+        model, options, examples = measure.random_model(work / "stops", stops=50), {"no_chat": True}, ()
         path = measure.random_problems(work / "step-problems.jsonl", 2 * shape["prompts"])
     else:
         model, path = args.model, str(easy / "easy" / "train.jsonl")

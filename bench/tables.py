@@ -17,28 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import measure
 from measure import common
 
-# results: title, and the columns, {key of a row: heading}
-TABLES = {
-    "update": ("Update", {
-        "seconds": "seconds", "first_seconds": "a run's first time", "times_ours": "times ours",
-        "tokens_per_second": "response tokens/s", "memory_mb": "peak MiB",
-        "grad_norm_off": "gradient norm off ours"}),
-    "logprobs": ("Head", {
-        "length": "tokens", "seconds": "seconds", "times_limit": "times the bare matmuls",
-        "memory_mb": "peak MiB", "off": "off ours"}),
-    "generate": ("Generation", {
-        "tokens_per_second": "tokens/s", "times_bare": "times its bare side",
-        "times_bare_same": "times bare vLLM with seeds and log-probs", "seconds": "seconds",
-        "length_mean": "mean length", "greedy_equal": "greedy tokens equal"}),
-    "step": ("Whole step", {
-        "seconds": "seconds a step", "times_ours": "times ours", "tokens_per_second": "response tokens/s",
-        "times_ours_per_token": "times ours, per token", "memory_mb": "MiB of the process"}),
-    "grader": ("Grader", {
-        "accuracy": "right", "false_positives": "wrong paid", "negatives": "of",
-        "false_negatives": "right refused", "positives": "of", "answers_per_second": "answers/s",
-        "p50_ms": "p50 ms", "p99_ms": "p99 ms", "hostile_paid": "hostile paid", "hostile_over_2s": "over 2 s",
-        "hostile": "of"}),
-}
+TABLES = {  # results: the columns, keys of their rows
+    "update": "seconds first_seconds times_ours tokens_per_second memory_mb grad_norm_off",
+    "logprobs": "length seconds times_limit memory_mb off",
+    "generate": "tokens_per_second times_bare times_bare_same seconds length_mean greedy_equal",
+    "step": "seconds times_ours tokens_per_second times_ours_per_token memory_mb",
+    "grader": "accuracy positives false_negatives negatives false_positives answers_per_second p50_ms p99_ms "
+              "hostile hostile_paid hostile_over_2s"}
 NAMES = {"ours": "**ours**", "trl": "TRL", "sorted": "plain loop, sorted by length", "limit": "limit",
          "full": "full logits", "vllm": "**ours, vLLM**", "bare_vllm": "bare vLLM",
          "bare_vllm+": "bare vLLM with seeds and log-probs", "torch": "**ours, torch**",
@@ -59,27 +44,23 @@ def cell(value):
         middle, low, high = (cell(value[k]) for k in ("median", "min", "max"))
         return middle if value["n"] == 1 else f"{middle} ({low}-{high})"
     if isinstance(value, float):
-        form = ".0e" if 0 < abs(value) < 1e-3 else ",.0f" if abs(value) >= 100 else ".3g"
-        return format(value, form)
+        small, large = 0 < abs(value) < 1e-3, abs(value) >= 100
+        return format(value, ".0e" if small else ",.0f" if large else ".3g")
     number = isinstance(value, int) and not isinstance(value, bool)
     return "-" if value is None else f"{value:,}" if number else str(value)
 
 
 def table(rows, columns=None):
-    """Rows as a Markdown table. columns: {key: heading}, default: all that are one value. A side that failed
-    says why in its last cell."""
-    if columns is None:
-        found = {k: v for row in rows for k, v in row.items()}
-        columns = {k: k.replace("_", " ") for k, v in found.items()
-                   if not isinstance(v, (list, dict)) or "median" in v}
-    elif "side" in rows[0]:
-        columns = {"side": "", **columns}
-    lines = []
+    """Rows as a Markdown table. columns: keys, default: all that are one value. A side that failed says why in
+    its last cell."""
+    one = dict.fromkeys(k for row in rows for k, v in row.items()
+                        if not isinstance(v, (list, dict)) or "median" in v)
+    columns, lines = ["side", *columns.split()] if columns else list(one), []
     for row in rows:
         lines.append([NAMES.get(row[k], row[k]) if k == "side" else cell(row.get(k)) for k in columns])
         if isinstance(row.get("error"), str):
             lines[-1][-1] = row["error"][:90]
-    return common.table(columns.values(), lines)
+    return common.table([k.replace("_", " ") for k in columns], lines)
 
 
 def about(d):
@@ -102,19 +83,18 @@ def section(path):
     if "rows" not in d:  # gpu.py: one entry for each part
         return "\n".join(f"**{part}**, {p['device']}, {p['date'][:10]}, commit {p['commit']}, "
                          f"{p['seconds']:.0f} s\n\n{table(p['rows'])}" for part, p in d.items())
-    _, columns = TABLES.get(stem.split("_")[0], ("", None))
-    return f"{stem}: {d['what']}\n\n{table(d['rows'], columns)}\n{about(d)}"
+    columns = TABLES.get(stem.split("_")[0])
+    return f"{d['what']}\n\n{table(d['rows'], columns)}\n{about(d)}"
 
 
 def sections(results=measure.RESULTS):
     """All sections for which there is a file, as Markdown. A workload may have a file of its own."""
-    files, text = sorted(Path(results).glob("*.json"), key=lambda f: f.stem), []
-    names = list(dict.fromkeys([*TABLES, *(f.stem.split("_")[0] for f in files)]))
-    for name in names:
-        mine = [section(f) for f in files if f.stem.split("_")[0] == name]
-        title = TABLES[name][0] if name in TABLES else name.capitalize()
-        text += [f"### {title}", *mine] if mine else []
-    return "\n\n".join(part.strip() for part in text)
+    def place(path):
+        name = path.stem.split("_")[0]
+        return [*TABLES, name].index(name), path.stem
+
+    files = sorted(Path(results).glob("*.json"), key=place)
+    return "\n\n".join(f"### {f.stem}\n\n{section(f)}".strip() for f in files)
 
 
 # ----- One table of at most eight rows, for README.md -------------------------------------------------------

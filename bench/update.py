@@ -215,7 +215,7 @@ def cases(args):
     from transformers import AutoConfig
     name = "smollm2" if args.model else "tiny"
     shape = dict(WORKLOADS["quick" if args.quick else name])
-    model, micro = args.model or measure.tiny_model(Path(args.work) / "tiny"), shape.pop("micro")
+    model, micro = args.model or measure.random_model(Path(args.work) / "tiny"), shape.pop("micro")
     rows = measure.rollouts(AutoConfig.from_pretrained(model).vocab_size, **shape)
     cut = sum(r["finish_reason"] == "length" for r in rows) / len(rows)
     what = (f"old log-probs, loss, backward and AdamW on {len(rows)} samples: {responses(rows):,} response "
