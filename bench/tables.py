@@ -25,7 +25,7 @@ TABLES = {  # results: the columns, keys of their rows
     "grader": "accuracy positives false_negatives negatives false_positives answers_per_second p50_ms p99_ms "
               "hostile hostile_paid hostile_over_2s"}
 NAMES = {"ours": "**ours**", "trl": "TRL", "sorted": "plain loop, sorted by length", "limit": "limit",
-         "full": "full logits", "vllm": "**ours, vLLM**", "bare_vllm": "bare vLLM",
+         "vllm": "**ours, vLLM**", "bare_vllm": "bare vLLM",
          "bare_vllm+": "bare vLLM with seeds and log-probs", "torch": "**ours, torch**",
          "hf": "transformers' generate", "ours_vllm": "**ours, vLLM**", "ours_torch": "**ours, torch**",
          "trl_hf": "TRL, transformers' generate", "nanoscaler": "**reward.py**", "math-verify": "math-verify",
@@ -40,6 +40,8 @@ def cell(value):
     >>> cell({"median": 2.0, "min": 1.0, "max": 3.0, "n": 3}), cell(None), cell(12345.6), cell(2e-5)
     ('2 (1-3)', '-', '12,346', '2e-05')
     """
+    if isinstance(value, dict) and "paid" in value:
+        return f"{value['paid'] / value['problems']:.2%} of {value['problems']:,}"
     if isinstance(value, dict):
         middle, low, high = (cell(value[k]) for k in ("median", "min", "max"))
         return middle if value["n"] == 1 else f"{middle} ({low}-{high})"
@@ -51,10 +53,10 @@ def cell(value):
 
 
 def table(rows, columns=None):
-    """Rows as a Markdown table. columns: keys, default: all that are one value. A side that failed says why in
+    """Rows as a Markdown table. columns: keys, default: all that `cell` knows. A side that failed says why in
     its last cell."""
     one = dict.fromkeys(k for row in rows for k, v in row.items()
-                        if not isinstance(v, (list, dict)) or "median" in v)
+                        if not isinstance(v, (list, dict)) or "median" in v or "paid" in v)
     columns, lines = ["side", *columns.split()] if columns else list(one), []
     for row in rows:
         lines.append([NAMES.get(row[k], row[k]) if k == "side" else cell(row.get(k)) for k in columns])
@@ -99,7 +101,18 @@ def sections(results=measure.RESULTS):
 
 # ----- One table of at most eight rows, for README.md -------------------------------------------------------
 
-# what, results, and words about the rows of their sides; without words a result's own summary
+def tricks(rows):
+    best = {name: max(row[name]["paid"] / row[name]["problems"] for row in rows if name in row)
+            for name in ("reward.py", "DeepScaleR", "math-verify") if name in rows[0]}
+    return ", ".join(f"{name} {share:.1%}" for name, share in best.items()) + f" for the best of {len(rows)}"
+
+
+def ratios(rows):
+    some = [row["predicted_over_simulated"] for row in rows]
+    return f"{min(some):.2f} to {max(some):.2f} of the simulation in {len(some)} settings"
+
+
+# what, results, and words about the rows of their sides, or a function of the rows
 UPDATE = ("{trl.times_ours:.1f} times as fast ({limit.times_ours:.2f} of the bare model's speed) in "
           "{ours.memory_mb:,.0f} instead of {trl.memory_mb:,.0f} MiB")
 HEAD = ("{ours.length:,} tokens: {ours.seconds:.0f} s and {ours.memory_mb:,.0f} MiB, TRL {trl.seconds:.0f} s "
@@ -116,8 +129,8 @@ SUMMARY = [
      "{trl_hf.times_ours:.1f} times as fast, {trl_hf.times_ours_per_token:.1f} for each token"),
     ("right, wrong answers paid, answers a second: reward.py; math-verify", ["grader"],
      f"{GRADER.replace('X', 'nanoscaler')}; {GRADER.replace('X', 'math_verify')}"),
-    ("what a policy earns that only looks for an easy box", ["lazy"], None),
-    ("memory of an update without a card: prediction beside simulation", ["memory"], None)]
+    ("share of the problems that pay for a lazy answer", ["lazy"], tricks),
+    ("predicted memory of an update of the 1.5B model, without a card", ["memory"], ratios)]
 
 
 def summary(results=measure.RESULTS):
@@ -127,8 +140,8 @@ def summary(results=measure.RESULTS):
         said, files = [], []
         for name in names:
             with suppress(OSError, LookupError, AttributeError):  # a result or a side is missing
-                d = common.read_json(Path(results) / f"{name}.json")
-                said.append(words.format(**by_side(d["rows"])) if words else d["summary"])
+                rows = common.read_json(Path(results) / f"{name}.json")["rows"]
+                said.append(words(rows) if callable(words) else words.format(**by_side(rows)))
                 files.append(f"[{name}.json](bench/results/{name}.json)")
         lines += [[what, " / ".join(said), ", ".join(files)]] if said else []
     return common.table(["what", "result", "file"], lines)
