@@ -13,7 +13,6 @@ and what is done; to go on means old words, then new words. Only weights pass fr
 KL reference and data order are new. Left out on purpose: job queues, retries, searches.
 """
 import contextlib
-import glob
 import json
 import os
 import re
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.distributed.run import get_args_parser
 
 import common
 import evaluate
@@ -56,7 +56,7 @@ def turning_point(steps, length, truncated, reward, window):
     pace; all that for half a window. A function of the past alone: asked again later, it says the same.
     """
     w, held, x = window, 0, np.array([length, truncated, reward], dtype=float)
-    if x.shape[1] < max(1, 3 * w):
+    if not 0 < 3 * w <= x.shape[1]:
         return None
     windows = np.lib.stride_tricks.sliding_window_view(x, w, axis=1)  # [3, n - w + 1, w]
     mean = windows.mean(2)
@@ -122,7 +122,7 @@ OPTIONS = {
         ("torchrun", str, "", None, "options of torchrun on this node, quoted, for nodes that share a disk"),
         ("gpu_price", float, 0.0, 0, "dollars an hour, for the report; 0: --dry_run assumes one"),
         ("dry_run", bool, False, None, "predict memory, time, dollars, check that it fits, and leave"),
-        ("gpu_type", str, "", None, "for --dry_run, see the end; if left away, the GPU found, else A100-80"),
+        ("gpu_type", str, "", None, "for --dry_run, listed below; if left away, the GPU found, else A100-80"),
         ("gpu_memory_gib", float, 0.0, 0, "for --dry_run, to describe any other card"),
         ("mean_len", int, 0, 0, "for --dry_run, of responses; 0: half the context, at most 5,000 tokens")]}
 GONE = {f"--{name}": f"use {successor}" for successor, names in {
@@ -134,17 +134,15 @@ GONE = {f"--{name}": f"use {successor}" for successor, names in {
 
 def parse(words):
     """-> this program's options; .rest: words for grpo.py. Of two equal options the later one counts."""
-    own = common.Parser(OPTIONS, description="Stages of grpo.py. Options that are not listed go to grpo.py.",
-                        epilog=f"GPU types: {', '.join(GPUS)}")
+    own = common.Parser(OPTIONS, epilog=f"Other options go to grpo.py. GPU types: {', '.join(GPUS)}")
     words = shlex.split(PRESETS[own.parse_known_args(words)[0].preset]) + words
     args, args.rest = own.parse_known_args(words)
-    theirs = [row for rows in grpo.OPTIONS.values() for row in rows
-              if f"--{row[0]}" not in GONE and not hasattr(args, row[0])]
-    common.Parser(OPTIONS | {"grpo.py": theirs}, grpo.GONE | GONE).parse(words)  # refuses unknown words
-    nodes = re.search(r"--nnodes[= ](?:\d+:)?(\d+)", args.torchrun + " --nnodes 1")
-    rank = re.search(r"--node.rank[= ](\d+)", args.torchrun)
-    args.nodes, args.node_rank = int(nodes[1]), int(rank[1]) if rank else 0
-    if args.nodes > 1 and not rank:
+    theirs = [row for rows in grpo.OPTIONS.values() for row in rows if f"--{row[0]}" not in GONE]
+    known = OPTIONS | {"grpo.py": theirs}  # what is in neither is refused
+    common.Parser(known, grpo.GONE | GONE, conflict_handler="resolve").parse(words)
+    node = get_args_parser().parse_args([*shlex.split(args.torchrun), "a script"])
+    args.nodes, args.node_rank = int(node.nnodes.split(":")[-1]), node.node_rank
+    if args.nodes > 1 and not re.search("--node.rank", args.torchrun):
         raise ValueError("--torchrun: several nodes need --node_rank: 0 where the plan is kept, 1, 2, ...")
     args.gpus = args.gpus or torch.cuda.device_count() or 1 + (args.preset == "toy")
     return args
@@ -166,32 +164,26 @@ def parse_stages(text):
     return stages
 
 
-def window_of(args, k):
-    """Steps of the windows in which stage k is watched for its turn; 0 if it is not."""
-    watched = args.switch == "auto" and k + 1 < len(args.plan)
-    return watched * max(4, args.turn_window or min(50, max(10, args.plan[k]["steps"] // 20)))
-
-
 def stage_words(args, k):
     """Words for grpo.py; the model is the checkpoint that the stage before handed on."""
     stage, before = args.plan[k], checkpoint(args, k - 1) if k else ""
     # options for one stage win over those for all, unless a preset brought them
     preset = any(args.stages in words for words in PRESETS.values())
     words = stage["extra"] + args.rest if preset else args.rest + stage["extra"]
-    words = ["--keep", str(stage.get("keep", 0))] * (window_of(args, k) > 0) + words
+    words = ["--keep", str(stage["keep"])] * (stage["window"] > 0) + words
     words += ["--optimizer_from", before] * (k > 0 and args.optimizer == "carry")
     shape = "--max_len {max_len} --steps {steps} --group {group} --resume --seed".format(**stage).split()
     return [*words, *shape, str(args.seed + k), "--model", f"{before}/hf" if k else args.model,
             "--out", f"{args.run}/stage{k + 1}"]
 
 
-def evaluate_words(args, name, model, options):
-    """Words for evaluate.py: as in training (`options` of grpo.py), where --evaluate says nothing else."""
+def evaluate_words(args, name, model):
+    """Words for evaluate.py: as in training, where --evaluate says nothing else."""
     same = ("style", "instruction", "examples", "reward", "engine", "dtype", "max_seqs")
-    words = [f"--{option}={options[option]}" for option in same if options[option]]
-    words += ["--model", model, "--name", name, "--out", f"{args.run}/eval", "--benchmarks"]
-    words += shlex.split(args.benchmarks) + ["--no_chat"] * options["no_chat"]
-    return words + shlex.split(args.evaluate)
+    words = [f"--{option}={args.options[0][option]}" for option in same if args.options[0][option]]
+    words += ["--no_chat"] * args.options[0]["no_chat"] + ["--model", model, "--name", name]
+    benchmarks = ["--out", f"{args.run}/eval", "--benchmarks", *shlex.split(args.benchmarks)]
+    return words + benchmarks + shlex.split(args.evaluate)
 
 
 # ----- the plan ---------------------------------------------------------------------------------------------
@@ -201,23 +193,25 @@ def open_plan(run, argv):
     path, cwd = f"{run}/plan.json", os.getcwd()
     old = common.read_json(path) if os.path.exists(path) else {"words": [], "stages": [], "cwd": cwd}
     if not isinstance(old, dict) or {"words", "stages", "cwd"} - set(old):
-        raise ValueError(f"{path} is of another version of this program and cannot be continued. Its weights "
-                         f"can: --model {run}/stageN/checkpoints/STEP/hf, the --stages left, another --run")
+        raise ValueError(f"{path} is of another version and cannot be continued. Its weights can: --model "
+                         f"{run}/stageN/checkpoints/STEP/hf, the --stages left, another --run")
     said, run = old["words"], os.path.abspath(run)
     new = [] if argv == said[-len(argv):] or len(argv) == 2 and argv[0] == "--run" else argv
     os.chdir(old["cwd"] if os.path.isdir(old["cwd"]) else cwd)  # words may name relative paths
     args = parse(said + new)
     args.run, args.words, args.plan, args.options = run, said + new, parse_stages(args.stages), []
     carry_on(args, parse(said), old["stages"])
-    for k in range(len(args.plan)):
+    for k, stage in enumerate(args.plan):
+        watched = args.switch == "auto" and stage is not args.plan[-1]
+        window = watched * max(4, args.turn_window or min(50, max(10, stage["steps"] // 20)))
+        stage.update(window=window, keep=0)  # --keep 0 keeps all weights, but the optimizer's state of few
         a = vars(grpo.parse_args(["--recompute", "1"] * args.dry_run + stage_words(args, k)))  # as on a GPU
-        if window_of(args, k) and (a["save_every"] > window_of(args, k) or a["keep"]):
+        if watched and (a["save_every"] > window or a["keep"]):
             raise ValueError(f"--switch auto may return to any checkpoint: leave --keep away, --save_every "
-                             f"{a['save_every']} must be at most {window_of(args, k)}, the window")
-        # --keep 0 keeps all weights, but the optimizer's state of few
-        args.plan[k]["keep"] = a["steps"] // a["save_every"] + 1 if args.optimizer == "carry" else 0
+                             f"{a['save_every']} must be at most {window}, the window")
+        stage["keep"] = (args.optimizer == "carry") * (a["steps"] // a["save_every"] + 1)
         args.options.append(a)
-    evaluate.parse_args(evaluate_words(args, "base", args.model, args.options[0]))
+    evaluate.parse_args(evaluate_words(args, "base", args.model))
     if said and new:
         print(f"changed from here on (paths count from {os.getcwd()}): {shlex.join(new)}", flush=True)
     return args
@@ -225,16 +219,15 @@ def open_plan(run, argv):
 
 def carry_on(args, before, stages):
     """Take over what was done. Words that would alter finished work are refused."""
-    begun = stages and (os.path.isdir(f"{args.run}/stage1") or os.path.isdir(f"{args.run}/eval"))
-    for name in ("model", "preset", "seed", "optimizer", "benchmarks", "evaluate") if begun else ():
+    begun = [stage for stage in stages if os.path.isdir(f"{args.run}/{stage['folder']}")]
+    touched = begun or stages and os.path.isdir(f"{args.run}/eval")
+    for name in ("model", "preset", "seed", "optimizer", "benchmarks", "evaluate") if touched else ():
         if getattr(before, name) != getattr(args, name):
             raise ValueError(f"{args.run} was begun with --{name} {getattr(before, name)}: leave the new one "
                              f"away, or take another --run")
-    for k, was in enumerate(stages):
-        now = args.plan[k] if k < len(args.plan) else {"steps": 0}
+    for k, was in enumerate(begun):
+        now = args.plan[k] if k < len(args.plan) else {"steps": -1}
         fixed = ["max_len", "group"] + ["steps", "extra"] * (was["picked"] is not None)
-        if not os.path.isdir(f"{args.run}/{was['folder']}"):
-            break
         if now["steps"] < max([0, *saved_steps(args, k)]) or any(now[name] != was[name] for name in fixed):
             raise ValueError(f"--stages: {was['folder']} was begun with {was['max_len']}:{was['steps']}:"
                              f"{was['group']}. Only later stages and steps that are not done may change")
@@ -249,8 +242,8 @@ def save_plan(args):
 
 def saved_steps(args, k):
     """Steps of stage k's checkpoints, in order; a name without suffix is complete."""
-    names = glob.glob("*", root_dir=f"{args.run}/stage{k + 1}/checkpoints")
-    return sorted(int(name) for name in names if name.isdigit())
+    paths = Path(args.run, f"stage{k + 1}/checkpoints").glob("*")
+    return sorted(int(path.name) for path in paths if path.name.isdigit())
 
 
 def checkpoint(args, k):
@@ -262,78 +255,76 @@ def checkpoint(args, k):
 def program(args, name, script, options, look=lambda: None):
     """A program on all nodes, to its end. The schedule ends as well if it failed or a signal came.
     name: of the rendezvous, so that a late node joins no other program. look() is called again and again."""
-    command, told = [sys.executable, f"{HERE}/{script}", *options], 0
+    command = [sys.executable, f"{HERE}/{script}", *options]
     if args.gpus > 1 or args.torchrun:
         where = shlex.split(args.torchrun) + ["--rdzv_id", name] if args.nodes > 1 else ["--standalone"]
         command[1:1] = ["-m", "torch.distributed.run", *where, "--nproc_per_node", str(args.gpus)]
     print("$ " + shlex.join(command), flush=True)
     # A session of its own: Ctrl-C in a terminal comes to this process alone, which passes it on. By itself
     # torchrun gives its workers 30 seconds, less than a large checkpoint takes.
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True,
-                             env={"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3600", **os.environ})
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
     try:
-        while child.poll() is None:
-            for signal in args.signals[told:]:
-                child.send_signal(signal)
-            told = len(args.signals)
+        while child.poll() is None and not args.signals:
             look()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(1)
+        if args.signals:
+            child.send_signal(args.signals[0])
+        child.wait()
     finally:  # nothing to do, unless a second signal has raised KeyboardInterrupt
         child.terminate()
     again = f"python schedule.py --run {shlex.quote(args.run)} goes on from here"
     if args.signals:
         print(f"schedule.py: stopped by a signal, what is done is saved; {again}", file=sys.stderr)
         sys.exit(128 + args.signals[0])
-    if child.wait():
+    if child.returncode:
         sys.exit(f"schedule.py: {script} ended with exit code {child.returncode}, see above; then {again}")
 
 
 def measure(args, name, model):
     """evaluate.py on one model, unless it was done; a killed one goes on with the samples it lacks."""
     if not args.no_eval and not os.path.exists(f"{args.run}/eval/{name}.json"):
-        program(args, f"eval-{name}", "evaluate.py", evaluate_words(args, name, model, args.options[0]))
+        program(args, f"eval-{name}", "evaluate.py", evaluate_words(args, name, model))
 
 
-def watch(args, k, stop):
-    """Has stage k turned? Then the plan names its last checkpoint before, and grpo.py is asked to leave."""
-    rows = read_metrics(f"{args.run}/stage{k + 1}") if window_of(args, k) else ()
-    series = [[row[key] for row in rows if "reward" in row]
-              for key in ("step", "length_mean", "truncated", "reward")]
-    evidence = turning_point(*series, window_of(args, k))
+def find_turn(args, k):
+    """Has stage k turned? Then it hands on its last checkpoint before, and grpo.py is asked to leave."""
+    stage, folder = args.plan[k], f"{args.run}/stage{k + 1}"
+    rows = [row for row in read_metrics(folder) if "reward" in row]
+    series = ([row[key] for row in rows] for key in ("step", "length_mean", "truncated", "reward"))
+    evidence = turning_point(*series, stage["window"])
     # only steps on the grid: what a signal or a stop file saved must not change the choice
     grid = [step for step in saved_steps(args, k) if step % args.options[k]["save_every"] == 0]
-    if evidence and grid and not args.plan[k]["picked"]:
-        picked = max([step for step in grid if step < evidence["turn"]], default=grid[0])
-        args.plan[k].update(picked=picked, evidence=evidence)
-        save_plan(args)
-        print(f"stage{k + 1}: {describe_turn(evidence)}. Checkpoint {picked} goes on", flush=True)
-        stop.touch()
+    if evidence and grid:
+        before = [step for step in grid if step < evidence["turn"]] or grid[:1]
+        stage.update(picked=before[-1], evidence=evidence)
+        Path(folder, "stop").touch()
+    return stage["picked"]
 
 
 def train(args, k):
     """One stage, to its last step or its turn; the plan then names the checkpoint that is handed on."""
-    stage, stop = args.plan[k], Path(args.run, f"stage{k + 1}/stop")  # grpo.py sees it, saves and leaves
-    while args.node_rank == 0 and stop.with_name("lock").exists():
+    stage, folder = args.plan[k], f"{args.run}/stage{k + 1}"
+    while args.node_rank == 0:
         try:
-            with common.lock(stop.with_name("lock")):
+            with common.lock(f"{folder}/lock"):
                 break
         except common.RankError as e:
             print(f"{e}. What a killed schedule.py left behind is asked to save and leave", flush=True)
-            stop.touch()
+            Path(folder, "stop").touch()  # grpo.py sees it, saves and leaves
             time.sleep(2)
-    watch(args, k, stop)
-    if not stage["picked"] and stage["steps"] not in saved_steps(args, k):
-        program(args, f"stage{k + 1}", "grpo.py", stage_words(args, k), lambda: watch(args, k, stop))
-    end = time.time() + 60 * (args.nodes > 1)  # a shared disk may lag
-    while time.time() < end and not stage["picked"] and stage["steps"] not in saved_steps(args, k):
+    if not find_turn(args, k):  # after the last step grpo.py may still lack its last validation
+        program(args, f"stage{k + 1}", "grpo.py", stage_words(args, k), lambda: find_turn(args, k))
+    late = time.time() + 60 * (args.nodes > 1)  # a shared disk may lag
+    while not find_turn(args, k) and stage["steps"] not in saved_steps(args, k):
+        if time.time() >= late:
+            sys.exit(f"schedule.py: stage{k + 1} ended at step {max([0, *saved_steps(args, k)])} of "
+                     f"{stage['steps']}: its stop file, or see ALARM lines; the same command goes on")
         time.sleep(1)
-    watch(args, k, stop)
-    done = max(saved_steps(args, k), default=0)
-    if not stage["picked"] and done != stage["steps"]:
-        sys.exit(f"schedule.py: stage{k + 1} ended at step {done} of {stage['steps']}, by its stop file or "
-                 f"for what ALARM lines say; the same command goes on")
-    stage["picked"] = stage["picked"] or done
+    stage["picked"] = stage["picked"] or stage["steps"]
+    if stage["evidence"]:
+        print(f"stage{k + 1}: {describe_turn(stage['evidence'])}. Checkpoint {stage['picked']} goes on")
     save_plan(args)
 
 
@@ -346,8 +337,8 @@ def work(args):
     for k, stage in enumerate(args.plan):
         if stage["picked"] is None:
             train(args, k)
-        for step in set(saved_steps(args, k)) - {stage["picked"]} if window_of(args, k) else ():
-            if args.node_rank == 0:  # kept in case the stage turned
+        if stage["window"] and args.node_rank == 0:  # all checkpoints were kept in case the stage turned
+            for step in set(saved_steps(args, k)) - {stage["picked"]}:
                 shutil.rmtree(f"{args.run}/stage{k + 1}/checkpoints/{step:06d}")
         measure(args, stage["folder"], f"{checkpoint(args, k)}/hf")
         if args.node_rank == 0:
@@ -359,17 +350,16 @@ def work(args):
 def ledger(args):
     """A Markdown table of what each stage and evaluation took. What a crash cost is not in it."""
     rows, phases = [], ["generate", "reward", "logprobs", "update", "sync", "idle"]
-    for k in range(len(args.plan)):
-        lines = read_metrics(f"{args.run}/stage{k + 1}")
-        keys = ["tokens", "tokens_trained", *(f"seconds_{x}" for x in phases), "eval_seconds", "seconds"]
+    keys = ["tokens", "tokens_trained", *(f"seconds_{x}" for x in phases), "eval_seconds", "seconds"]
+    for folder in (f"{args.run}/{stage['folder']}" for stage in args.plan):
+        lines = read_metrics(folder)
         sums = [sum(row.get(key) or 0 for row in lines) for key in keys]
-        world = common.read_json(f"{args.run}/stage{k + 1}/config.json")["world"] if lines else 0
-        rows.append([f"stage{k + 1}", *sums, (sums[-1] + sums[-2]) * world / 3600])
-    for path in sorted(glob.glob(f"{glob.escape(args.run)}/eval/*.json")):
-        r = common.read_json(path)
+        world = common.read_json(f"{folder}/config.json")["world"] if lines else 0
+        rows.append([os.path.basename(folder), *sums, (sums[-1] + sums[-2]) * world / 3600])
+    for r in map(common.read_json, sorted(Path(args.run).glob("eval/*.json"))):
         hours = r["seconds"] * args.gpus * args.nodes / 3600
         rows.append([f"evaluate {r['name']}", r["tokens_generated"], *[0] * 8, r["seconds"], hours])
-    rows.append(["total", *(sum(column) for column in list(zip(*rows))[1:])])
+    rows.append(["total", *np.sum([row[1:] for row in rows], axis=0)])
     rows = [[name, *(f"{x:,.0f}" for x in sums), f"{hours:,.2f}", f"{hours * args.gpu_price:,.2f}"]
             for name, *sums, hours in rows]
     head = ["", "tokens generated", "trained", *phases, "validation", "seconds", "GPU-hours", "dollars"]
@@ -384,23 +374,22 @@ def report(args):
         figures.transcripts(args.run)
     except Exception as e:  # noqa: BLE001 (a report without pictures is still a report)
         drawn, missing = [], {"figures": f"{type(e).__name__}: {e}"}
-    command = [sys.executable, f"{HERE}/evaluate.py", *["--published"] * (args.model == MODEL), "--table"]
-    command += sorted(glob.glob(f"{glob.escape(args.run)}/eval/*.json"))
+    command = [sys.executable, f"{HERE}/evaluate.py", *["--published"] * (args.model == MODEL), "--table",
+               *sorted(Path(args.run).glob("eval/*.json"))]
     scores = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     text = [f"# {args.run}: training with a growing context, from {args.model}\n"]
     for s in args.plan:
         text += ["- {folder}: {max_len} tokens of context, {group} samples a problem, at most {steps} steps; "
                  "checkpoint {picked} handed on".format(**s)]
         text += [f"  - {describe_turn(s['evidence'])}"] if s["evidence"] else []
-    text += ["\n## Results\n", scores or "No evaluation was run.\n", "## Figures\n"]
-    text += [f"![](figures/{os.path.basename(path)})\n" for path in drawn if path.endswith("png")]
-    text += [f"- not shown: {name}: {why}\n" for name, why in missing.items()]
-    text += ["[Transcripts](transcripts.html)\n\n## Ledger (without GPUs process-hours)\n", ledger(args)]
+    text += ["\n## Results\n", scores or "No evaluation was run.\n", "## Figures\n",
+             *(f"![](figures/{os.path.basename(path)})\n" for path in drawn if path.endswith("png")),
+             *(f"- not shown: {name}: {why}\n" for name, why in missing.items()),
+             "[Transcripts](transcripts.html)\n\n## Ledger (without GPUs process-hours)\n", ledger(args)]
     common.write_atomic(f"{args.run}/report.md", "\n".join(text))
 
 
 # ----- prediction (--dry_run) -------------------------------------------------------------------------------
-
 # GiB as the driver reports it; bf16 peak TFLOP/s; assumed: tokens/s generated by a 1.8B model with a full
 # batch, and by one sequence when it has run empty; dollars an hour (A100: 4,500 / 3,800, as DeepScaleR paid)
 GPUS = {"A100-80": (79.2, 312, 6000, 110, 1.18), "A100-40": (39.4, 312, 5500, 100, 1.1),
@@ -419,12 +408,12 @@ def card(args):
         found = torch.cuda.get_device_properties(0)
         name, memory = found.name, found.total_memory / GIB
     name = name or ("card" if memory else "A100-80")
-    like = [x for x in GPUS if x == name or memory and x.split("-")[0] in name.replace(" ", "")]
-    if not like and not memory:
+    if name not in GPUS and not memory:
         raise ValueError(f"--gpu_type {name} is none of {', '.join(GPUS)}: describe it with --gpu_memory_gib")
-    gib, *speed, price = GPUS[min(like or ["A100-80"], key=lambda x: abs(GPUS[x][0] - memory))]
+    memory, like = memory or GPUS[name][0], [x for x in GPUS if x.split("-")[0] in name.replace(" ", "")]
+    _, *speed, price = GPUS[min(like or ["A100-80"], key=lambda x: abs(GPUS[x][0] - memory))]
     name += "" if like else " (assumed as fast as an A100)"
-    return name, memory or gib, *speed, args.gpu_price or price
+    return name, memory, *speed, args.gpu_price or price
 
 
 def model_shape(model, share=100):
@@ -438,9 +427,9 @@ def model_shape(model, share=100):
         except (OSError, ValueError):
             raise ValueError(f"--model {model} is no model's folder, nor in the cache of the hub") from None
         head = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        m = {"layers": c.num_hidden_layers, "hidden": c.hidden_size, "mlp": c.intermediate_size,
-             "q": c.num_attention_heads * head, "kv": c.num_key_value_heads * head, "vocab": c.vocab_size,
-             "tied": c.tie_word_embeddings, "positions": c.max_position_embeddings}
+        m = dict(zip(SHAPE, (c.num_hidden_layers, c.hidden_size, c.intermediate_size,
+                             c.num_attention_heads * head, c.num_key_value_heads * head, c.vocab_size,
+                             c.tie_word_embeddings, c.max_position_embeddings)))
     m |= {name: m[name] * share // 100 for name in ("hidden", "mlp", "q", "kv")}
     m["layer"] = m["hidden"] * (2 * m["q"] + 2 * m["kv"] + 3 * m["mlp"] + 2) + m["q"] + 2 * m["kv"]
     m["root"] = m["hidden"] * (m["vocab"] * (2 - m["tied"]) + 1)  # embedding, head, last norm
@@ -449,12 +438,12 @@ def model_shape(model, share=100):
 
 def update_bytes(m, tokens, width, recompute):
     """Peak of an update beside weights, gradients and Adam, in the backward of the head or the last layer."""
+    stream, head = tokens * width * m["hidden"], m["vocab"] * m["hidden"]
     # what a decoder layer keeps for its backward: 53.8 K numbers a token for R1-Distill-Qwen-1.5B
     layer = tokens * width * (4 * m["mlp"] + 6 * m["hidden"] + 5 * m["q"] + 4 * m["kv"])
-    stream, head = tokens * width * m["hidden"], m["vocab"] * m["hidden"]
+    kept = m["layers"] * (stream if recompute else layer)
     # FSDP: embedding and head, a layer that computes, one that comes, one that goes, the fp32 gradient of one
-    kept = (m["root"] + 3 * m["layer"]) * width + 4 * m["layer"] + (
-        m["layers"] * (stream if recompute else layer))
+    kept += (m["root"] + 3 * m["layer"]) * width + 4 * m["layer"]
     # two fp32 tiles of logits (see policy.py) and their gradient, the head's own in fp32
     in_head = min(tokens * m["vocab"], 150_000_000) * (8 + width) + 4 * head
     in_layer = recompute * layer + 2 * tokens * width * m["mlp"]  # itself, gradients of two MLP-sized vectors
@@ -465,9 +454,9 @@ def update_bytes(m, tokens, width, recompute):
 def predict(m, a, memory, world):
     """GiB of one GPU by part for a stage with grpo.py's options `a`, and "why" it cannot run, or ""."""
     longest, total = a["max_len"] + a["max_prompt_len"], m["parameters"]
-    width = 4 if a["dtype"] == "float32" else 2
-    tokens, torch_engine = a["token_budget"] or max(32768, longest), a["engine"] == "torch"
-    mine, full = -(-a["prompts"] * a["group"] // world), 2 * m["layers"] * m["kv"] * width * longest
+    width, torch_engine = 4 if a["dtype"] == "float32" else 2, a["engine"] == "torch"
+    tokens, mine = a["token_budget"] or max(32768, longest), -(-a["prompts"] * a["group"] // world)
+    full = 2 * m["layers"] * m["kv"] * width * longest  # keys and values of one sequence
     weights = (total + m["tied"] * m["vocab"] * m["hidden"]) * width  # vLLM's copy is untied
     cache = max(0, (a["gpu_memory"] * memory - VLLM) * GIB - weights)
     cache = min(mine, a["max_seqs"] or 64) * full if torch_engine else cache
@@ -490,16 +479,15 @@ def predict(m, a, memory, world):
 
 def remedy(model, a, memory, world):
     """An option with the nearest value that makes a stage fit, else the size of a model that does."""
-    m, longest, old = model_shape(model), a["max_len"] + a["max_prompt_len"], a["token_budget"] or 32768
-    budgets = [{"token_budget": max(longest, old * i // 16)} for i in range(15, 0, -1)]
+    longest, old = a["max_len"] + a["max_prompt_len"], a["token_budget"] or 32768
     shares = sorted((i / 20 for i in range(2, 19)), key=lambda share: abs(share - a["gpu_memory"]))
-    for change in ({"recompute": 1}, *budgets, *({"gpu_memory": share} for share in shares)):
-        if not predict(m, a | change, memory, world)["why"]:
-            return "--{} {}".format(*change.popitem())
-    for share in range(99, 0, -1):  # the same kind of model with a share of the widths
-        narrow = model_shape(model, share)
-        if not predict(narrow, a, memory, world)["why"]:
-            return f"--model to one of up to {narrow['parameters'] / 1e9:.2f} B parameters"
+    changes = [("recompute", 1)] + [("token_budget", max(longest, old * i // 16)) for i in range(15, 0, -1)]
+    changes += [("gpu_memory", share) for share in shares] + [("model", share) for share in range(99, 0, -1)]
+    for name, value in changes:
+        m = model_shape(model, value if name == "model" else 100)
+        if not predict(m, a | {name: value}, memory, world)["why"]:
+            size = f"to one of up to {m['parameters'] / 1e9:.2f} B parameters"
+            return f"--{name} {size if name == 'model' else value}"
     return "--stages to a shorter context, or take a card with more memory"
 
 
@@ -513,7 +501,7 @@ def forward_flops(m, tokens, squares, scored):
 def step_seconds(m, a, gpu, world):
     """Assumed seconds of a step. Generation is bound by throughput or by its longest sequence, training by
     its operations."""
-    *_, tflops, rate, stream, _ = gpu
+    _, _, tflops, rate, stream, _ = gpu
     n, scale, length = a["prompts"] * a["group"], 1.777e9 / m["parameters"], a["mean_len"] + PROMPT
     stream = min(stream * scale, 500.0)  # a small model is bound by launching kernels
     rate = min(rate * scale, stream * max(1, min(n / world, a["max_seqs"] or 256)))
@@ -538,13 +526,12 @@ def dry_run(args):
         hours = sum(t.values()) * a["steps"] / 3600
         total, why, sequences = total + hours, p.pop("why"), p.pop("sequences")
         print(f"{stage['folder']}: context {a['max_len']:,}, mean length {a['mean_len']:,}, {a['steps']:,} "
-              f"steps, {hours:,.1f} hours, ${hours * world * price:,.0f}\n  GiB on each GPU: "
-              + ", ".join(f"{part} {x:.1f}" for part, x in p.items())
-              + f"; {sequences} responses of full length at once\n  seconds a step: "
-              + ", ".join(f"{part} {x:.0f}" for part, x in t.items()))
+              f"steps, {hours:,.1f} hours, ${hours * world * price:,.0f}; {sequences} full responses at once",
+              "  GiB on each GPU: " + ", ".join(f"{part} {x:.1f}" for part, x in p.items()),
+              "  seconds a step: " + ", ".join(f"{part} {x:.0f}" for part, x in t.items()), sep="\n")
         if why:
-            why += f". Change {remedy(args.model, a, memory, world)}"
-            refused.append(f"{stage['folder']} cannot run: {why}")
+            offer = remedy(args.model, a, memory, world)
+            refused.append(f"{stage['folder']} cannot run: {why}. Change {offer}")
     print(f"total {total:,.1f} hours, {total * world:,.0f} GPU-hours, ${total * world * price:,.0f} without "
           f"evaluations; disk: {16 * m['parameters'] / GIB:.1f} GiB a checkpoint, three at least")
     print("\n".join(refused) or "it fits", file=sys.stderr if refused else sys.stdout)
@@ -556,16 +543,13 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     try:
         args = parse(argv)
-        if args.dry_run:
-            return dry_run(open_plan(args.run, argv))
-        if args.node_rank:
-            return work(open_plan(args.run, argv))
-        with common.lock(f"{args.run}/schedule.lock"):
+        first = not args.dry_run and args.node_rank == 0
+        with common.lock(f"{args.run}/schedule.lock") if first else contextlib.nullcontext():
             args = open_plan(args.run, argv)
-            if args.model == MODEL and not torch.cuda.device_count():
+            if args.model == MODEL and not args.dry_run and not torch.cuda.device_count():
                 raise ValueError("no GPU was found, and this takes 3,800 A100-hours. --preset toy tells the "
                                  "story on this machine, --dry_run --gpus 8 predicts what is needed")
-            return work(args)
+            return dry_run(args) if args.dry_run else work(args)
     except (ValueError, OSError, common.RankError) as e:
         print(f"schedule.py: {e}", file=sys.stderr)
         return 2

@@ -1,20 +1,56 @@
-"""The README's commands are executable documentation: what it tells a stranger to type is what runs here."""
+"""The texts are executable documentation: commands are typed here, numbers compared with their files, links followed."""
+import importlib
+import json
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT, metrics
 
-import evaluate
-import grpo
+import reward
+import schedule
 
 README = (ROOT / "README.md").read_text()
+TEXTS = {path.name: path.read_text() for path in [*ROOT.glob("README*.md"), *ROOT.glob("docs/*.md")]}
+PROGRAMS = "grpo", "evaluate", "schedule", "figures", "reward"
 
 
-def block(name):
-    return re.search(rf"<!-- {name} -->\n```bash\n(.*?)```", README, re.DOTALL).group(1)
+def block(name, text=README):
+    return re.search(rf"<!-- {name} -->\n```\w+\n(.*?)```", text, re.DOTALL).group(1)
+
+
+def commands():
+    """(program, its words) of every line of every text that starts one of ours."""
+    for name, text in TEXTS.items():
+        for code in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+            for line in re.sub(r"\\\n", " ", code).splitlines():
+                found = re.search(rf"(?:python|torchrun .*?) ({'|'.join(PROGRAMS)})\.py (.*)", line)
+                if found and not line.startswith("srun"):
+                    yield pytest.param(found[1], found[2], id=f"{name}: {found[1]} {found[2][:50]}")
+
+
+def test_sizes():
+    assert len(README.splitlines()) <= 300 and len(README.split()) <= 2600
+    assert len(TEXTS["README.zh.md"].splitlines()) <= 120 and len(TEXTS) <= 6
+
+
+@pytest.mark.parametrize("program, words", list(commands()))
+def test_commands_parse(program, words):
+    """Every option and value in a command of a text is one that its program takes."""
+    words = shlex.split(words, comments=True)
+    module = importlib.import_module(program)
+    if program == "reward":
+        assert words[::2] == ["--answer", "--gold"]
+    elif program == "figures":  # it reads the options and then says that there is no such run
+        with pytest.raises(SystemExit, match="figures.py: "):
+            module.main(words)
+    elif program == "schedule":
+        module.parse(words)
+    else:
+        module.parse_args(words)
 
 
 @pytest.mark.slow
@@ -22,8 +58,7 @@ def test_the_first_training_as_written(tmp_path):
     """All after the installation, in a copy of the repository: real model, real problems, vLLM on the CPU."""
     for item in [*ROOT.glob("*.py"), ROOT / "toy", ROOT / "assets"]:
         (shutil.copytree if item.is_dir() else shutil.copy)(item, tmp_path / item.name)
-    steps = block("first training")
-    training = steps[steps.index("python toy"):]
+    training = block("first training", TEXTS["toy.md"]).split("\n", 1)[1]
     done = subprocess.run(["bash", "-euo", "pipefail", "-c", training], cwd=tmp_path, capture_output=True,
                           text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
@@ -33,19 +68,81 @@ def test_the_first_training_as_written(tmp_path):
     assert (tmp_path / "runs/first/checkpoints/000003/hf/model.safetensors").exists()
 
 
-def lines(program):
-    found = [line for line in README.splitlines()
-             if re.match(rf"(torchrun|python) .*{program}\.py --|torchrun .*{program}\.py", line)]
-    return [line for line in found if "--help" not in line]
+def test_the_loop_is_quoted_word_for_word():
+    quoted = block("loop")
+    assert 30 <= len(quoted.splitlines()) <= 40 and quoted in (ROOT / "grpo.py").read_text()
 
 
-@pytest.mark.parametrize("program, line", [(p, x) for p in (grpo, evaluate) for x in lines(p.__name__)])
-def test_commands_parse(program, line):
-    """Every grpo.py and evaluate.py line in the README names options that exist."""
-    program.parse_args(shlex.split(line.split(f"{program.__name__}.py", 1)[1], comments=True))
+def test_lines_of_the_map():
+    rows = re.findall(r"^`(\w+\.py)`\|(\d+)\|", README, re.MULTILINE)
+    assert len(rows) == len(list(ROOT.glob("*.py")))
+    for name, lines in rows:
+        assert len((ROOT / name).read_text().splitlines()) == int(lines), name
 
 
-def test_tests_named_in_the_readme_exist():
+def test_names_in_the_texts_exist():
     tests = "".join(p.read_text() for p in (ROOT / "tests").glob("test_*.py"))
-    named = set(re.findall(r"`(test_\w+)`", README))
-    assert named and all(f"def {name}(" in tests for name in named)
+    code = "".join(p.read_text() for p in ROOT.glob("*.py"))
+    named = set(re.findall(r"`(test_\w+)`", "".join(TEXTS.values())))
+    assert len(named) >= 10 and all(f"def {name}(" in tests for name in named)
+    copied = re.findall(r"`(\w+)`", re.search("To copy.*", README)[0])
+    assert len(copied) == 5 and all(f"def {name}(" in code for name in copied)
+
+
+def test_links_lead_somewhere():
+    for name, text in TEXTS.items():
+        folder = ROOT if name.startswith("README") else ROOT / "docs"
+        titles = [re.sub(r"[^\w -]", "", t).strip().lower().replace(" ", "-") for t in re.findall(r"^#+ (.*)", text, re.M)]
+        for target in re.findall(r"\]\(([^)]+)\)", text):
+            if target.startswith("#"):
+                assert target[1:] in titles, target
+            elif not target.startswith("https://"):
+                assert (folder / target).exists(), target
+
+
+def test_the_example_is_the_walkthroughs():
+    cells = json.loads((ROOT / "walkthrough.ipynb").read_text())["cells"]
+    printed = "\n".join("".join(out["text"]) for cell in cells for out in cell.get("outputs", []))
+    rows = {name: re.search(rf"^{name}[^|]*\|(.*)", README, re.MULTILINE)[1].split("|")
+            for name in ("tokens", "reward", "advantage", "its probability")}
+    found = re.findall(r"^(\d)  reward (\d), (\d+) tokens", printed, re.MULTILINE)
+    assert rows["reward"] == [r for _, r, _ in found] and rows["tokens"] == [t for _, _, t in found]
+    assert rows["advantage"] == re.search(r"advantages +\[(.*)\]", printed)[1].split(", ")
+    assert rows["its probability"] == re.findall(r"probability times ([\d.]+)", printed)
+    for line in re.findall(r"^\d: (a .*<\|end\|>)", README, re.MULTILINE):
+        assert line in printed
+    assert f"loss {re.search(r'The loss is ([^,]+)', README)[1]}" in printed
+    assert f"tokens R: {re.search(r'.N. = (.+?)[.]', README)[1]}" in printed
+    chinese = TEXTS["README.zh.md"]
+    assert all(f"| {x} 倍 " in chinese for x in rows["its probability"])
+
+
+def test_the_toys_numbers_are_its_reports():
+    report = (ROOT / "assets/toy/run/report.md").read_text()
+    scores = re.findall(r"^(?:base|after)[^|]*\|([\d.]+) ± ([\d.]+) %\|", README, re.MULTILINE)
+    assert len(scores) == 4 and all(f"{mean} ± {se}" in report for mean, se in scores)
+    said = " ".join(re.search(r"> (stage1: by step.*?)\n\n", README, re.DOTALL)[1].replace("\n> ", " ").split())
+    assert said in " ".join(report.split())
+
+
+@pytest.mark.parametrize("row", re.findall(r"^\d of \d+ GB\|.*", README, re.MULTILINE))
+def test_memory_is_predicted_as_written(row, capsys):
+    _, options, training, generating, hours = row.split("|")
+    schedule.main(["--dry_run", *shlex.split(options.strip("`"))])
+    said = capsys.readouterr().out
+    assert f"training {training}, generating {generating}," in said
+    assert round(float(re.search(r"total ([\d.,]+) hours", said)[1].replace(",", ""))) == int(hours)
+
+
+def test_verdicts_of_the_graders_page():
+    rows = re.findall(r"^\| `(.+?)` \| `(.+?)` \| (right|wrong) \|", TEXTS["grader.md"], re.MULTILINE)
+    assert len(rows) > 20
+    for answer, gold, verdict in rows:
+        right = reward.compute_reward(rf"</think>\boxed{{{answer}}}", gold) == 1
+        assert right == (verdict == "right"), (answer, gold)
+
+
+def test_the_tables_are_those_of_the_files():
+    done = subprocess.run([sys.executable, str(ROOT / "bench/tables.py"), "--check"], capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

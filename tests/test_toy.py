@@ -184,3 +184,22 @@ def test_three_steps_of_training_are_paid(tmp_path):
     assert [m["step"] for m in lines] == [1, 2, 3]
     assert all(0 < m["reward"] < 1 and m["updates"] == 1 for m in lines), lines
     assert all(m["mismatch_kl"] < 1e-6 for m in lines)
+
+
+@pytest.mark.slow
+def test_the_preset_needs_nothing_of_linux(tmp_path):
+    """A Mac has no vLLM, no /proc and no multiprocessing by fork: all are taken away, and the toy still trains."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import builtins, multiprocessing, sys\n"
+        "sys.modules['vllm'] = None\n"
+        "multiprocessing.set_start_method('spawn')\n"
+        "system_open = builtins.open\n"
+        "def no_proc(file, *more, **named):\n"
+        "    if str(file).startswith(('/proc', '/sys')):\n"
+        "        raise FileNotFoundError(file)\n"
+        "    return system_open(file, *more, **named)\n"
+        "builtins.open = no_proc\n")
+    run([sys.executable, str(ROOT / "schedule.py"), "--preset", "toy", "--run", str(tmp_path / "run"), "--gpus", "1",
+         "--stages", "40:2:8", "--prompts", "16", "--eval_every", "0", "--benchmarks", str(ROOT / "toy/heldout.jsonl"),
+         "--evaluate", "-n 1 --limit 8 --max_tokens 40 --temperature 1"], timeout=600, PYTHONPATH=str(tmp_path))
+    assert len(metrics(tmp_path / "run/stage1")) == 2 and (tmp_path / "run/report.md").exists()
