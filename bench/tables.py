@@ -144,7 +144,7 @@ def summary(results=measure.RESULTS):
                 said.append(words(rows) if callable(words) else words.format(**by_side(rows)))
                 files.append(f"[{name}.json](bench/results/{name}.json)")
         lines += [[what, " / ".join(said), ", ".join(files)]] if said else []
-    return common.table(["what", "result", "file"], lines)
+    return "\n".join("|".join(line) for line in [["what", "result", "file"], ["-"] * 3, *lines])
 
 
 def by_side(rows):
