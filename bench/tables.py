@@ -168,7 +168,7 @@ def main(argv=None):
     for path, start, end, make in FILES:
         text = path.read_text()
         before, marker, rest = text.partition(start)
-        new = f"{before}{start}\n\n{make().strip()}\n\n{end}{rest.partition(end)[2]}" if marker else text
+        new = f"{before}{start}\n{make().strip()}\n{end}{rest.partition(end)[2]}" if marker else text
         if args.write:
             common.write_atomic(str(path), new)
         elif not args.check:

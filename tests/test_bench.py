@@ -260,7 +260,7 @@ def test_a_file_that_differs_is_found_and_written(tmp_path, monkeypatch):
     path.write_text("a <!-- x --> 1 <!-- y --> b")
     monkeypatch.setattr(tables, "FILES", [(path, "<!-- x -->", "<!-- y -->", lambda: "2")])
     assert tables.main(["--check"]) == 1 and tables.main(["--write"]) == 0 and tables.main(["--check"]) == 0
-    assert path.read_text() == "a <!-- x -->\n\n2\n\n<!-- y --> b"
+    assert path.read_text() == "a <!-- x -->\n2\n<!-- y --> b"
 
 
 def test_a_side_that_failed_says_why_in_the_table():
