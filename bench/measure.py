@@ -360,10 +360,11 @@ def run_grpo(options, seconds=None):
             "shutil.disk_usage = lambda _: type('Plenty', (), {'free': 2**60}); grpo.main()")
     words = [w for k, v in options.items() for w in ((f"--{k}",) if v is True else (f"--{k}", str(v)))]
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+    env["PYTHONPATH"] = str(ROOT)
     timer = threading.Timer(seconds or 1e6, Path(options["out"], "stop").touch)
     timer.daemon = True
     timer.start()
-    done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, env=env, text=True, check=False,
+    done = subprocess.run([sys.executable, "-c", code, *words], env=env, text=True, check=False,
                           stdin=subprocess.DEVNULL, capture_output=True)
     timer.cancel()
     if done.returncode:
