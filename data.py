@@ -11,7 +11,7 @@ kept in .embeddings.npz, so that a killed build goes on. `select` filters: by le
 that evaluate.py has counted.
 
 Left out on purpose: rewriting problems or reading answers with a paid model (the original used Gemini),
-guessing difficulty, approximate nearest neighbours (exact search takes seconds; see bench/NOTES.md).
+guessing difficulty, approximate nearest neighbours (exact search takes seconds; see bench/README.md).
 """
 import argparse
 import ast

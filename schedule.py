@@ -491,15 +491,22 @@ def remedy(model, a, memory, world):
     return "--stages to a shorter context, or take a card with more memory"
 
 
+def forward_flops(m, tokens, squares, scored):
+    """Operations of a forward: two for each weight that a token meets (the head: `scored` tokens), and causal
+    attention, from the sum of the squares of document lengths."""
+    weights = m["layers"] * m["layer"] * tokens + m["vocab"] * m["hidden"] * scored
+    return 2 * weights + 2 * m["layers"] * m["q"] * squares
+
+
 def step_seconds(m, a, gpu, world):
     """Assumed seconds of a step. Generation is bound by throughput or by its longest sequence, training by
-    two FLOP for each weight that a token meets, and causal attention."""
+    its operations."""
     _, _, tflops, rate, stream, _ = gpu
     n, scale, length = a["prompts"] * a["group"], 1.777e9 / m["parameters"], a["mean_len"] + PROMPT
     stream = min(stream * scale, 500.0)  # a small model is bound by launching kernels
     rate = min(rate * scale, stream * max(1, min(n / world, a["max_seqs"] or 256)))
-    flop = 2 * n * length * (m["layers"] * (m["layer"] + m["q"] * length) + m["vocab"] * m["hidden"])
-    forward = flop / (world * tflops * 1e12 * MFU)
+    flops = forward_flops(m, n * length, n * length**2, n * length)
+    forward = flops / (world * tflops * 1e12 * MFU)
     passes = (a["updates"] - 1) / a["updates"] + bool(a["kl_coef"])  # old log-probs but the first, reference
     return {"generate": max(n * a["mean_len"] / rate / world, a["max_len"] / stream),
             "log-probs": forward * passes, "update": forward * (3 + a["recompute"]), "rest": 3.0}

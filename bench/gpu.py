@@ -4,33 +4,22 @@
     python bench/gpu.py correctness update                 # some of them, each at most --minutes
     python bench/gpu.py --device cpu --tiny --out X.json   # the same code anywhere, which claims nothing
 
-  correctness   attention and head against float64; a whole model against the CPU in fp32: packed = separate,
-                shared prompts, recomputation, bf16 gradients; engine against trainer after pushes and sleeps
-                of both levels, the head changed too; seeds, stop, finish reasons
-  update        pack + update of the 1.5B model at budgets of 8K and 16K: tokens/s, MFU, peak memory
-  generation    start, sleep, push, wake; tokens/s of 1K responses beside bare vLLM, and of one GPU's share of
-                an 8K step
-  step          grpo.py itself on the 1.5B model: seconds of each phase, engine against trainer
-  memory        peak of an update at budgets of 8K to 32K beside the prediction of schedule.py --dry_run
-  learn         grpo.py on the toy problems for some minutes: reward in tenths of the run
-
 The 1.5B model has the shape of R1-Distill-Qwen-1.5B and random weights: what they say changes no time. Of
 its tokens 35 end a text, so lengths are geometric with a mean near 4,000. Every part is a process of its
 own, and every result is in the JSON at once: what breaks or is stopped costs its own rows. A result with a
 bound is "ok" or "WRONG"; one that is wrong, or a part that fails, makes the exit status 1. Without vLLM, or
-with one that does not start (a row says why), the torch engine generates. MFU counts three forwards of the
-tokens in packed rows, not what recomputation repeats; attention counts half a square, the head response
-tokens alone.
+with one that does not start (a row says why), the torch engine generates.
 """
 import argparse
-import datetime
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,32 +27,35 @@ import torch
 from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import generate
 import measure
 from measure import common
 
+import grpo
+import policy as policy_lib
+import rollout
+import schedule
+
 R1 = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
       "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 131072}
+TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "vocab_size": 300, "max_position_embeddings": 4096}
 BOUND = {"float32": 1e-4, "bfloat16": 2e-2}  # relative errors that rounding explains
 SIZES = {
     "card": {"small": {"num_hidden_layers": 3}, "big": {}, "vocab": 151936, "stops": 35, "longest": 700,
              "heads": [(12, 2, 128, None), (4, 4, 128, 100)], "head": (1200, 1536, 500),
              "match": (8, 100, 384),
              "rollouts": {"prompts": 3, "group": 8, "mean": 4500, "max_len": 7900, "prompt_len": 120},
-             "update": [(8192, 1), (16384, 1), (8192, 0), (16384, 0)],
-             "memory": [(8192, 1), (16384, 1), (24576, 1), (32768, 1), (8192, 0), (16384, 0)],
+             "update": [(8192, 1), (16384, 1), (24576, 1), (32768, 1), (8192, 0), (16384, 0)],
              "short": (16, 8, 130, 1024), "share": (16, 8, 130, 8192),  # problems, samples, prompt, response
              "step": {"prompts": 16, "group": 8, "max_len": 8192, "steps": 2, "updates": 2},
              "learn": {"prompts": 128, "group": 16, "max_len": 192, "steps": 60, "lr": 3e-4}},
-    "tiny": {"vocab": 300, "stops": 3, "longest": 30, "heads": [(4, 2, 32, None), (2, 2, 32, 5)],
-             "head": (50, 64, 16), "match": (3, 8, 24),
+    "tiny": {"small": TINY, "big": TINY, "vocab": 300, "stops": 3, "longest": 30,
+             "heads": [(4, 2, 32, None), (2, 2, 32, 5)], "head": (50, 64, 16), "match": (3, 8, 24),
              "rollouts": {"prompts": 2, "group": 4, "mean": 20, "max_len": 48, "prompt_len": 8},
-             "update": [(64, 1)], "memory": [(64, 0)], "short": (3, 2, 8, 16), "share": (3, 2, 8, 48),
+             "update": [(64, 1), (64, 0)], "short": (3, 2, 8, 16), "share": (3, 2, 8, 48),
              "step": {"prompts": 4, "group": 4, "max_len": 24, "steps": 2, "updates": 2},
-             "learn": {"prompts": 8, "group": 8, "max_len": 8, "steps": 20, "lr": 3e-3}},
-}
-TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "vocab_size": 300, "max_position_embeddings": 4096}
-SIZES["tiny"] |= {"small": TINY, "big": TINY}
+             "learn": {"prompts": 8, "group": 8, "max_len": 8, "steps": 20, "lr": 3e-3}}}
 
 
 # ----- What the parts share ---------------------------------------------------------------------------------
@@ -73,41 +65,31 @@ class Report:
 
     def __init__(self, part, args):
         self.part, self.path, self.began, self.rows = part, args.out, time.time(), []
-        self.head = {"device": measure.device_name(), "tiny": args.tiny, "commit": measure.commit(),
-                     "date": datetime.datetime.now().isoformat(timespec="minutes"),
+        self.head = {"device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+                     "tiny": args.tiny, "commit": measure.commit(), "date": time.strftime("%Y-%m-%dT%H:%M"),
                      "versions": measure.versions() | {"cuda": torch.version.cuda}}
         print(f"\n{part} on {self.head['device']}", flush=True)
 
     def add(self, what, bound=None, **numbers):
-        """One result. With a bound, `error` must not be above it; a NaN is above everything."""
+        """One result. With a bound, `error` must not be above it; a NaN is above everything. Only this part's
+        entry in the file is replaced: parts may run one by one into one file."""
         row = {"what": what, **numbers}
         if bound is not None:
             row |= {"bound": bound, "verdict": "ok" if row["error"] <= bound else "WRONG"}
         self.rows.append(row)
         said = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
         print("  " + "  ".join(said), flush=True)
-        self.save()
-
-    def save(self):
-        """Only this part's entry is replaced: parts may run one by one into one file."""
-        path = Path(self.path)
-        parts = json.loads(path.read_text()) if path.exists() else {}
+        parts = common.read_json(self.path) if os.path.exists(self.path) else {}
         parts[self.part] = self.head | {"seconds": round(time.time() - self.began, 1), "rows": self.rows}
-        common.write_atomic(str(path), json.dumps(parts, indent=1) + "\n")
+        common.write_atomic(self.path, json.dumps(parts, indent=1) + "\n")
 
 
 def random_model(args, shape):
-    """Folder of a random Qwen2 in bf16 with tokenizer and end tokens, made on the device if it is missing."""
-    from transformers import AutoModelForCausalLM, Qwen2Config
+    """Folder of a random Qwen2 in bf16, made on the device."""
     folder = Path(args.work) / f"{'tiny' if args.tiny else 'card'}-{shape}"
-    if not (folder / "tokenizer.json").exists():  # which is written last
-        config = Qwen2Config(**R1 | args.size[shape], eos_token_id=0, bos_token_id=None, pad_token_id=0,
-                             tie_word_embeddings=False, initializer_range=0.1 if args.tiny else 0.02)
-        torch.manual_seed(0)
-        with torch.device(args.device):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        model.save_pretrained(folder)
-        measure.save_tokenizer(folder, config.vocab_size, args.size["stops"])
+    measure.random_model(folder, args.size["stops"], args.device, "bfloat16", **R1 | args.size[shape],
+                         initializer_range=0.1 if args.tiny else 0.02, tie_word_embeddings=False)
+    forget_memory()
     return str(folder)
 
 
@@ -150,9 +132,28 @@ def set_recompute(policy, on):
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
+def seconds_of(work):
+    """Seconds of work(), with what a GPU does behind Python's back."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
+    began = time.time()
+    work()
+    wait()
+    return time.time() - began
+
+
+def forget_memory():
+    """Give a card's unused memory back, and forget its peak."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 # ----- correctness ------------------------------------------------------------------------------------------
 
 def correctness(args, report):
+    """Attention and head against float64; a whole model against the CPU in fp32: packed = separate, shared
+    prompts, recomputation, bf16 gradients; engine against trainer, seeds, stop, finish reasons."""
     device = measure.join()
     for dtype in ("float32", "bfloat16"):
         check_attention(args, report, device, dtype)
@@ -171,17 +172,16 @@ def check_twin(report, what, dtype, names, ours, plain, inputs):
         results.append([*out, *torch.autograd.grad(out, leaves, [u.to(o) for u, o in zip(up, out)])])
     for name, a, b in zip(names, *results):
         report.add(f"{what}: {name}", BOUND[dtype], error=off(a, b), dtype=dtype)
-    measure.free_memory()
+    forget_memory()
 
 
 def check_attention(args, report, device, dtype):
     """policy.varlen_attention; in float64 it takes the plain path, which tests hold against a dense mask."""
-    import policy
-    batch = policy.pack_row(sequences(args), device=device)
+    batch = policy_lib.pack_row(sequences(args), device=device)
     for hq, hkv, width, window in args.size["heads"]:
         def attention(q, k, v, width=width, window=window):
             module = SimpleNamespace(head_dim=width)
-            return policy.varlen_attention(module, q, k, v, sliding_window=window, packing=batch)[:1]
+            return policy_lib.varlen_attention(module, q, k, v, sliding_window=window, packing=batch)[:1]
 
         torch.manual_seed(0)
         inputs = [torch.randn(1, h, len(batch.ids), width, device=device) for h in (hq, hkv, hkv)]
@@ -190,15 +190,14 @@ def check_attention(args, report, device, dtype):
 
 
 def check_head(args, report, device, dtype):
-    import policy
     (tokens, hidden, chunk), vocab = args.size["head"], args.size["vocab"]
     torch.manual_seed(0)
     inputs = [torch.randn(n, hidden, device=device) for n in (tokens, vocab)]
     inputs[1] *= 2 / hidden ** 0.5
     y = torch.randint(vocab, (tokens,), device=device)
     check_twin(report, "head", dtype, ("log-probs", "entropy", "d hidden", "d weight"),
-               lambda h, w: policy.token_logprobs(h, w, y, 0.6, chunk),
-               lambda h, w: policy.token_logprobs_plain(h, w, y, 0.6), inputs)
+               lambda h, w: policy_lib.token_logprobs(h, w, y, 0.6, chunk),
+               lambda h, w: policy_lib.token_logprobs_plain(h, w, y, 0.6), inputs)
 
 
 def sequences(args):
@@ -211,7 +210,6 @@ def sequences(args):
 
 def check_model(args, report, device):
     """Log-probs and gradients of a whole model: one sequence at a time on the CPU in fp32 is the truth."""
-    import policy as policy_lib
     folder, these = random_model(args, "small"), sequences(args)
     weight = torch.randn(sum(len(r) for _, r in these), generator=torch.Generator().manual_seed(0))
 
@@ -238,29 +236,26 @@ def check_model(args, report, device):
             if rows is alone:  # packing may not cost more than rounding does
                 bounds = [min(b, max(2 * e, BOUND[dtype])) for b, e in zip(bounds, errors)]
         del policy
-        measure.free_memory()
+        forget_memory()
 
 
 def check_engine(args, report):
     """Mean KL(engine || trainer) on sampled tokens after everything that training does to the two."""
-    import grpo
-    from rollout import Sampling, make_engine
     folder, (problems, length, limit) = random_model(args, "small"), args.size["match"]
-    engine = first_that_works(args, report, lambda name: make_engine(
+    engine = first_that_works(args, report, lambda name: rollout.make_engine(
         name, folder, max_model_len=length + limit, dtype="auto", device=measure.join(), gpu_memory=0.3,
         enable_sleep=True))
     engine.sleep()
     learner = measure.make_learner(folder, 16 * (length + limit), prompts=problems, group=4, updates=1,
                                    max_len=limit, temperature=0.6)
-    policy, sampling = learner.policy, Sampling(temperature=0.6, max_tokens=limit)
+    policy, sampling = learner.policy, rollout.Sampling(temperature=0.6, max_tokens=limit)
     prompts = prompts_of(args, problems, 4, length)
 
-    def generate(stop=None):
+    def sample(stop=None):
         return engine.generate(prompts, list(range(len(prompts))), sampling, stop=stop)
 
     def kl():
-        samples = generate()
-        micro, tokens = learner.pack(samples, torch.ones(problems, 4), torch.arange(problems))
+        micro, tokens = learner.pack(sample(), torch.ones(problems, 4), torch.arange(problems))
         scores = zip(learner.score(policy, (micro, tokens)), micro)
         return sum(float(grpo.mismatch(s, logp)["mismatch_kl"]) for s, (_, _, logp) in scores) / tokens
 
@@ -283,105 +278,81 @@ def check_engine(args, report):
         fresh = kl()
         report.add(f"KL, {name} changed, slept, pushed", bound, error=fresh)
         report.add(f"KL, {name} changed: as a share of stale weights'", 0.1, error=fresh / stale, stale=stale)
-    first, again = generate(), generate()  # both find their prompts in the prefix cache
+    first, again = sample(), sample()  # both find their prompts in the prefix cache
     differ = [float(a.response_ids.tolist() != b.response_ids.tolist()) for a, b in zip(first, again)]
     wrong = [float((s.finish_reason == "stop") != (s.response_ids[-1] < args.size["stops"])) for s in first]
     report.add("same seeds: share of samples that differ", 0.0 if dtype == "float32" else 0.5,
                error=statistics.mean(differ))
     report.add("finish reasons: share that is wrong", 0.0, error=statistics.mean(wrong))
     report.add("stop() ends a generation, the next one is whole", 0.0,
-               error=float(generate(stop=lambda: True) is not None or None in generate()))
+               error=float(sample(stop=lambda: True) is not None or None in sample()))
     engine.close()
 
 
-# ----- update, memory, generation ---------------------------------------------------------------------------
+# ----- Speed and memory -------------------------------------------------------------------------------------
 
-def updates(args, report, cases):
-    """Updates of the big model on samples as an 8K step has them -> for each (budget, recompute): Learner,
-    seconds from samples in hand to the optimizer's step, the mini-batch, peak GiB (None on a CPU)."""
-    import grpo
-    shape, path = args.size["rollouts"], Path(args.work) / "rollouts.jsonl"
-    measure.rollouts(path, 300, **shape)
+def update(args, report):
+    """Updates of the big model on samples as an 8K step has them, from samples in hand to the optimizer's
+    step. MFU counts three forwards of the packed tokens, not what recomputation repeats. Peak memory must be
+    0.9 to 1 of what schedule.py --dry_run predicts."""
+    shape = args.size["rollouts"]
+    samples = measure.as_samples(measure.rollouts(300, **shape))
     options = {name: shape[name] for name in ("prompts", "group", "max_len")}
     learner = measure.make_learner(random_model(args, "big"), 0, updates=1, lr=1e-6, **options)
-    samples, seconds = measure.as_samples(measure.read_rollouts(path)), []
     advantages = grpo.group_advantages(torch.tensor([s.reward for s in samples]).view(-1, shape["group"]))
-    for budget, recompute in cases:
+    m = schedule.model_shape(random_model(args, "big"))
+    card = schedule.card(SimpleNamespace(gpu_type=None, gpu_memory_gib=0.0, gpu_price=None))
+
+    def pack():
+        return learner.pack(samples, advantages, torch.arange(len(advantages)))
+
+    def work():
+        mini = pack()
+        learner.update(0, mini, *[learner.score(None, mini)] * 2, Counter())
+
+    for budget, recompute in args.size["update"]:
+        case = {"budget": budget, "recompute": recompute}
         learner.task.budget = learner.args.token_budget = budget
         learner.args.recompute = recompute
         set_recompute(learner.policy, recompute)
         try:
-            for _ in range(3):  # the first warms up, and the first of all makes Adam's moments
-                measure.free_memory()
-                measure.finish_kernels()
-                began = time.time()
-                mini = learner.pack(samples, advantages, torch.arange(len(advantages)))
-                learner.update(0, mini, *[learner.score(None, mini)] * 2, Counter())
-                measure.finish_kernels()
-                seconds.append(time.time() - began)
+            work()  # it warms up, and the first of all makes Adam's moments
+            forget_memory()
+            seconds = min(seconds_of(work) for _ in range(2))
         except torch.OutOfMemoryError as e:
-            report.add("update", budget=budget, recompute=recompute, error_text=str(e)[:200])
+            report.add("update", **case, error_text=str(e)[:200])
             learner.optimizer.zero_grad()
             continue
-        peak = torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else None
-        yield learner, min(seconds[-2:]), mini, peak
-
-
-def forward_flops(m, micro):
-    """Operations of one forward: two for each weight that a token meets, and causal attention."""
-    tokens = sum(len(b.ids) for b, _, _ in micro)
-    squares = sum(float((b.cu_seqlens.diff().double() ** 2).sum()) for b, _, _ in micro)
-    head = m["vocab"] * m["hidden"] * sum(len(b.targets) for b, _, _ in micro)
-    return 2 * (m["layers"] * m["layer"] * tokens + head) + 2 * m["layers"] * m["q"] * squares
-
-
-def update(args, report):
-    import schedule
-    m = schedule.model_shape(random_model(args, "big"))
-    gpu = schedule.card(SimpleNamespace(gpu_type=None, gpu_memory_gib=0.0, gpu_price=None))
-    for learner, seconds, mini, peak in updates(args, report, args.size["update"]):
-        began = time.time()
-        learner.score(learner.policy, mini)
-        measure.finish_kernels()
-        scored = time.time() - began
-        tokens = sum(int(b.cu_seqlens[-1]) for b, _, _ in mini[0])
-        tflops = 3 * forward_flops(m, mini[0]) / seconds / 1e12
-        report.add("update", budget=learner.task.budget, recompute=learner.args.recompute, tokens=tokens,
-                   seconds=seconds, tokens_per_second=tokens / seconds, tflops=tflops, peak_gib=peak,
-                   score_tokens_per_second=tokens / scored, mfu=peak and tflops / gpu[2])
-
-
-def memory(args, report):
-    """What an update takes must be 0.9 to 1 of the prediction."""
-    import schedule
-    m = schedule.model_shape(random_model(args, "big"))
-    for learner, _, _, peak in updates(args, report, args.size["memory"]):
+        rows = [batch for batch, _, _ in pack()[0]]
+        documents = torch.cat([batch.cu_seqlens.diff() for batch in rows]).double()
+        operations = 3 * schedule.forward_flops(m, sum(len(b.ids) for b in rows), float((documents**2).sum()),
+                                                sum(len(b.targets) for b in rows))
         p = schedule.predict(m, vars(learner.args), 80.0, 1)
         predicted = p["weights + gradients + Adam"] + p["update"]
-        # a process is more than its tensors: without a card there is nothing to compare
-        share = {"error": abs(peak / predicted - 0.95), "peak_gib": peak} if peak else {}
-        report.add("update", 0.05 if peak else None, budget=learner.task.budget, predicted_gib=predicted,
-                   recompute=learner.args.recompute, **share)
+        numbers = {"seconds": seconds, "tokens_per_second": documents.sum().item() / seconds,
+                   "tflops": operations / seconds / 1e12, "predicted_gib": predicted}
+        if args.device == "cuda":  # elsewhere a process is more than its tensors: nothing to compare
+            peak = torch.cuda.max_memory_allocated() / 2**30
+            numbers |= {"mfu": numbers["tflops"] / card[2], "peak_gib": peak, "bound": 0.05,
+                        "error": abs(peak / predicted - 0.95)}
+        report.add("update", **case, **numbers)
 
 
 def generation(args, report):
-    import generate
-
-    import policy as policy_lib
-    from rollout import make_engine
+    """Seconds to start, sleep, push and wake; tokens a second of 1K responses beside bare vLLM, and of one
+    GPU's share of an 8K step."""
     folder, card = random_model(args, "big"), args.device == "cuda"
-    engine = first_that_works(args, report, lambda name: make_engine(
+    engine = first_that_works(args, report, lambda name: rollout.make_engine(
         name, folder, max_model_len=sum(args.size["share"][2:]), dtype="auto", device=measure.join(),
         max_seqs=256, enable_sleep=True))
     weights = dict(policy_lib.Policy(folder).to(args.device).full_weights())
     for what, action in (("sleep, weights dropped", engine.sleep),
                          ("push", lambda: engine.push(weights.items())), ("wake", engine.wake),
                          ("sleep, weights kept", lambda: engine.sleep(True)), ("wake", engine.wake)):
-        before, began = torch.cuda.mem_get_info()[0] if card else 0, time.time()
-        action()
-        measure.finish_kernels()
-        freed = torch.cuda.mem_get_info()[0] - before if card else None
-        report.add(what, seconds=time.time() - began, freed_gib=freed and freed / 2**30)
+        before = torch.cuda.mem_get_info()[0] if card else 0
+        seconds = seconds_of(action)
+        freed = (torch.cuda.mem_get_info()[0] - before) / 2**30 if card else None
+        report.add(what, seconds=seconds, freed_gib=freed)
     ways = {engine.name: generate.ours(engine)}
     if engine.name == "vllm":
         ways |= {"bare vLLM": generate.bare_vllm(engine, False),
@@ -399,27 +370,27 @@ def generation(args, report):
 # ----- grpo.py itself ---------------------------------------------------------------------------------------
 
 def step(args, report):
-    import grpo
-    folder, shape = random_model(args, "big"), args.size["step"]
+    """grpo.py itself on the big model: seconds of each phase, engine against trainer."""
+    shape = args.size["step"]
     problems = measure.random_problems(Path(args.work) / "problems.jsonl", 2 * shape["prompts"])
-    options = {"model": folder, "data": problems, "drop_zero_variance": 0, "style": "plain", "no_chat": True}
     bound, _ = grpo.MISMATCH[grpo.compute_dtype("auto", args.device)]
-    for m in run_grpo(args, report, {**options, **shape}):
+    for m in run_grpo(args, report, model=random_model(args, "big"), data=problems, drop_zero_variance=0,
+                      style="plain", no_chat=True, **shape):
         shown = [k for k in m if k.startswith(("seconds", "tokens", "length_mean", "grad_norm", "memory"))]
         report.add(f"step {m['step']}, KL(engine, trainer)", bound, error=m["mismatch_kl"],
                    **{k: m[k] for k in shown})
 
 
 def learn(args, report):
-    """Rewards in tenths of the run; the last must be above the first by two standard errors."""
+    """grpo.py on the toy problems for some minutes: rewards in tenths of the run; the last must be above the
+    first by two standard errors."""
+    toy = measure.ROOT / "toy"
+    options = {"model": toy / "model", "data": toy / "train.jsonl.gz"}
     if args.tiny:  # a random model learns to box the one right answer
-        shape = {"vocab": 256, "hidden": 64, "layers": 2, "stops": 3}
-        options = {"model": measure.tiny_model(Path(args.work) / "learn", **shape), "style": "plain",
-                   "data": measure.random_problems(Path(args.work) / "ones.jsonl", 16, "1"), "no_chat": True}
-    else:
-        toy = measure.ROOT / "toy"
-        options = {"model": toy / "model", "data": toy / "train.jsonl.gz"}
-    lines = run_grpo(args, report, {**options, "updates": 1, **args.size["learn"]}, 60 * args.minutes - 90)
+        model = measure.random_model(Path(args.work) / "learn", stops=3, **TINY | {"vocab_size": 256})
+        options = {"model": model, "style": "plain", "no_chat": True,
+                   "data": measure.random_problems(Path(args.work) / "ones.jsonl", 16, ["1"])}
+    lines = run_grpo(args, report, 60 * args.minutes - 90, updates=1, **options, **args.size["learn"])
     if len(lines) < 20:
         raise RuntimeError(f"only {len(lines)} steps in the time, 20 are needed")
     tenths = [lines[i * len(lines) // 10:(i + 1) * len(lines) // 10] for i in range(10)]
@@ -433,7 +404,7 @@ def learn(args, report):
                skipped=lines[-1]["updates_skipped"])
 
 
-def run_grpo(args, report, options, seconds=None):
+def run_grpo(args, report, seconds=None, **options):
     """grpo.py in this process, asked to stop after so many seconds -> its lines of metrics.jsonl."""
     def work(engine):
         out = Path(args.work) / f"run-{report.part}-{time.time_ns()}"
@@ -445,8 +416,7 @@ def run_grpo(args, report, options, seconds=None):
 
 # ----- The script -------------------------------------------------------------------------------------------
 
-PARTS = {"correctness": correctness, "update": update, "generation": generation, "step": step,
-         "memory": memory, "learn": learn}
+PARTS = {"correctness": correctness, "update": update, "generation": generation, "step": step, "learn": learn}
 
 
 def run_part(part, args):
@@ -456,8 +426,7 @@ def run_part(part, args):
         PARTS[part](args, report)
     except Exception as e:  # noqa: BLE001  the parts behind it still run
         report.add("FAILED", error_text=" ".join(f"{type(e).__name__}: {e}".split())[:300])
-    measure.leave()
-    measure.free_memory()
+    forget_memory()
     return not any(row.get("verdict") == "WRONG" or row["what"] == "FAILED" for row in report.rows)
 
 
@@ -465,11 +434,15 @@ def start_part(part, args):
     """One part in a process of its own, at most --minutes -> whether all its results are right."""
     words = [f"--{k}={getattr(args, k)}" for k in ("device", "engine", "minutes", "out", "work")]
     command = [sys.executable, __file__, part, "--worker", *words, *["--tiny"] * args.tiny]
+    process = subprocess.Popen(command, start_new_session=True)
     try:
-        return not subprocess.run(command, timeout=60 * args.minutes, check=False).returncode
+        return not process.wait(60 * args.minutes)
     except subprocess.TimeoutExpired:
         print(f"{part}: stopped after {args.minutes:g} minutes; its results so far are in {args.out}")
         return False
+    finally:  # and the programs that it started
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def main(argv=None):
@@ -480,7 +453,7 @@ def main(argv=None):
     add("--tiny", action="store_true", help="sizes that take a CPU seconds")
     add("--engine", choices=["auto", "vllm", "torch"], default="auto", help="auto: vLLM if it runs")
     add("--minutes", type=float, default=7, help="longest time of a part")
-    add("--out", help="JSON that results are added to; default: bench/results/gpu.json, on a CPU in --work")
+    add("--out", default=str(measure.RESULTS / "gpu.json"), help="JSON that results are added to")
     add("--work", default=str(measure.WORK / "gpu"), help="folder for the random models and runs")
     add("--worker", action="store_true", help="internal: run the parts in this process")
     args = p.parse_args(argv)
@@ -490,7 +463,6 @@ def main(argv=None):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif not torch.cuda.is_available():
         p.error("there is no GPU here; --device cpu --tiny runs the same code")
-    args.out = args.out or str((measure.RESULTS if args.device == "cuda" else Path(args.work)) / "gpu.json")
     args.size, run = SIZES["tiny" if args.tiny else "card"], run_part if args.worker else start_part
     Path(args.work).mkdir(parents=True, exist_ok=True)
     return int(sum(not run(part, args) for part in args.parts or PARTS) > 0)

