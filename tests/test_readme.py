@@ -1,4 +1,4 @@
-"""The texts are executable documentation: commands are typed here, numbers compared with their files, links followed."""
+"""The texts are executable documentation: commands are run, numbers compared with files, links followed."""
 import importlib
 import json
 import re
@@ -92,7 +92,8 @@ def test_names_in_the_texts_exist():
 def test_links_lead_somewhere():
     for name, text in TEXTS.items():
         folder = ROOT if name.startswith("README") else ROOT / "docs"
-        titles = [re.sub(r"[^\w -]", "", t).strip().lower().replace(" ", "-") for t in re.findall(r"^#+ (.*)", text, re.M)]
+        titles = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-")
+                  for title in re.findall(r"^#+ (.*)", text, re.MULTILINE)]
         for target in re.findall(r"\]\(([^)]+)\)", text):
             if target.startswith("#"):
                 assert target[1:] in titles, target
@@ -121,7 +122,7 @@ def test_the_toys_numbers_are_its_reports():
     report = (ROOT / "assets/toy/run/report.md").read_text()
     scores = re.findall(r"^(?:base|after)[^|]*\|([\d.]+) ± ([\d.]+) %\|", README, re.MULTILINE)
     assert len(scores) == 4 and all(f"{mean} ± {se}" in report for mean, se in scores)
-    said = " ".join(re.search(r"> (stage1: by step.*?)\n\n", README, re.DOTALL)[1].replace("\n> ", " ").split())
+    said = re.search(r"> (stage1: by step.*?)\n\n", README, re.DOTALL)[1].replace("\n> ", " ")
     assert said in " ".join(report.split())
 
 

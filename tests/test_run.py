@@ -1,4 +1,4 @@
-"""Whole runs of grpo.py on a tiny model: ranks, crashes, signals, broken surroundings, and what a run leaves behind."""
+"""Whole runs of grpo.py on a tiny model: ranks, crashes, signals, broken surroundings, what a run leaves."""
 import gzip
 import json
 import os
@@ -36,8 +36,8 @@ def undisturbed(tiny, problems, options, tmp_path_factory):
 
 
 def start(cmd):
-    return subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                            env=ENV)
+    return subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            start_new_session=True, env=ENV)
 
 
 def wait_for(process, word):
@@ -55,7 +55,8 @@ def wait_for(process, word):
 def test_what_a_run_leaves(undisturbed, tiny):
     lines = metrics(undisturbed, timing=True)
     assert [m["step"] for m in lines] == [0, 1, 2, 3, 4, 5, 6]
-    assert {"eval_reward", "eval_se"} <= set(lines[0]) and "eval_reward" in lines[3] and "eval_reward" not in lines[4]
+    assert {"eval_reward", "eval_se"} <= set(lines[0])
+    assert "eval_reward" in lines[3] and "eval_reward" not in lines[4]
     for m in lines[1:]:
         phases = sum(m[f"seconds_{p}"] for p in ("generate", "reward", "logprobs", "update", "sync", "idle"))
         assert 0 < phases <= m["seconds"] and m["tokens"] > 0 and m["updates"] == 2 and m["grad_norm"] > 0
@@ -83,7 +84,7 @@ def test_console(undisturbed):
     head = next(i for i, line in enumerate(lines) if line == grpo.HEADER)
     steps = [line for line in lines[head + 1:] if "/6 " in line[:16]]
     assert len(steps) == 7 and all(len(line) <= 120 for line in steps)
-    assert [line.index("|") for line in steps[1:]] == [grpo.HEADER.index("|")] * 6  # columns under their names
+    assert [line.index("|") for line in steps[1:]] == [grpo.HEADER.index("|")] * 6  # under their names
     assert "evaluate.py --model" in lines[-3] and "000006/hf" in lines[-3]
 
 
@@ -95,32 +96,36 @@ def test_every_metric_is_in_the_table(undisturbed):
 
 def test_two_ranks_equal_one(undisturbed, tiny, problems, tmp_path):
     """Same samples, same gradient: lengths are uneven, and so is the number of sequences of a rank."""
-    run(command(tiny, problems, tmp_path / "two", "--steps", 3, "--token_budget", 200, "--eval_data", problems,
-                "--eval_every", 3, "--eval_n", 2, ranks=2))
+    run(command(tiny, problems, tmp_path / "two", "--steps", 3, "--token_budget", 200,
+                "--eval_data", problems, "--eval_every", 3, "--eval_n", 2, ranks=2))
     for one, two in zip(metrics(undisturbed), metrics(tmp_path / "two")):
-        for name in ("reward", "length_mean", "tokens", "solve_none", "grad_norm", "loss", "entropy", "kl_ref",
-                     "eval_reward"):
+        for name in ("reward", "length_mean", "tokens", "solve_none", "grad_norm", "loss", "entropy",
+                     "kl_ref", "eval_reward"):
             if name in one:
                 assert two[name] == pytest.approx(one[name], **CLOSE), (one["step"], name)
     for step in (1, 2, 3):  # seeds do not depend on the number of ranks: the very same responses
-        files = [gzip.open(r / f"rollouts/{step:06d}.jsonl.gz", "rt").read() for r in (undisturbed, tmp_path / "two")]
+        files = [gzip.decompress((r / f"rollouts/{step:06d}.jsonl.gz").read_bytes())
+                 for r in (undisturbed, tmp_path / "two")]
         assert files[0] == files[1]
 
 
 def test_more_ranks_than_sequences(tiny, problems, tmp_path):
     """Two samples in each mini-batch: some rank has nothing to train on, and must not hang."""
-    run(command(tiny, problems, tmp_path / "r", "--steps", 2, "--prompts", 2, "--group", 2, "--updates", 2, ranks=3))
+    run(command(tiny, problems, tmp_path / "r", "--steps", 2, "--prompts", 2, "--group", 2, "--updates", 2,
+                ranks=3))
     assert len(metrics(tmp_path / "r")) == 2
 
 
 def test_learns_to_raise_its_reward(tmp_path):
-    """The whole loop has the right sign, with a reward of one's own: a random model learns to write one character."""
-    (tmp_path / "mine.py").write_text("def has_a(response, problem):\n    return float('a' in response) / 2 + 0.25\n")
+    """The loop has the right sign, with a reward of one's own: a random model learns to write a character."""
+    (tmp_path / "mine.py").write_text("def has_a(response, problem):\n"
+                                      "    return float('a' in response) / 2 + 0.25\n")
     model = save_model(tmp_path / "m", initializer_range=0.02)
     data = tmp_path / "d.jsonl"
-    data.write_text("\n".join(json.dumps({"problem": f"{i}"}) for i in range(16)))  # no answers: the reward needs none
-    cmd = command(str(model), str(data), tmp_path / "r", "--steps", 25, "--prompts", 8, "--group", 8, "--max_len", 12,
-                  "--temperature", 1.0, "--lr", "3e-3", "--save_every", 100, "--reward", "mine:has_a", "--loss", "cispo")
+    data.write_text("\n".join(json.dumps({"problem": f"{i}"}) for i in range(16)))  # without answers
+    cmd = command(str(model), str(data), tmp_path / "r", "--steps", 25, "--prompts", 8, "--group", 8,
+                  "--max_len", 12, "--temperature", 1.0, "--lr", "3e-3", "--save_every", 100,
+                  "--reward", "mine:has_a", "--loss", "cispo")
     done = run(cmd, cwd=tmp_path)
     r = [m["reward"] for m in metrics(tmp_path / "r")]
     assert sum(r[-5:]) / 5 > sum(r[:5]) / 5 + 0.15 and all(0.25 <= x <= 0.75 for x in r), r
@@ -141,8 +146,8 @@ def test_own_reward_that_fails_is_named(tiny, problems, tmp_path, body):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_killed_anywhere_resumes_to_the_same_numbers(undisturbed, tiny, problems, options, tmp_path, seed):
-    """kill -9 at random moments, again and again, until the run gets through: every metric is that of the run that
-    was left alone, bit for bit (CPU, torch engine, fp32)."""
+    """kill -9 at random moments, again and again, until the run gets through: every metric is that of the run
+    that was left alone, bit for bit (CPU, torch engine, fp32)."""
     cmd = command(tiny, problems, tmp_path / "r", *options, "--resume")
     dice, kills = random.Random(seed), 0
     while kills < 4:
@@ -166,7 +171,7 @@ def test_killed_anywhere_resumes_to_the_same_numbers(undisturbed, tiny, problems
 @pytest.mark.parametrize("name", ["policy.dcp.save", "policy.os.rename", "policy.os.fsync", "policy.prune"])
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_killed_during_a_save(undisturbed, tiny, problems, options, tmp_path, name, after):
-    """Killed right before or right after each thing that the second save does; nothing half passes for a checkpoint."""
+    """Killed right before or after each thing that the second save does: no half passes for a checkpoint."""
     code = (f"real, original = grpo.Learner.save, {name}\n"
             "def killing(*a, **kw):\n"
             f"    value = original(*a, **kw) if {after} else None\n"
@@ -184,7 +189,7 @@ def test_killed_during_a_save(undisturbed, tiny, problems, options, tmp_path, na
 
 
 def test_resume_on_another_number_of_ranks(undisturbed, tiny, problems, options, tmp_path):
-    """Saved by one rank, continued by two, then by one: the checkpoint is not tied to the ranks that wrote it."""
+    """Saved by one rank, continued by two, then by one: a checkpoint is not tied to its ranks."""
     for steps, ranks in ((2, 1), (4, 2), (6, 1)):
         run(command(tiny, problems, tmp_path / "r", *options, "--resume", "--steps", steps, ranks=ranks))
     for whole, parts in zip(metrics(undisturbed), metrics(tmp_path / "r")):
@@ -193,7 +198,7 @@ def test_resume_on_another_number_of_ranks(undisturbed, tiny, problems, options,
                 assert parts[name] == pytest.approx(whole[name], **CLOSE), (whole["step"], name)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "sigterm"])
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_signal_saves_and_leaves(undisturbed, tiny, problems, options, tmp_path, number, code, ranks):
     cmd = command(tiny, problems, tmp_path / "r", *options, "--save_every", 100, ranks=ranks)
@@ -244,7 +249,8 @@ def test_one_run_in_a_folder(tiny, problems, tmp_path):
     """A second start is refused while any worker of the first lives, even one whose torchrun was killed."""
     p = start(command(tiny, problems, tmp_path / "r", "--steps", 10**6, "--save_every", 10**6, ranks=2))
     wait_for(p, " 1/1000000 ")
-    workers = [int(w) for w in subprocess.run(["pgrep", "-P", str(p.pid)], capture_output=True, text=True).stdout.split()]
+    children = subprocess.run(["pgrep", "-P", str(p.pid)], capture_output=True, text=True, check=True).stdout
+    workers = [int(w) for w in children.split()]
     again = command(tiny, problems, tmp_path / "r", "--resume", "--steps", 1)
     assert f"{tmp_path / 'r'} is in use" in run(again, check=False).stderr
     for worker in workers:
@@ -278,10 +284,11 @@ def test_full_disk_costs_the_checkpoint_not_the_run(tiny, problems, tmp_path):
 
 
 def test_full_disk_for_metrics_and_one_rank_that_cannot_save(undisturbed, tiny, problems, options, tmp_path):
-    """Lines 2 to 4 find no room; rank 1 cannot write its part of checkpoint 2; then the run is killed. The lines come
-    back from checkpoint 4."""
+    """Lines 2 to 4 find no room; rank 1 cannot write its part of checkpoint 2; then the run is killed. The lines
+    come back from checkpoint 4."""
     code = ("writer = policy.dcp.FileSystemWriter\n"
-            "real_write, real_data, real_update = common.write_atomic, writer.write_data, grpo.Learner.update\n"
+            "real_write, real_data = common.write_atomic, writer.write_data\n"
+            "real_update = grpo.Learner.update\n"
             "state = {'step': 0}\n"
             "def write(path, content):\n"
             "    if path.endswith('metrics.jsonl') and state['step'] in (2, 3, 4):\n"
@@ -297,14 +304,16 @@ def test_full_disk_for_metrics_and_one_rank_that_cannot_save(undisturbed, tiny, 
             "    state['step'] = step + 1\n"
             "    return real_update(self, step, *rest)\n"
             "common.write_atomic, writer.write_data, grpo.Learner.update = write, write_data, update")
-    done = run(command(tiny, problems, tmp_path / "r", *options, ranks=2, program=sabotaged(tmp_path, code)), check=False)
+    program = sabotaged(tmp_path, code)
+    done = run(command(tiny, problems, tmp_path / "r", *options, ranks=2, program=program), check=False)
     assert "are kept and written later" in done.stdout and done.stdout.count("ALARM checkpoint") == 1
     assert "No space left on device" in done.stdout and os.listdir(tmp_path / "r/checkpoints") == ["000004"]
     assert [m["step"] for m in metrics(tmp_path / "r")] == [0, 1]
     run(command(tiny, problems, tmp_path / "r", *options, "--resume", ranks=2))
     assert [m["step"] for m in metrics(tmp_path / "r")] == [0, 1, 2, 3, 4, 5, 6]
     for whole, parts in zip(metrics(undisturbed), metrics(tmp_path / "r")):
-        assert whole.get("reward") == pytest.approx(parts.get("reward")) and ("eval_se" in whole) == ("eval_se" in parts)
+        assert whole.get("reward") == pytest.approx(parts.get("reward"))
+        assert ("eval_se" in whole) == ("eval_se" in parts)
 
 
 def test_disk_too_small_is_refused_first_but_not_for_what_is_there(undisturbed, tiny, problems, tmp_path):
@@ -331,15 +340,16 @@ def test_a_bad_line_in_the_middle_is_named_and_the_rest_kept(undisturbed, tiny, 
 # ----- damage
 
 def test_non_finite_updates_are_skipped_counted_and_stop_the_run(tiny, problems, tmp_path):
-    """A learning rate of 1e30 makes NaN weights in one update. The run stops and writes no checkpoint of them."""
-    done = run(command(tiny, problems, tmp_path / "r", "--steps", 9, "--lr", "1e30", "--updates", 6, "--save_every", 1),
+    """A learning rate of 1e30 makes NaN weights in one update. The run stops, and no checkpoint has them."""
+    done = run(command(tiny, problems, tmp_path / "r", "--steps", 9, "--lr", "1e30", "--updates", 6,
+                       "--save_every", 1),
                check=False)
     assert done.returncode and "5 updates in a row" in done.stderr + done.stdout
     assert done.stdout.count("ALARM update skipped") == 5 and not (tmp_path / "r/checkpoints").exists()
 
 
 def test_damaged_weights_are_noticed_when_every_group_is_dropped(tiny, problems, tmp_path):
-    """NaN weights earn 0 everywhere, so `improved` drops every group and no update fails. Step 3 breaks them."""
+    """NaN weights earn 0, so `improved` drops every group and no update fails. Step 3 breaks them."""
     code = ("import torch\nreal = grpo.Learner.update\n"
             "def update(self, step, *rest):\n"
             "    real(self, step, *rest)\n"
@@ -349,10 +359,10 @@ def test_damaged_weights_are_noticed_when_every_group_is_dropped(tiny, problems,
             "grpo.Learner.update = update")
     for save_every, words in ((1, "a weight is not finite"), (2, "log-probs are not finite")):
         out = tmp_path / f"r{save_every}"
-        done = run(command(tiny, problems, out, "--steps", 9, "--recipe", "improved", "--save_every", save_every,
-                           program=sabotaged(tmp_path, code)), check=False)
+        done = run(command(tiny, problems, out, "--steps", 9, "--recipe", "improved",
+                           "--save_every", save_every, program=sabotaged(tmp_path, code)), check=False)
         assert done.returncode and words in done.stderr and "--lr" in done.stderr, done.stderr[-2000:]
-        assert sorted(os.listdir(out / "checkpoints"))[-1] == "000002"
+        assert max(os.listdir(out / "checkpoints")) == "000002"
 
 
 def test_unreadable_checkpoint_and_another_model(undisturbed, tiny, problems, tmp_path):
@@ -361,7 +371,8 @@ def test_unreadable_checkpoint_and_another_model(undisturbed, tiny, problems, tm
     other = save_model(tmp_path / "other", hidden_size=96, num_attention_heads=3)
     config = (out / "config.json").read_text()
     done = run(command(other, problems, out, "--steps", 7, "--resume"), check=False)
-    assert done.returncode == 2 and "of another model" in done.stderr and "elete" not in done.stderr, done.stderr
+    assert done.returncode == 2 and "of another model" in done.stderr, done.stderr
+    assert "elete" not in done.stderr
     assert (out / "config.json").read_text() == config
     for f in (out / "checkpoints/000006").glob("*.distcp"):
         f.write_bytes(f.read_bytes()[:100])
@@ -370,7 +381,7 @@ def test_unreadable_checkpoint_and_another_model(undisturbed, tiny, problems, tm
 
 
 def test_a_generation_config_that_cannot_be_saved(problems, tmp_path):
-    """do_sample: false beside a temperature, as some hubs have it: save_pretrained refuses it, a run must not."""
+    """do_sample: false beside a temperature, as some models have it: save_pretrained refuses, not a run."""
     model = save_model(tmp_path / "m")
     path = Path(model) / "generation_config.json"
     path.write_text(json.dumps({"do_sample": False, "temperature": 0.6, "top_p": 0.9, "eos_token_id": 0}))
@@ -396,16 +407,20 @@ def test_a_run_of_the_old_format_goes_on(undisturbed, tiny, problems, options, t
 
 # ----- one rank of two fails
 
+FAILS = "if RANK == 1:\n    def fail(*a, **kw):\n        raise {}\n    {} = fail"
+
+
 @pytest.mark.parametrize("code, words", [
-    ("if RANK == 1:\n    def fail(*a, **kw):\n        raise ValueError('no such style here')\n    grpo.evaluate.load_style = fail",
+    (FAILS.format("ValueError('no such style here')", "grpo.evaluate.load_style"),
      "no such style here (rank 1)"),
-    ("if RANK == 1:\n    def fail(*a, **kw):\n        raise RuntimeError('half a weight file')\n    policy.Policy = fail",
+    (FAILS.format("RuntimeError('half a weight file')", "policy.Policy"),
      "half a weight file (rank 1)"),
-    ("if RANK == 1:\n    def fail(*a, **kw):\n        raise IndexError('grader broke')\n    grpo.evaluate.reward.explain = fail",
+    (FAILS.format("IndexError('grader broke')", "grpo.evaluate.reward.explain"),
      "grader broke (rank 1)"),
 ], ids=["start", "model", "grader"])
 def test_a_failure_of_one_rank_ends_all_with_its_words(tiny, problems, tmp_path, code, words):
-    done = run(command(tiny, problems, tmp_path / "r", ranks=2, program=sabotaged(tmp_path, code)), check=False, timeout=120)
+    program = sabotaged(tmp_path, code)
+    done = run(command(tiny, problems, tmp_path / "r", ranks=2, program=program), check=False, timeout=120)
     assert done.returncode and done.stderr.count(words) == 1, done.stderr[-3000:]
 
 
@@ -424,7 +439,8 @@ def test_a_failure_of_one_rank_ends_all_with_its_words(tiny, problems, tmp_path,
 ], ids=lambda x: str(x[0]).strip("-") if isinstance(x, list) else "")
 def test_refused_before_work_starts(tiny, problems, tmp_path, options, words):
     done = run(command(tiny, problems, tmp_path / "r", *options), check=False)
-    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert done.returncode == 2 and words in done.stderr, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
     assert not (tmp_path / "r").exists()  # a failed start leaves nothing
 
 
@@ -446,7 +462,8 @@ def test_no_chat_template(problems, tmp_path):
 
 def test_long_prompts_are_dropped_and_counted(tiny, problems, tmp_path):
     data = tmp_path / "some_long.jsonl"
-    data.write_text(Path(problems).read_text() + json.dumps({"problem": "1+" * 50 + "1?", "answer": "51"}) + "\n")
+    long = json.dumps({"problem": "1+" * 50 + "1?", "answer": "51"})
+    data.write_text(Path(problems).read_text() + long + "\n")
     done = run(command(tiny, str(data), tmp_path / "r", "--steps", 1, "--max_prompt_len", 100))
     assert "1 of 37 prompts are longer than 100 tokens and were dropped" in done.stdout
 
@@ -459,7 +476,8 @@ def test_alarms_say_what_is_wrong_once(tiny, problems, tmp_path):
 
 def test_unreadable_golds_are_blamed_before_the_model(tiny, tmp_path):
     data = tmp_path / "d.jsonl"
-    data.write_text("\n".join(json.dumps({"problem": f"{i}?", "answer": "\\frac{" if i % 2 else "1"}) for i in range(40)))
+    rows = [{"problem": f"{i}?", "answer": "\\frac{" if i % 2 else "1"} for i in range(40)]
+    data.write_text("\n".join(map(json.dumps, rows)))
     done = run(command(tiny, str(data), tmp_path / "r", "--steps", 1), check=False)
     assert done.returncode == 2 and "\\frac{" in done.stderr and "--allow_unreadable" in done.stderr
     done = run(command(tiny, str(data), tmp_path / "r", "--steps", 1, "--allow_unreadable"))
@@ -473,12 +491,14 @@ def test_stale_engine_raises_the_alarm(tiny, problems, tmp_path):
             "    pushed.append(1)\n"
             "    return real(self, weights) if len(pushed) == 1 else list(weights) and None\n"
             "rollout.TorchEngine.push = push")
-    done = run(command(tiny, problems, tmp_path / "r", "--steps", 3, "--lr", "2e-2", program=sabotaged(tmp_path, code)))
+    program = sabotaged(tmp_path, code)
+    done = run(command(tiny, problems, tmp_path / "r", "--steps", 3, "--lr", "2e-2", program=program))
     assert "ALARM engine and trainer disagree" in done.stdout and "stale" in done.stdout
 
 
 def test_out_of_memory_says_what_to_lower(tiny, problems, tmp_path):
-    code = ("def generate(self, *a, **kw):\n    raise RuntimeError('CUDA Error: out of memory at cumem_allocator.cpp:62')\n"
+    code = ("def generate(self, *a, **kw):\n"
+            "    raise RuntimeError('CUDA Error: out of memory at cumem_allocator.cpp:62')\n"
             "rollout.TorchEngine.generate = generate")
     done = run(command(tiny, problems, tmp_path / "r", program=sabotaged(tmp_path, code)), check=False)
     assert done.returncode and "out of memory" in done.stderr and "--token_budget" in done.stderr
@@ -497,16 +517,16 @@ def test_a_tracker_gets_groups_and_the_same_run_on_resume(tiny, problems, tmp_pa
         "def init(**kw):\n    keep(init=kw)\n"
         "def log(numbers, step):\n    keep(log=numbers, step=step)\n")
     for steps in (1, 2):
-        run(command(tiny, problems, tmp_path / "r", "--steps", steps, "--report_to", "wandb", "--resume"), cwd=tmp_path,
-            WANDB_PROJECT="mine", PYTHONPATH=str(tmp_path))
+        run(command(tiny, problems, tmp_path / "r", "--steps", steps, "--report_to", "wandb", "--resume"),
+            cwd=tmp_path, WANDB_PROJECT="mine", PYTHONPATH=str(tmp_path))
     calls = [json.loads(line) for line in (tmp_path / "calls.jsonl").read_text().splitlines()]
     first, second = (c["init"] for c in calls if "init" in c)
     assert first["id"] == second["id"] and second["resume"] == "allow" and first["project"] == "mine"
     assert first["config"]["max_len"] == 24
     logged = [c for c in calls if "log" in c]
     assert [c["step"] for c in logged] == [1, 2]
-    assert {"reward/reward", "length/length_mean", "policy/grad_norm", "mismatch/mismatch_kl", "time/seconds_update",
-            "length/truncated", "reward/solve_all"} <= set(logged[0]["log"])
+    assert {"reward/reward", "length/length_mean", "policy/grad_norm", "mismatch/mismatch_kl",
+            "time/seconds_update", "length/truncated", "reward/solve_all"} <= set(logged[0]["log"])
 
 
 def test_tensorboard_mirror(tiny, problems, tmp_path):

@@ -1,4 +1,4 @@
-"""walkthrough.ipynb: its cells run from top to bottom, without Jupyter. As a program: store new outputs in it.
+"""walkthrough.ipynb: its cells run from top to bottom, without Jupyter. As a program: store new outputs.
 
     python tests/test_walkthrough.py"""
 import contextlib
@@ -21,7 +21,7 @@ def run_cells(notebook):
     with contextlib.chdir(ROOT):
         for cell in code_cells(notebook):
             with contextlib.redirect_stdout(io.StringIO()) as out:
-                exec("".join(cell["source"]), names)
+                exec("".join(cell["source"]), names)  # noqa: S102  our own notebook
             printed.append(out.getvalue())
     return names, printed
 
@@ -41,7 +41,8 @@ def test_the_walkthrough_runs_and_learns():
 def store():
     notebook = json.loads(NOTEBOOK.read_text())
     for cell, text in zip(code_cells(notebook), run_cells(notebook)[1], strict=True):
-        cell["outputs"] = [{"output_type": "stream", "name": "stdout", "text": text.splitlines(keepends=True)}]
+        lines = text.splitlines(keepends=True)
+        cell["outputs"] = [{"output_type": "stream", "name": "stdout", "text": lines}]
     NOTEBOOK.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
 
 
