@@ -158,7 +158,7 @@ def strict_element(a, b):
     found = {c for c in re.sub("sqrt|frac", "", both) if c.isalpha()}
     if len(found) > 2 or re.search(r"\^[{(]|\^[0-9]+\^|\^[0-9][0-9]+", both):
         return False
-    trees = [reward.Parser(reward.lexed(text)).whole() for text in (a, b)]
+    trees = [reward.Parser(reward.tokenize(text)).whole() for text in (a, b)]
     for letter in "ei":                # lower-cased, both were plain symbols to the original
         trees = [reward.substituted(tree, ("const", letter), ("var", letter)) for tree in trees]
     return reward.agree(*trees)
