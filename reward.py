@@ -21,18 +21,18 @@ Model output is hostile: every operation is bounded BEFORE it is done; what cann
 
 import argparse
 import collections
-import concurrent.futures
 import contextlib
-import faulthandler
 import functools
 import itertools
 import json
 import math
-import numbers
+import operator
 import os
 import random
 import re
 import resource
+import select
+import signal
 import string
 import subprocess
 import sys
@@ -43,27 +43,23 @@ from fractions import Fraction
 
 MAX_CHARS = 4_000        # longer answers are refused unread; int(str) stays under Python's 4,300 digits, too
 MAX_DEPTH = 60           # nesting, so that no input reaches Python's recursion limit
-MAX_ITEMS = 300          # elements of a list
 MAX_BITS = 60_000        # of any exact integer: 9^{9^9} would otherwise fill memory
 PRECISION = 300          # digits of inexact numbers; what agrees to 200 of them is equal
 SEEN_BITS = 600          # longer integers would lose digits among inexact numbers
 SECONDS = 0.8            # for one comparison, sympy apart
-SYMPY_SECONDS, ROW_SECONDS, WORKER_BYTES = 1.0, 10.0, 2 << 30          # of the workers
+SYMPY_SECONDS, ORPHAN_SECONDS, WORKER_BYTES = 1.0, 10, 2 << 30          # of the worker
 
 # What `explain` returns.  reason: equal, different, restated, no_close, no_box, unparsed_answer,
 # unparsed_gold, too_large, timeout, or "error: ...", which is a fault of this file and should alarm.
 Verdict = collections.namedtuple("Verdict", "reward reason answer gold")
 
 
-class Unparsed(ValueError):
-    """The text is outside the grammar."""
-
-
 class Undecided(ValueError):
     """The value exists perhaps, but computing it would break a bound, or its digits do not decide."""
 
 
-def refuse(when, why, error=Unparsed):
+def refuse(when, why, error=ValueError):
+    """The way out for what is outside the grammar, makes no sense or, as Undecided, breaks a bound."""
     if when:
         raise error(why)
 
@@ -74,10 +70,20 @@ REFUSALS = (ArithmeticError, ValueError, RecursionError)
 
 # ---- extract: linear scans only, no backtracking
 
-BRACE = re.compile(r"\\.|[{}]", re.S)
+BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 BOX = re.compile(r"\\boxed[ \t\n]*(?=\{)")
 # What may stand between the boxes of one answer in several parts: punctuation and "and".
 GLUE = re.compile(r"(?:[\s,;.:$*&]|\\[,;:! \[\]()\\]|\\q?quad\b|\\text\{[\s,]*(?:and)?[\s,]*\}|\band\b)*")
+
+
+def braced(text, start):
+    r"""What the \boxed at `start` holds and where it ends; nothing if it is not closed."""
+    box, depth = BOX.match(text, max(start, 0)), 0
+    for m in BRACE.finditer(text, box.end(), box.end() + MAX_CHARS + 2) if box else ():
+        depth += (m[0] == "{") - (m[0] == "}")
+        if depth == 0:
+            return text[box.end() + 1:m.start()].strip(), m.end()
+    return "", 0
 
 
 def last_boxes(response, require_think=True):
@@ -90,19 +96,14 @@ def last_boxes(response, require_think=True):
     ['2', '3', '4']
     """
     _, close, text = response.rpartition("</think>") if isinstance(response, str) else ("", "", "")
-    start, contents, end = text.rfind("\\boxed"), [], len(text)
+    contents, end = [], len(text)
     while (close or not require_think) and len(contents) < 20:
-        box, depth, after = BOX.match(text, max(start, 0)), 0, 0
-        for m in BRACE.finditer(text, box.end(), box.end() + MAX_CHARS + 2) if box else ():
-            depth += (m[0] == "{") - (m[0] == "}")
-            if depth == 0:
-                after = m.end()
-                break
-        content = text[box.end() + 1:after - 1].strip() if after else ""
+        start = text.rfind("\\boxed", 0, end)
+        content, after = braced(text, start)
         if not content or contents and (end - after > 40 or not GLUE.fullmatch(text, after, end)):
             break
         contents.insert(0, content)
-        start, end = text.rfind("\\boxed", 0, start), start
+        end = start
     return contents
 
 
@@ -132,25 +133,25 @@ UNICODE = {ord(c): t + " " * t.startswith("\\") for c, t in table(r"""−=- –=
     ㎜=\text{mm} ㎞=\text{km} ㎏=\text{kg} ㎎=\text{mg} ㎖=\text{ml} ㏄=\text{ml} ㎡=\text{m}^2 ㎠=\text{cm}^2
     ㎢=\text{km}^2 ㎥=\text{m}^3 ㎤=\text{cm}^3 ℃=\degree ℉=\degree""").items()}
 UNICODE |= dict.fromkeys(map(ord, "\u00a0\u2009\u202f\u3000€£¥￥"), " ")
-UNICODE |= {0xfee0 + i: chr(i) for i in range(65, 123) if chr(i).isalpha()}                       # full width
+UNICODE |= {0xfee0 + ord(c): c for c in string.ascii_letters}          # full width
 ALIAS = table(r"""\dfrac=\frac \tfrac=\frac \cfrac=\frac \dbinom=\binom \tbinom=\binom \leq=\le \leqslant=\le
-    \geq=\ge \geqslant=\ge \lt=< \gt=> \neq=\ne \cdot=* \ast=* \div=/ \colon=: \land=\and \wedge=\and \lor=\or
-    \vee=\or \varnothing=\emptyset \lvert=| \rvert=| \vert=| \mid=| \lbrace=\{ \rbrace=\} \prime='
+    \geq=\ge \geqslant=\ge \lt=< \gt=> \neq=\ne \cdot=* \times=* \ast=* \div=/ \colon=: \land=\and \wedge=\and
+    \lor=\or \vee=\or \varnothing=\emptyset \lvert=| \rvert=| \vert=| \mid=| \lbrace=\{ \rbrace=\} \prime='
     \varphi=\phi \backslash=\setminus \langle=( \rangle=) \lbrack=[ \rbrack=] \lparen=( \rparen=) \dots=\ldots
     \cdots=\ldots \textdegree=\degree \varepsilon=\epsilon \arcsinh=\asinh \arccosh=\acosh \arctanh=\atanh
-    \rightarrow== \to== \bmod=\pmod \mod=\pmod""")
+    \rightarrow== \to== \equiv== \bmod=\pmod \mod=\pmod""")
+ALIAS |= dict.fromkeys(words(r"""\left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \middle \limits
+    \displaystyle \textstyle \quad \qquad \, \! \; \: \> \( \) \[ \] \$ \% $ % ~ " \rm \bf \it \bm \boldsymbol
+    \hline \angle \triangle \vec \phantom \mathrm \mathbf \text""") | {"\\ ", "\\\n"}, "")
 TRIG = words("sin cos tan cot sec csc")
-FUNCTIONS = frozenset("\\" + f for f in """sin cos tan cot sec csc sinh cosh tanh coth sech csch arcsin arccos
-    arctan arccot arcsec arccsc asinh acosh atanh ln log lg exp gcd lcm max min""".split())
+FUNCTIONS = frozenset("\\" + name for name in TRIG | words("""sinh cosh tanh coth sech csch arcsin arccos
+    arctan arccot arcsec arccsc asinh acosh atanh ln log lg exp gcd lcm max min"""))
 NAMED = {c[1:]: c for c in FUNCTIONS | words(r"\sqrt \pi \infty \frac \binom \theta \alpha \beta \and \or")}
 NAMED |= table(r"asin=\arcsin acos=\arccos atan=\arctan tg=\tan ctg=\cot infinity=\infty times=*")
-GREEK = frozenset("\\" + g for g in """alpha beta gamma delta epsilon zeta eta theta vartheta iota kappa
-    lambda mu nu xi rho sigma tau upsilon phi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega
-    ell hbar mho odot partial nabla""".split())
+GREEK = words(r"""\alpha \beta \gamma \delta \epsilon \zeta \eta \theta \vartheta \iota \kappa \lambda \mu \nu
+    \xi \rho \sigma \tau \upsilon \phi \chi \psi \omega \Gamma \Delta \Theta \Lambda \Xi \Pi \Sigma \Phi \Psi
+    \Omega \ell \hbar \mho \odot \partial \nabla""")
 MARKS = words(r"\overrightarrow \overline \bar \hat \widehat \dot \ddot \tilde \underline \mathcal")
-SILENT = words(r"""\left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \middle \displaystyle \textstyle
-    \limits \quad \qquad \, \! \; \: \> \( \) \[ \] \$ \% $ % ~ \rm \bf \it \bm \boldsymbol \hline \angle
-    \triangle \vec \phantom \mathrm \mathbf \text""") | {"\\ ", "\\\n", '"'}
 # A closed list: only these words may be dropped behind a value.
 UNITS = words("""degree deg percent pct cent dollar usd yuan euro pound rupee yen unit square sq cubic cu cm
     mm km m dm nm mi inch inche in foot feet ft yard yd mile meter metre centimeter centimetre millimeter
@@ -166,36 +167,32 @@ UNITS = words("""degree deg percent pct cent dollar usd yuan euro pound rupee ye
     each apiece step move turn lap row column seat room house question problem 平方厘米 立方厘米 平方米 立方米
     平方千米 平方公里 平方分米 立方分米 厘米 毫米 分米 千米 公里 米 元 角 分 美元 个 人 名 位 只 本 张 次 种
     台 辆 条 件 块 棵 天 日 周 月 年 岁 小时 分钟 秒 时 度 千克 公斤 克 吨 升 毫升 支""", plural=True)
-# Units that may stand behind a number without a \text and without a blank; other letters are a product.
-SHORT_UNITS = words("""cm mm km kg mg ml mL ft yd yds mi lb lbs oz hr hrs min mins sec secs mph kmh Hz kHz kJ
-    kW inch feet foot yards miles meters hours days weeks months years cents percent pct""")
-COUNTS = {word: n for n, word in enumerate("""zero one two three four five six seven eight nine ten eleven
-    twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen""".split())}
-COUNTS |= table("twenty=20 thirty=30 forty=40 fifty=50 sixty=60 seventy=70 eighty=80 ninety=90")
-FACTORS = {word: Fraction(text) for word, text in table("""hundred=100 thousand=1000 million=1e6 billion=1e9
-    dozen=12 trillion=1e12 half=1/2 halve=1/2 third=1/3 quarter=1/4 fourth=1/4 fifth=1/5 sixth=1/6 seventh=1/7
-    eighth=1/8 ninth=1/9 tenth=1/10 hundredth=1/100 thousandth=1/1000 millionth=1e-6 十=10 百=100 千=1000
-    万=1e4 亿=1e8""").items()}
-FACTORS |= {word + "s": factor for word, factor in FACTORS.items()}
-# Words of a qualifier behind an answer.  Those with a sign of their own change what is said.
-DOMAINS = table(r"""integer=Z integers=Z whole=Z \integers=Z real=R reals=R \reals=R natural=N \naturals=N
-    odd=odd rational=Q \rationals=Q complex=C \complexes=C positive=+ negative=- nonnegative=+0
-    non-negative=+0 nonzero=!0 non-zero=!0 even=even prime=prime""")
-QUALIFIERS = words("""where for with is are being any all every each some an a the arbitrary constant
-    constants number numbers value values of in fixed""")
-QUALIFIERS |= DOMAINS.keys() | words(r"\in \forall \and , ( )") | set(string.ascii_letters)
+# Units of two or three letters that need neither \text nor a blank; other letters are a product.
+SHORT_UNITS = words("cm mm km kg mg ml mL ft yd yds mi lb lbs oz hr hrs min sec mph kmh Hz kHz kJ kW pct")
+COUNTS = table("""zero=0 one=1 two=2 three=3 four=4 five=5 six=6 seven=7 eight=8 nine=9 ten=10 eleven=11
+    twelve=12 thirteen=13 fourteen=14 fifteen=15 sixteen=16 seventeen=17 eighteen=18 nineteen=19 twenty=20
+    thirty=30 forty=40 fifty=50 sixty=60 seventy=70 eighty=80 ninety=90""")
+FACTORS = {word + s: Fraction(text) for s in ("", "s") for word, text in table("""hundred=100 thousand=1000
+    million=1e6 billion=1e9 dozen=12 trillion=1e12 half=1/2 halve=1/2 third=1/3 quarter=1/4 fourth=1/4
+    fifth=1/5 sixth=1/6 seventh=1/7 eighth=1/8 ninth=1/9 tenth=1/10 hundredth=1/100 thousandth=1/1000
+    millionth=1e-6 十=10 百=100 千=1000 万=1e4 亿=1e8""").items()}
+# Words of a qualifier behind an answer.  Those of a domain change what is said.
+DOMAINS = words("""integer whole real natural rational complexe complex odd even prime positive negative
+    nonnegative non-negative nonzero non-zero""", plural=True)
+QUALIFIERS = DOMAINS | {"\\" + word for word in DOMAINS} | {*string.ascii_letters} | words(r"""where for with
+    is are being any all every each some an the arbitrary constant constants number numbers value values of in
+    fixed \in \forall \and , ( )""")
 PROSE = words("""all any every real reals number numbers except excluding there solution solutions roots exist
     exists answer final option choice where for only the about approximately roughly empty set integer
     integers constant""")
 VOCABULARY = PROSE | QUALIFIERS | UNITS | FACTORS.keys() | COUNTS.keys() | {"no", "if", "other", "than"}
-WORDY = re.compile(r"(?<![A-Za-z\\])(?:" + "|".join(sorted(PROSE)) + ")(?![A-Za-z])", re.I)
 DIGITS = tuple("0123456789")                     # not str.isdigit: that is true of a superscript two
-CLOCK = re.compile(r"(?<![0-9:.])([01]?[0-9]|2[0-4])"
-                   r"(?:\s*:\s*([0-5][0-9](?![0-9.]|\\[dtc]?frac))(:[0-5][0-9])?)?"
-                   r"(?!\s*[:.0-9])(?:(?:[\s\"(~]|\\[ ,;:!])*([aApP][mM])(?![A-Za-z])[\")]*)?")
-TEXT = re.compile(r"\\(text[a-z]*|math(?:rm|bf|it|sf)|operatorname\*?|emph|mbox|hbox)\s*\{([^{}]*)\}")
-WORD = re.compile(r"[0-9]+:[0-9:]+[ap]?m?|[A-Za-z](?:[A-Za-z'-]|\.(?=[A-Za-z]))*|[\u4e00-\u9fff]+|"
-                  r"[0-9]+(?:\.[0-9]+)?|\.[0-9]+|[^\s~]")
+CLOCK = (r"(?<![0-9:.])(?<!: )([01]?[0-9]|2[0-4])"
+         r"(?:\s*:\s*([0-5][0-9](?![0-9.]|\\[dtc]?frac))(:[0-5][0-9])?)?"
+         r"(?!\s*[:.0-9])(?:(?:[\s\"(~]|\\[ ,;:!])*([aApP][mM])(?![A-Za-z])[\")]*)?")
+TEXT = r"\\(text[a-z]*|math(?:rm|bf|it|sf)|operatorname\*?|emph|mbox|hbox)\s*\{([^{}]*)\}"
+WORD = re.compile(r"[0-9]+:[0-9:]+[ap]?m?|[A-Za-z](?:[A-Za-z'-]|\.(?=[A-Za-z]))*|[十百万亿]|千(?![米克])|"
+                  r"[\u4e00-\u9fff]+|[0-9]+(?:\.[0-9]+)?|\.[0-9]+|[^\s~]")
 
 
 def quoted(m):
@@ -212,17 +209,9 @@ def quoted(m):
 
 def repeating_decimal(m):
     """0.(3) and the like as a fraction."""
-    whole, fixed, period = m.groups()
-    value = Fraction(int(period), 10 ** len(period) - 1) / 10 ** len(fixed)
-    value += Fraction(f"{whole or 0}.{fixed or 0}")
-    return f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
-
-
-def join_thousands(m):
-    """1,000 is one number, except inside brackets: (100,200) is a point."""
-    before = m.string[:m.start()]
-    opened = sum(map(before.count, ("(", "[", "\\{"))) - sum(map(before.count, (")", "]", "\\}")))
-    return m[0] if opened > 0 else m[0].replace(",", "")
+    whole, fixed, period = m[1], m[2], m[3] or m[4]
+    top = int(whole + fixed + period) - int(whole + fixed or 0)
+    return f"\\frac{{{top}}}{{{10 ** len(fixed) * (10 ** len(period) - 1)}}}"
 
 
 def mixed_number(m):
@@ -234,66 +223,83 @@ def mixed_number(m):
 def clock_time(m):
     """3:30 p.m. as the word 3:30pm; without two digits of minutes below 60 it is a ratio."""
     half = (m[4] or "").lower()
-    if m.string[:m.start()].rstrip(" ").endswith(":"):   # the end of 1 : 8 : 27
-        return m[0]
-    return f'"{m[1]}:{m[2] or "00"}{m[3] or ""}{half}"' if m[2] or half else m[0]
+    return f'"{int(m[1])}:{m[2] or "00"}{m[3] or ""}{half}"' if m[2] or half else m[0]
 
 
+ORDINAL = (r"(?<=[0-9])(?:\s*\"\s*(?:st|nd|rd|th)\s*\"|(?:(?<=1)st|(?<=2)nd|(?<=3)rd|(?<=[04-9])th|"
+           r"(?<=1[1-3])th)(?![A-Za-z0-9]))")
+VECTOR = r"\\(?:vec|overrightarrow|mathbf)\s*\{?\s*([A-Za-z]{1,2})\s*\}?"
+INTEGER = r"(?:\{\s*([0-9]{1,9})\s*\}|([0-9]))"
 # Spellings of one number or sign, rewritten in the source text, in this order.  Every repetition is bounded
 # or begins where the one before cannot go on, so that no input makes these patterns backtrack for long.
 # The last text of a row saves time: without one of its characters there is nothing to rewrite.
-REWRITES = [(re.compile(pattern), *new) for pattern, *new in (
+REWRITES = [(re.compile(pattern), new, frozenset(needs)) for pattern, new, needs in (
     (r"\\(?:mathrm|text)\s*\{\s*C\s*\}\s*_\s*\{?([0-9a-z]{1,9})\}?\s*\^\s*\{?([0-9a-z]{1,9})\}?",
      r"\\binom{\1}{\2}", "C"),
     (r"\\mathbb\s*\{?\s*([RZNQC])\s*\}?|\\math(?:bf|rm)\s*\{\s*([RZNQ])\s*\}",
      lambda m: {"R": "\\reals ", "Z": "\\integers ", "N": "\\naturals ", "Q": "\\rationals ",
                 "C": "\\complexes "}[m[1] or m[2]], "RZNQC"),
-    (r"\\(?:vec|overrightarrow|mathbf)\s*\{?\s*([A-Za-z]{1,2})\s*\}?\s*\\times\s*"
-     r"\\(?:vec|overrightarrow|mathbf)\s*\{?\s*([A-Za-z]{1,2})\s*\}?", r"\\cross{\1}{\2}", "vb"),
-    *[(TEXT, quoted)] * 4,                                                     # a \text in a \text: 4 levels
+    (rf"{VECTOR}\s*\\times\s*{VECTOR}",
+     lambda m: f"\\hat{{{m[1]}{m[2]}}}" if m[1] < m[2] else f"(-\\hat{{{m[2]}{m[1]}}})", "vb"),
+    *[(TEXT, quoted, "\\")] * 4,                                               # a \text in a \text: 4 levels
     (r"(?<=[0-9 \"(~])([aApP])\. ?[mM]\b\.?", r" \1m", "mM"),                                        # 5 p.m.
     (r"\{:\}|\\!:\\!|\":\"", ":", ":"), (CLOCK, clock_time, ":mM"),
     (r"\^\s*\{?\s*\"?\s*(?:st|nd|rd|th)\s*\"?\s*\}?(?![A-Za-z])", "", "hds"),                    # 12^{th}
-    (r"(?<=[0-9])(?:\s*\"\s*(?:st|nd|rd|th)\s*\"|(?:(?<=1)st|(?<=2)nd|(?<=3)rd|(?<=[04-9])th|(?<=1[1-3])th)"
-     r"(?![A-Za-z]))", "", "hds"),
+    (ORDINAL, "", "hds"),
     (r"(?<=[0-9])\s+([kc]?m/(?:s|h|min|hr)(?:\^2|\^\{2\})?)(?=\W*$)", r'"\1"', "m"),                # 6 m/s
     (r"\^\s*\{((?:\s*(?:'|\\prime))+)\s*\}|\^\s*(?='|\\prime)", r"\1", "'p"),                  # y^{\prime}
+    (r"(?<![A-Za-z_^0-9.])([0-9]{1,99}(?:\.[0-9]{1,99})?)\s*'{1,2}(?![A-Za-z'0-9])", r"\1", "'"),  # minutes
     (r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})", r"\\degree ", "i"),
     (r"\(\s*\"?\s*\\?[pb]?mod\s*\"?\s*\{?([^{}()\"]{1,40})\}?\s*\"?\s*\)", r"\\pmod{\1}", "m"),
     (r"<\s*=", r"\\le ", "<"), (r">\s*=", r"\\ge ", ">"), (r"(?:!|\\not)\s*=", r"\\ne ", "="),
-    (r"\*\*", "^", "*"),
-    (r"\.\.\.", r"\\ldots ", "."), (r"^\s*\\approx", "", "x"),
-    (r"(?<=[0-9])\s*x\s*10\s*(?=\^)", "*10", "x"),  # 8.7 x 10^8
-    (r"([0-9]{0,200})\.([0-9]{0,200})\\(?:overline|bar|dot)\s*\{?([0-9]{1,200})\}?", repeating_decimal, "."),
-    (r"(?<![0-9])([0-9]{1,200})\.([0-9]{0,200})\(([0-9]{1,200})\)", repeating_decimal, "."),        # 0.(3)
+    (r"\\?((?:sin|cos|tan|cot|sec|csc)h?)\s*\^\s*(?:\{\s*-\s*1\s*\}|-\s*1)", r"\\arc\1 ", "nocs"),
+    (r"\*\*", "^", "*"), (r"\.\.\.", r"\\ldots ", "."), (r"^\s*\\approx", "", "x"),
+    (r"\\begin\{array\}\s*\{[^{}]*\}", r"\\begin{array}", "y"),
+    (r"(?<=[0-9])\s*x\s*10\s*(?=\^)", "*10", "x"),                                                # 8.7 x 10^8
+    (r"([0-9]{0,200})\.([0-9]{0,200})(?:\\(?:overline|bar|dot)\s*\{?([0-9]{1,200})\}?|\(([0-9]{1,200})\))",
+     repeating_decimal, "."),
+    (r"(?<![0-9.])\.(?=[0-9])", "0.", "."),                                                               # .5
     (r"(?<![0-9.,])([0-9]{1,200})\{,\}([0-9]{1,2}|[0-9]{4,200})(?![0-9{,])", r"\1.\2", ","),        # 0{,}5
-    # 1\,000 and 1{,}000; then 1,000; then 1 4/5; then 1\frac{4}{5}
+    # 1\,000 and 1{,}000; then 1,000, but not in brackets: (100,200) is a point; then 1 4/5; then 1\frac{4}{5}
     (r"(?<![0-9.,])[1-9][0-9]{0,2}(?:(?:\{,\}|,?\\[,!;: ]|,\\!\s+| )[0-9]{3})+(?![0-9])",
      lambda m: re.sub(r"[^0-9]", "", m[0]), ",!;: "),
-    (r"(?<![0-9.,}])[1-9][0-9]{0,2}(?:,[0-9]{3}){1,7}(?![0-9])(?!,[0-9])", join_thousands, ","),
+    (r"(?<![0-9.,}])[1-9][0-9]{0,2}(?:,[0-9]{3}){1,7}(?![0-9])(?!,[0-9])(?![^()\[\]{}]*(?:[)\]]|\\\}))",
+     lambda m: m[0].replace(",", ""), ","),
     (r"(?<![0-9./^_a-zA-Z})])([0-9]{1,9}) +([0-9]{1,9})/([0-9]{1,9})(?![0-9./^])", mixed_number, "/"),
     (r"(?<![0-9.^_])(?<![0-9] )(?<!frac)(?<!sqrt)(?<!binom)([0-9]{1,9})\s*\\?[dtc]?frac\s*"
-     r"(?:\{\s*([0-9]{1,9})\s*\}|([0-9]))\s*(?:\{\s*([0-9]{1,9})\s*\}|([0-9]))(?!\s*\^)", mixed_number, "f"),
-    (r"(\([^(),]*,[^()]*\))(?=\s*(?:\\left\s*)?\([^(),]*,[^()]*\))", r"\1,"),                  # (2,3)(2,7)
+     + INTEGER + r"\s*" + INTEGER + r"(?!\s*\^)", mixed_number, "f"),
+    (r"(\([^(),]*,[^()]*\))(?=\s*(?:\\left\s*)?\([^(),]*,[^()]*\))", r"\1,", ","),             # (2,3)(2,7)
 )]
 # 1e-5 and 3.61e-10 are numbers, 24e-32 is 24e - 32.
-SCIENTIFIC = r"(?:(?<![0-9.(a-zA-Z])[0-9]|[0-9]*\.[0-9]+)[eE][+-][0-9]{1,4}(?![0-9.])"
-TOKEN = re.compile(rf"(?P<num>{SCIENTIFIC}|(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][0-9]{{1,4}}(?![0-9.]))?)"
-                   r'|(?P<cmd>\\(?:[A-Za-z]+|.))|"(?P<text>[^"]*)"|(?P<run>[A-Za-z]+)'
-                   r"|(?P<cjk>[\u4e00-\u9fff]+)|\s+|(?P<op>.)", re.S)
+SCIENTIFIC = r"(?:(?<![0-9.(a-zA-Z])[0-9]|[0-9]+\.[0-9]+)[eE][+-][0-9]{1,4}(?![0-9.])"
+GREEK_NAMES = "(?:" + "|".join(t[1:] for t in GREEK) + ")"
+SUBSCRIPT = r"\s*_\s*(?:\{[^{}]*\}|\([0-9]+\)|[0-9]+|[A-Za-z]|\\[a-z]+)"
+TOKEN = re.compile(rf"(?P<name>(?:[0-9]+|\([0-9]+\)|[A-Za-z]|\\(?:var)?{GREEK_NAMES}){SUBSCRIPT})"
+                   rf"|(?P<num>{SCIENTIFIC}|[0-9]+(?:\.[0-9]+)?(?:[eE][0-9]{{1,4}}(?![0-9.]))?)"
+                   r'|(?P<cmd>\\(?:(?:begin|end)\{[A-Za-z]+\}|[A-Za-z]+|.))|"(?P<text>[^"]*)"'
+                   r"|(?P<run>log(?=\s*_)|[A-Za-z]+(?:(?![A-Za-z]|\s*_)|(?=[A-Za-z]\s*_)))"
+                   r"|(?P<cjk>[\u4e00-\u9fff]+)|\s+|(?P<op>.)", re.DOTALL)
+# y' and f(2), a value of a function and not f times 2, on tokens joined by blanks.
+CALL = re.compile(rf"(?<!\S)(?:\\(?={GREEK_NAMES} )|(?![ei] )(?=[A-Za-z]))(\S+) "
+                  rf"\( (\w+|\\{GREEK_NAMES}) \)(?!\S)")
 INNER_FUNCTION = re.compile("(arcsin|arccos|arctan|sqrt|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|pi)")
-# What a phrase means, on tokens joined by blanks, in this order.
+EXCEPT = '(?:"except|"excluding|"but "not|"other "than)'
+UNIT = f'"(?:{"|".join(UNITS - {"C", "F"})})' + r'(?: \^ (?:\{ -? ?[0-9]+ \}|-? ?[0-9]+))?(?!\S)'
+# What a phrase means, on tokens joined by blanks, in this order.  Units behind a value go, with their powers.
 PHRASES = [(re.compile(pattern), new) for pattern, new in (
     (r'^(?:"the )?(?:"final |"correct )?"(?:answer|ans|solution|value)s?(?: "is)?(?: :| =)? (?=.)', ""),
     (r'^"(?:option|choice) ', ""), (r'(?: ,)? "only$', ""), (r'^"the "empty "set$', r"\\emptyset"),
     (r'^(?:"for )?"(?:all|any|every) (?:"the )?"reals?(?: "numbers?| "values?)?(?: "of)?(?: "?[a-z](?= |$))?',
      r"\\reals"),
-    (r'^(?:[a-z] \\in )?\\reals (?:, )?(?:"except|"excluding|"but "not|"other "than)(?: "for| "when)?'
-     r"(?: [a-z] =)? (.*)$", r"\\reals \\setminus \\{ \1 \\}"),
+    (rf'^(?:[a-z] \\in )?\\reals (?:, )?{EXCEPT}(?: "for| "when)?(?: [a-z] =)? (.*)$',
+     r"\\reals \\setminus \\{ \1 \\}"),
     (r'^(?:"there )?(?:"is |"are |"exists? |"has )?"no (?:"real )?(?:"solutions?|"roots?)(?: "exists?)?$',
      r"\\emptyset"),
+    (r'^\\{ ([A-Za-z])(?: \\in \\reals)? [|:] ((?:.* )?\1(?: .*)?) \\}$', r"\2"),          # {x | x > 2}
     (r' \( (?:"about|"approximately|"roughly|"approx|\\approx) ([0-9.]+)(?: "[a-z]+)? \)$', r" \\approx \1"),
     (r' \( ((?:"[^ ]+ ?)+) \)$', r" \1"),                                                      # 5 (days)
+    (r'"(?:degrees?|deg)(?!\S)', r"\\degree"), (r'(?<=\\degree) "(?:C|c|F|f)(?!\S)', ""),
+    (rf'(?<!\S)([^"\s]*[^"\s(\[{{,=<>+*/^_&:;\\-]|"(?:{"|".join(FACTORS)}))(?:(?: [/*])? {UNIT})+', r"\1"),
 )]
 
 
@@ -301,41 +307,32 @@ def tokenize(source):
     r"""Text to a list of tokens; commands that only format disappear, phrases get one form.
 
     >>> tokenize(r"\left( \dfrac12\,\text{ cm}\right), 2cosx.")
-    ['(', '\\frac', '12', '"cm', ')', ',', '2', '\\cos', 'x']
+    ['(', '\\frac', '1', '2', ')', ',', '2', '\\cos', 'x']
     """
     refuse(len(source) > MAX_CHARS, "too long")
-    tokens = lexed(extract_answer(source, False) or "" if "\\boxed" in source else source)
-    if any(t[0] == '"' or t == "\\approx" for t in tokens):
-        joined = " ".join(tokens)
-        for pattern, new in PHRASES:
-            joined = pattern.sub(new, joined)
-        tokens = trimmed(joined.split())
-    return tokens
-
-
-def trimmed(tokens):
-    while tokens and tokens[-1] in (".", ",", ";", ":", "\\\\"):
-        tokens = tokens[:-1]
-    return tokens
-
-
-def lexed(source):
-    source = source.translate(UNICODE).strip()
+    source = extract_answer(source, False) or "" if "\\boxed" in source else source.strip()
+    source = source.translate(UNICODE)
     if "\\begin" not in source:                          # elsewhere `\\frac` was escaped twice in the data
         source = re.sub(r"\\\\(?=[A-Za-z])", r"\\", source)
-    for pattern, new, *needs in REWRITES:
-        if not needs or any(c in source for c in needs[0]):
+    for pattern, new, needs in REWRITES:
+        if not needs.isdisjoint(source):
             source = pattern.sub(new, source)
-    wordy, tokens = bool(WORDY.search(source)), []
+    wordy, tokens = not PROSE.isdisjoint(re.findall("[a-z]+", source.lower())), []
     for m in TOKEN.finditer(source):
-        kind, t = m.lastgroup, m[0]
-        if kind == "text" or kind == "cjk":
-            tokens += itertools.chain(*map(spoken, WORD.findall(t.strip('"'))))
-        elif kind == "run":
+        if m.lastgroup in ("text", "cjk"):
+            tokens += itertools.chain(*map(spoken, WORD.findall(m[0].strip('"'))))
+        elif m.lastgroup == "run":
             tokens += letters(m, tokens[-1] if tokens else "", wordy)
-        elif kind and (t := ALIAS.get(t, t)) not in SILENT:
-            tokens.append(t)
-    return trimmed(tokens)
+        elif m.lastgroup == "name":                      # x_1, \\theta_{n+1}, 52_8
+            parts = re.findall(r'\\[A-Za-z]+|[^\s{}()"]', m[0])
+            name, below = "".join(ALIAS.get(t, t) for t in parts).replace("\\", "").split("_", 1)
+            tokens.append(name + "_" + COUNTS.get(below, below))
+        elif m.lastgroup and (t := ALIAS.get(m[0], m[0])):         # \\frac12 as TeX reads it
+            tokens += t if t.isdigit() and tokens[-1:] in (["\\frac"], ["\\binom"]) else [t]
+    joined = CALL.sub(r"\1(\2)", " ".join(tokens).rstrip(" .,;:\\").replace(" '", "'"))
+    for pattern, new in PHRASES if any(t in joined for t in ('"', "\\approx", "\\{")) else ():
+        joined = pattern.sub(new, joined)
+    return joined.split()
 
 
 def spoken(word):
@@ -344,23 +341,19 @@ def spoken(word):
         return ['"' + word if ":" in word[1:] else word]
     word = word.replace(".", "").lower() if len(word) > 1 else word
     tens, _, ones = word.partition("-")
-    if tens in COUNTS and COUNTS.get(ones or "zero", 10) < 10:
-        return [str(int(COUNTS[tens]) + COUNTS.get(ones, 0))]
-    if word[0] in FACTORS and word[1:] in UNITS:                       # 万元
-        return ['"' + word[0], '"' + word[1:]]
+    if tens in COUNTS and COUNTS.get(ones or "zero", "10") < "10":
+        return [str(int(COUNTS[tens]) + int(COUNTS.get(ones, 0)))]
     return [("\\" if word in ("and", "or") else '"') + word]
 
 
 def letters(m, before, wordy):
     """`abc` is a product, `xsinx` has a function, `cm` behind a number is a unit, `parabola` a name."""
     run, word, source = m[0], m[0].lower(), m.string
-    if name := NAMED.get(run) or NAMED.get(word if len(run) > 1 else run):
-        return [name]
-    apart = source[m.start() - 1:m.start()] not in (*DIGITS, "}", ")")
-    if len(run) > 1 and (before[-1:] in (*DIGITS, "}", ")", "/") or before[:1] == '"'):
-        if run in SHORT_UNITS or word in FACTORS or len(run) > 3 and word in UNITS:
-            return ['"' + word]
-    if len(run) > 1 and apart and (wordy and word in VOCABULARY or len(run) > 2 and word in COUNTS):
+    if len(run) == 1 or word in NAMED:
+        return [NAMED.get(word, run)]
+    behind = before[-1:] in (*DIGITS, "}", ")", "/") or before[:1] == '"'
+    is_word = word in VOCABULARY and (len(run) > 3 or wordy or word in COUNTS)
+    if is_word or behind and run in SHORT_UNITS:
         return spoken(word)
     parts = INNER_FUNCTION.split(run)
     if len(parts) > 1 and max(map(len, parts[::2])) < 3:
@@ -371,36 +364,32 @@ def letters(m, before, wordy):
 
 
 # ---- tree: nested tuples.  Leaves ('num', Fraction) ('var', name) ('const', 'pi') ('word', text); else
-#   (operation, tree, ...)            + * / ^ ! binom ln sin abs floor ..., deg for degrees, pm for both signs
-#   (structure, [label,] tree, ...)   list, or, set, cases; tuple: the label is its brackets; matrix: its rows
-#   (rel, operators, tree, ...) (assign, name, value) (mod, value, modulus) (base, digits, base) (ratio, a, b)
-#   (clock, '3:30', 'pm' or '') (builder, element, condition) (steps, first, step, last)
-#   (cup | cap | setminus, a, b) (big, 'sum' | 'prod' | 'int' | 'lim', variable, low, high, body)
+#   (operation, tree, ...)            + * / ^ ! binom ln sin abs floor ..., deg for degrees
+#   (structure, [label,] tree, ...)   list, or, set, steps; tuple: the label is its brackets; matrix: its rows
+#   (rel, operators, tree, ...) (assign, name, value) (mod, value, modulus) (base, '52_8') (ratio, a, b)
+#   (builder, element, condition) (pair, value, condition) of a list of cases
+#   (cup | cap | setminus, a, b) (big, 'sum' | 'prod' | 'int', variable, low, high, body)
 
 OPEN = {"(": ")", "[": "]", "{": "}", "\\{": "\\}", "|": "|", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil"}
 ZERO, ONE, MINUS_ONE, TWO, TEN, HALF_TURN = (("num", Fraction(k)) for k in (0, 1, -1, 2, 10, 180))
-RELATIONS = {"=": "="} | table(r"\equiv== <=< >=> \le=<= \ge=>= \ne=!= \in=in \approx=~")
+E, PI, INFINITY, DOTS = ("const", "e"), ("const", "pi"), ("const", "inf"), ("var", "...")
+MINUS_INFINITY, RADIAN = ("*", MINUS_ONE, INFINITY), ("/", PI, HALF_TURN)
+REALS = ("tuple", "()", MINUS_INFINITY, INFINITY)
+RELATIONS = {"=": "="} | table(r"<=< >=> \le=<= \ge=>= \ne=!= \in=in \approx=~")
+FLIP = {">": "<", ">=": "<="}
 LIST, UNION, RELATION, RATIO, SUM, PRODUCT, POWER, EXPONENT, ATOM = range(9)   # how tightly an operator binds
 INFIX = {operator: level for level, operators in enumerate((
     (",", ";", "\\and", "\\or"), ("\\cup", "\\cap", "\\setminus"), (*RELATIONS, "\\pmod"), ":",
-    ("+", "-", "\\pm", "\\mp"), ("*", "\\times", "/"), ("!", "'", "_", "\\degree"), "^"))
-    for operator in operators}
-CONSTANTS = {"i": ("const", "i"), "e": ("const", "e"), "\\pi": ("const", "pi"), "\\infty": ("const", "inf"),
-             "\\reals": ("reals",), "\\emptyset": ("set",), "\\ldots": ("var", "...")}
+    ("+", "-"), ("*", "/"), ("!", "\\degree"), "^")) for operator in operators}
+CONSTANTS = {"i": ("const", "i"), "e": E, "\\pi": PI, "\\infty": INFINITY, "\\reals": REALS,
+             "\\emptyset": ("set",), "\\ldots": DOTS}
 CONSTANTS |= {name: ("word", name) for name in ("\\integers", "\\naturals", "\\rationals", "\\complexes")}
-BIG = {"\\sum": "sum", "\\prod": "prod", "\\int": "int", "\\lim": "lim"}
-ATOMS = (GREEK | FUNCTIONS | MARKS | CONSTANTS.keys() | OPEN.keys() | BIG.keys() | words(
-    r"\frac \binom \cross \sqrt \begin")) - {"|"}
-DOTS, RADIAN = CONSTANTS["\\ldots"], ("/", CONSTANTS["\\pi"], HALF_TURN)
-
-
-def is_number(token):
-    return token[:1] in DIGITS or token[:1] == "." and len(token) > 1
-
-
-def number(token):
-    mantissa, _, exponent = token.lower().partition("e")
-    return ("num", Fraction(mantissa) * Fraction(10) ** int(exponent or 0))
+BIG = table(r"\sum=sum \prod=prod \int=int")
+CASE = re.compile(r'&|(?:[,;]|(?="(?:if|for|when) ))(?!.*&)')       # between a value and its condition
+ENVIRONMENTS = words(r"""\begin{pmatrix} \begin{bmatrix} \begin{Bmatrix} \begin{matrix} \begin{smallmatrix}
+    \begin{array} \begin{cases}""")
+ATOMS = (GREEK | FUNCTIONS | MARKS | CONSTANTS.keys() | OPEN.keys() | BIG.keys() | ENVIRONMENTS | words(
+    r"\frac \binom \sqrt")) - {"|"}
 
 
 def times(a, b):
@@ -409,13 +398,19 @@ def times(a, b):
     return ("num", a[1] * b[1]) if a[0] == b[0] == "num" and MINUS_ONE in (a, b) else ("*", a, b)
 
 
-def negative(tree):
-    return times(MINUS_ONE, tree)
-
-
-def signed(sign, tree):
-    tree = negative(tree) if sign in ("-", "\\mp") else tree
-    return ("pm", tree) if sign[0] == "\\" else tree
+def combined(operator, a, b):
+    """The tree of two operands.  A congruence forgets the name, and a number all but its remainder."""
+    if operator in "+-":
+        b = times(MINUS_ONE, b) if operator == "-" else b
+        return b if a == ZERO else ("+", *(a[1:] if a[0] == "+" else [a]), b)
+    if operator == "*":
+        return times(a, b)
+    if operator == ":":
+        return ("ratio", *(a[1:] if a[0] == "ratio" else [a]), b)
+    if operator == "\\pmod":
+        a = a[2] if a[0] == "assign" else a
+        return ("mod", ("num", a[1] % b[1]) if a[0] == b[0] == "num" else a, b)
+    return (operator.lstrip("\\"), a, b)
 
 
 class Parser:
@@ -427,21 +422,20 @@ class Parser:
 
     def __init__(self, tokens, depth=0):
         self.tokens = [*tokens, "", "", "", ""]                      # so that peeking needs no check
-        self.at, self.depth, self.in_bars, self.in_set, self.in_trig = 0, depth, False, False, False
+        self.at, self.depth, self.inside = 0, depth, ""
 
     def whole(self):
         tree = self.tree()
-        return self.take("end") if self.peek() else tree
+        refuse(self.peek(), "more than an answer")
+        return tree
 
     def peek(self, ahead=0):
         return self.tokens[self.at + ahead]
 
-    def take(self, expected=None):
-        token = self.peek()
-        if not token or token != (expected or token):
-            raise Unparsed(f"{expected or 'more'} expected, {token or 'end'} found")
+    def take(self):
+        refuse(not self.peek(), "more expected")
         self.at += 1
-        return token
+        return self.peek(-1)
 
     def accept(self, *wanted):
         return self.take() if self.peek() in wanted else ""
@@ -450,8 +444,9 @@ class Parser:
         """The longest expression whose operators all bind at least as tightly as `level`."""
         self.depth += 1                          # every recursion passes here: nothing exceeds Python's stack
         refuse(self.depth > MAX_DEPTH, "too deep")
-        if sign := self.accept("+", "-", "\\pm", "\\mp") if level < ATOM else "":
-            tree = signed(sign, self.tree(PRODUCT if sign[0] == "\\" else max(level, POWER)))
+        if sign := self.accept("+", "-") if level < ATOM else "":
+            tree = self.tree(max(level, POWER))
+            tree = times(MINUS_ONE, tree) if sign == "-" else tree
         else:
             tree = self.primary()
         while (longer := self.extended(tree, level)) is not None:
@@ -462,86 +457,58 @@ class Parser:
     def extended(self, left, level):
         """`left` with the operator that follows it, or None.  Juxtaposition multiplies."""
         t = self.peek()
-        factor = t[:1].isalnum() or t[:1] == '"' or t in ATOMS or is_number(t)
-        factor = factor or t == "|" and not self.in_bars
+        factor = t[:1].isalnum() or t[:1] == '"' or t in ATOMS or t == "|" and self.inside not in ("|", "\\{")
         binding = INFIX.get(t, PRODUCT if factor else -1)
-        if binding < level or t == ":" and self.in_set:
+        if binding < level or t == ":" and self.inside == "\\{":
             return None
         if binding == LIST:
             return self.elements(left)
-        if t[0] == '"':
-            return self.with_word(left)
+        if t[0] == '"':                          # number words multiply
+            factor = FACTORS.get(self.take()[1:])
+            refuse(factor is None, "a word that changes the value")
+            return ("num", left[1] * factor) if left[0] == "num" else times(left, ("num", factor))
         if t not in INFIX:
             power = (left[-1] if left[0] == "*" else left)[0] == "^"             # 2^6 3^5
-            beside = is_number(self.peek(-1)) and not power or self.peek(-1)[0] == '"'
-            refuse(is_number(t) and beside, "two numbers side by side")
+            refuse(t[0] in DIGITS and self.peek(-1)[0] in DIGITS and not power, "two numbers side by side")
             return times(left, self.tree(POWER))
-        self.at += 1
         if t in RELATIONS:
-            ops, sides = [RELATIONS[t]], [left, self.tree(RATIO)]
+            ops, sides = [], [left]
             while op := self.accept(*RELATIONS):
                 ops.append(RELATIONS[op])
                 sides.append(self.tree(RATIO))
             return relation(ops, sides)
-        if t == "\\pmod" or binding == UNION:
-            return ("mod", left, self.tree(PRODUCT)) if t == "\\pmod" else (t[1:], left, self.tree(RELATION))
-        if binding == RATIO:
-            return ("ratio", *(left[1:] if left[0] == "ratio" else [left]), self.tree(SUM))
-        if binding == SUM:
-            term = signed(t, self.tree(PRODUCT))
-            return term if left == ZERO else ("+", *(left[1:] if left[0] == "+" else [left]), term)
-        if binding == PRODUCT:
-            return ("/", left, self.tree(POWER)) if t == "/" else times(left, self.tree(POWER))
-        if t == "\\degree":
-            return ("*", left, RADIAN) if self.in_trig else ("deg", left)
-        if t in "!'":                            # behind a number, a prime is minutes, dropped as units are
-            return ("!", left) if t == "!" else left
-        if t == "^":
-            return ("^", left, self.tree(EXPONENT))
-        refuse(left[0] != "num" or left[1].denominator != 1, "subscript")
-        return ("base", str(left[1]), self.subscript())
-
-    def with_word(self, left):
-        """`left` and the word behind it: units go, with powers and slashes, number words multiply."""
-        word = self.take()[1:]
-        if word in FACTORS:
-            factor = ("num", FACTORS[word])
-            return ("num", left[1] * factor[1]) if left[0] == "num" else times(left, factor)
-        if word in ("degree", "degrees", "deg") and left[0] != "deg":
-            return ("deg", left)
-        refuse(word not in UNITS or word in ("C", "F") and left[0] != "deg", "a word that changes the value")
-        if self.accept("^"):
-            self.tree(ATOM)
-        self.at += self.peek() in ("/", "*") and self.peek(1)[:1] == '"'
-        return left
+        self.at += 1
+        if binding != POWER:
+            return combined(t, left, self.tree(min(binding + 1, EXPONENT)))
+        return ("!" if t == "!" else "deg", left)
 
     def elements(self, left):
         """A list, which commas, `and` and `or` separate."""
         items, kind = [left], "list"
         while separator := self.accept(",", ";", "\\and", "\\or"):
-            second = self.accept("\\and", "\\or")                    # 1, 2, and 3
-            kind = "or" if "\\or" in (separator, second) else kind
+            separator = self.accept("\\and", "\\or") or separator    # 1, 2, and 3
+            kind = "or" if separator == "\\or" else kind
             items.append(self.tree(UNION))
-            refuse(len(items) > MAX_ITEMS, "too many elements")
-        last = items[-1]
-        if last[0] == "mod" and last[1][0] not in ("assign", "rel"):                # n = 0, 2 (mod 6)
-            items = [item if item[0] == "mod" else ("mod", item, last[2]) for item in items]
-        at = items.index(DOTS) if DOTS in items else 0   # 1, 2, \ldots, 9 as first, step and last
-        steps = {y[1] - x[1] for x, y in zip(items[:at], items[1:at]) if x[0] == y[0] == "num"}
-        if len(steps) != 1 or any(t[0] != "num" for t in items[:at]) or len(items) > at + 2:
-            return (kind, *items)
-        return ("steps", items[0], ("num", steps.pop()), *items[at + 1:])
+        if items[-1][0] == "mod":                                                   # n = 0, 2 (mod 6)
+            items = [x if x[0] == "mod" else combined("\\pmod", x, items[-1][2]) for x in items]
+        at = items.index(DOTS) if DOTS in items else 0
+        if at > 1 and all(x[0] == "num" for x in items[:at]):        # 1, 2, 3, \ldots, 9 as 1, 2, \ldots, 9
+            steps = {y[1] - x[1] for x, y in itertools.pairwise(items[:at])}
+            kind, items = "steps", items[:2] + items[at:] if len(steps) == 1 else items
+        return (kind, *items)
 
     def group(self, opening):
         """What stands in brackets, whose opening token was just taken: a group, tuple or set."""
-        outer = self.in_bars, self.in_set
-        self.in_bars, self.in_set = opening in ("|", "\\{"), opening == "\\{"
+        outer, self.inside = self.inside, opening
         tree = ("set",) if opening == "\\{" and self.peek() == "\\}" else self.tree()
         if opening == "{" and self.peek() in ("\\choose", "\\over"):
             tree = ("binom" if self.take() == "\\choose" else "/", tree, self.tree())
         if opening == "\\{" and self.accept("|", ":"):
-            tree = builder(tree, self.tree())
-        self.in_bars, self.in_set = outer
+            condition = self.tree()
+            if condition[0] == "assign" and condition[1][0] == "var":               # 2k and 2n, whole numbers
+                tree, condition = (substituted(t, condition[1], ("var", "#")) for t in (tree, condition))
+            tree = ("builder", tree, condition)
+        self.inside = outer
         closing = self.take()
         if opening in ("(", "[") and closing in (")", "]") and tree[0] == "list":
             return ("tuple", opening + closing, *tree[1:])
@@ -553,64 +520,35 @@ class Parser:
     def primary(self):
         """What needs no operator: a number, name, word, bracket, function, fraction, root or matrix."""
         t = self.take()
-        if is_number(t):
-            return number(t)
-        if t in CONSTANTS and self.peek() != "_":
+        if t[0] in DIGITS:
+            return ("base", t) if "_" in t else ("num", Fraction(t))
+        if t in CONSTANTS:
             return CONSTANTS[t]
         if t[0] == '"':
-            name = t[1:]
             while self.peek()[:1] == '"':
-                name += " " + self.take()[1:]
-            clock = re.fullmatch(r"0?(\d+[:\d]*)(am|pm|)", name)
-            return ("clock", *clock.groups()) if clock else ("word", name)
+                t += " " + self.take()[1:]
+            return ("word", t[1:])
         if t[0].isalpha() or t in GREEK:
-            return self.symbol(t)
+            return ("var", t)
         if t in OPEN:
             return self.group(t)
         if t in FUNCTIONS:
             return self.function(t[1:])
-        if t in ("\\frac", "\\binom", "\\cross"):
-            a, b = self.argument(), self.argument()
-            if t != "\\cross":
-                return ("/" if t == "\\frac" else "binom", a, b)
-            return ("var", f"{a} x {b}") if str(a) < str(b) else negative(("var", f"{b} x {a}"))
+        if t in ("\\frac", "\\binom"):
+            top = self.tree(ATOM)
+            refuse(len(self.peek()) > 1 and self.peek()[0] in DIGITS, "not as TeX reads it")
+            return ("/" if t == "\\frac" else "binom", top, self.tree(ATOM))
         if t == "\\sqrt":
             index = self.group(self.take()) if self.peek() == "[" else TWO
             return ("^", self.tree(ATOM), ("/", ONE, index))
         if t in MARKS:                           # \overline z is a name of its own; a segment is a product
-            tree = self.argument()
+            tree = self.tree(ATOM)
             segment = t == "\\overline" and tree[0] == "*" and all(map(str.isupper, variables(tree)))
             return tree if tree[0] == "num" or segment else ("var", f"{t} {tree}")
         if t in BIG:
             return self.big(BIG[t])
-        return self.environment(self.subscript()) if t == "\\begin" else self.take("factor")
-
-    def argument(self):
-        r"""Of \frac and \binom: a group, else one digit or symbol as TeX reads it."""
-        t = self.peek()
-        if t.isdigit() and len(t) > 1:
-            self.tokens[self.at] = t[1:]
-            return number(t[0])
-        return self.tree(ATOM)
-
-    def symbol(self, name):
-        """x, a_1, y', and f(2): a value of a function, not f times 2."""
-        name += "_" + self.subscript() if self.accept("_") else ""
-        while self.accept("'"):
-            name += "'"
-        inner = self.peek(1)
-        if self.peek() == "(" and self.peek(2) == ")" and (inner[:1].isalnum() or inner in GREEK):
-            self.at += 3
-            name += f"({inner})"
-        return ("var", name)
-
-    def subscript(self):
-        start, depth = self.at, 0                # the text behind `_`, without its brackets
-        while self.take() in ("{", "(") or depth:
-            depth += (self.peek(-1) in ("{", "(")) - (self.peek(-1) in ("}", ")"))
-            if depth == 0:
-                break
-        return "".join(t.strip('"{}()') for t in self.tokens[start:self.at])
+        refuse(t not in ENVIRONMENTS, "no factor")
+        return self.environment(t)
 
     def function(self, name):
         r"""sin, log_2, ln^2 and the like with their argument: a bracket, else factors: \sin 2x \cos y."""
@@ -618,31 +556,27 @@ class Parser:
         for _ in range(2):                       # in either order
             base = self.tree(ATOM) if self.accept("_") else base
             power = self.tree(EXPONENT) if self.accept("^") else power
-        outer, self.in_trig = self.in_trig, name in TRIG
         bracket = self.accept("(", "[", "{")
         tree = self.group(bracket) if bracket else self.tree(POWER)
         while not bracket and (self.peek() in ATOMS - FUNCTIONS - OPEN.keys() or self.peek()[:1].isalnum()):
             tree = times(tree, self.tree(POWER))
-        self.in_trig = outer
-        if power == MINUS_ONE:
-            name, power = "arc" + name, None     # \sin^{-1} is the inverse
+        tree = in_degrees(tree, RADIAN) if name in TRIG else tree
+        if name == "exp":
+            return ("^", E, tree)
         base = TEN if name == "lg" else base
         name = "ln" if name in ("lg", "log") else name
         tree = (name, *(tree[2:] if tree[0] == "tuple" else [tree]))
-        tree = ("^", CONSTANTS["e"], *tree[1:]) if name == "exp" else tree
         tree = ("/", tree, ("ln", base)) if base else tree
         return tree if power is None else ("^", tree, power)
 
     def big(self, kind):
-        r"""\sum_{k=a}^{b} body, \int_a^b body dx, \lim_{x \to a} body.  Only built: sympy evaluates it."""
+        r"""\sum_{k=a}^{b} body, \int_a^b body dx.  Only built: sympy evaluates it."""
         name = low = ZERO
-        if self.accept("_"):
-            if kind == "int":
-                low = self.tree(EXPONENT)
-            else:                                # \to is read as =
-                self.take("{")
-                name, _, low = self.primary(), self.take("="), self.tree(SUM)
-                self.take("}")
+        if self.accept("_") and kind == "int":
+            low = self.tree(EXPONENT)
+        elif kind != "int":
+            opening, name, equals, low = self.take(), self.primary(), self.take(), self.tree(SUM)
+            refuse((opening, equals, self.take()) != ("{", "=", "}"), "bounds")
         high = self.tree(EXPONENT) if self.accept("^") else ZERO
         if kind == "int":
             end = max((i for i in range(self.at, len(self.tokens) - 1) if self.tokens[i] == "d"), default=0)
@@ -655,53 +589,47 @@ class Parser:
 
     def environment(self, name):
         r"""\begin{xmatrix} or \begin{cases}; the bracket style does not matter, but \vmatrix is no matrix."""
-        rows, is_cases = [[]], name == "cases"
-        if name not in ("pmatrix", "bmatrix", "matrix", "Bmatrix", "smallmatrix", "array", "cases"):
-            raise Unparsed("environment " + name)
-        if name == "array" and self.peek() == "{":
-            self.subscript()
-        while not self.accept("\\end"):
-            if self.accept("\\\\"):
-                rows.append([])
-            elif self.accept("&", *([",", '"if', '"for', '"when', ";", "."] if is_cases else [])):
-                continue
-            elif is_cases and rows[-1]:          # a relation, or words up to the end of the line: n is even
-                line = [*itertools.takewhile(lambda t: t not in ("\\\\", "\\end", ""), self.tokens[self.at:])]
-                self.at += len(line)
-                words = " ".join(t.strip('".') for t in line) if '"' in "".join(line) else ""
-                rows[-1].append(("word", words) if words else Parser(trimmed(line), self.depth).whole())
-            else:
-                rows[-1].append(self.tree(RATIO - is_cases))
-        self.subscript()
-        rows = [row for row in rows if row]
+        end = self.tokens.index(name.replace("begin", "end"), self.at)
+        inner, self.at = " ".join(self.tokens[self.at:end]), end + 1
+        rows = [CASE.split(row, 1) if "cases" in name else row.split("&")
+                for row in inner.split("\\\\") if row.strip()]
+        rows = [[self.cell(part) for part in row] for row in rows]
         refuse(len({len(row) for row in rows}) != 1, "ragged")
-        if is_cases:                             # one column: a system, x = 1, y = 2
-            cells = [row[0] if len(row) == 1 else ("pair", *row) for row in rows]
-            return ("list" if len(rows[0]) == 1 else "cases", *cells)
+        if "cases" in name:                      # one column: a system, x = 1, y = 2
+            return ("list", *(row[0] if len(row) == 1 else ("pair", *row) for row in rows))
         return ("matrix", str(len(rows)), *itertools.chain(*rows))
+
+    def cell(self, text):
+        """A tree; or words, as in: n is even."""
+        text = re.sub(r'^[ ,;]*(?:"(?:if|for|when) )?|[ .,;]+$', "", text)
+        return ("word", text.replace('"', "")) if '"' in text else Parser(text.split(), self.depth).whole()
 
 
 def is_name(tree):
     r"""May this be the left side of `name = value`?  x, f(x), AB, (p,q), \frac{NO}{BO}, words; never 2x."""
     kind, *parts = tree
-    if kind in "*/":
-        return all(is_name(p) and (p[0] != "var" or p[1].isupper()) for p in parts)
-    return kind in ("var", "word") or kind == "tuple" and all(map(is_name, parts[1:])) or \
-        kind == "abs" and is_name(parts[0])
+    if kind in ("var", "word"):
+        return ":" not in parts[0]
+    parts = [part for part in parts if isinstance(part, tuple)]
+    capitals = kind in ("tuple", "abs") or all(part[0] != "var" or part[1].isupper() for part in parts)
+    return kind in ("*", "/", "tuple", "abs") and capitals and all(map(is_name, parts))
 
 
 def relation(ops, sides):
     """A chain of relations; names before an equals sign only say what is meant."""
     if ops[-1] == "~" and not is_name(sides[-2]):        # x = 1/3 \approx 0.33 says 1/3
-        decimal = sides[-1][1] if sides[-1][0] == "num" else Fraction(1, 3)
-        digits = next((k for k in range(20) if (decimal * 10 ** k).denominator == 1), math.inf)
-        error = abs(inexact(value(sides[-2], {})) - inexact(decimal))
-        refuse(error > mp().mpf(10) ** -digits, "not a rounding")
-        ops, sides = ops[:-1], sides[:-1]
-    is_set = ops != ["in"] or is_name(sides[0]) and sides[1][0] in STRUCTURES
-    refuse(not is_set, "element of what is no set")
+        refuse(sides[-1][0] != "num", "not a rounding")
+        decimal = sides.pop()[1]
+        error = abs(inexact(value(sides[-1], {})) - inexact(decimal))
+        refuse(error * decimal.denominator > 1, "not a rounding")
+        ops.pop()
+    if ops == ["in"]:
+        refuse(not is_name(sides[0]) or sides[1][0] not in STRUCTURES, "element of what is no set")
     if ops in (["in"], ["~"]):
         return ("assign", *sides)
+    refuse(not ORDER.keys() >= set(ops), "a chain of other relations")
+    if FLIP.keys() >= set(ops):                  # 3 > x as x < 3
+        ops, sides = [FLIP[op] for op in reversed(ops)], sides[::-1]
     if set(ops) - {"="}:
         return ("rel", " ".join(ops), *sides)
     if len(sides) == 2 and is_name(sides[1]) and not is_name(sides[0]):
@@ -709,19 +637,9 @@ def relation(ops, sides):
     values = sides[sum(1 for _ in itertools.takewhile(is_name, sides[:-1])):]
     if len(sides) == 2 and (len(values) == 2 and any(map(variables, values)) or all(map(is_name, sides))):
         return ("rel", "=", *sides)              # SRAC = LRAC is a statement, not the value of a name
-    if len(values) > 1 and (values[0] == values[-1] or not all(agree(v, values[-1]) for v in values)):
-        raise Unparsed("a false or an empty equation")
+    empty = len(values) > 1 and (values[0] == values[-1] or not all(agree(v, values[-1]) for v in values))
+    refuse(empty, "a false or an empty equation")
     return ("assign", sides[0], values[-1]) if len(values) < len(sides) else values[-1]
-
-
-def builder(left, condition):
-    r"""\{x \mid x > 2\}: the condition is the set only if nothing but its variable stands left of the bar."""
-    left = left[1] if left[0] == "assign" and left[2] == ("reals",) else left
-    if left[0] == "var" and variables(condition) == {left[1]} and condition[0] in ("rel", "or", "assign"):
-        return condition if condition[0] != "assign" else ("set", condition[2])
-    if condition[0] == "assign" and condition[1][0] == "var":                       # 2k and 2n, whole numbers
-        left, condition = (substituted(t, condition[1], ("var", "#")) for t in (left, condition))
-    return ("builder", left, condition)
 
 
 def nodes(tree):
@@ -743,21 +661,25 @@ def substituted(tree, leaf, new):
     return new if tree == leaf else mapped(lambda part: substituted(part, leaf, new), tree)
 
 
-def signs_chosen(tree, tied):
-    r"""A tree with \pm in it as the list of its values: signs are independent, or all tied together."""
-    if tree[0] in ("list", "or", "set", "assign"):
-        return mapped(lambda part: signs_chosen(part, tied), tree)
-    count = sum(t[0] == "pm" for t in nodes(tree))
-    refuse(count > 3 and not tied, "too many signs")
+def in_degrees(tree, unit=ONE):
+    return ("*", tree[1], unit) if tree[0] == "deg" else mapped(lambda part: in_degrees(part, unit), tree)
 
-    def chosen(t, signs):
-        t = times(next(signs), chosen(t[1], signs)) if t[0] == "pm" else mapped(lambda p: chosen(p, signs), t)
-        rational = {part[0] for part in nodes(t)} <= {"num", "+", "*", "/"}
-        return ("num", value(t, {})) if rational else t              # 3 \pm 1 is finished
 
-    both = (ONE, MINUS_ONE)
-    choices = [[sign] * count for sign in both] if tied else itertools.product(both, repeat=count)
-    return ("list", *(chosen(tree, iter(signs)) for signs in choices)) if count else tree
+def every_sign(tokens, tied):
+    r"""The tree of tokens with \pm as the list of its values: signs are independent, or all tied together."""
+    marks, found = [t for t in tokens if t in ("\\pm", "\\mp")], {}
+    together = [["+-"[way ^ (t == "\\mp")] for t in marks] for way in (0, 1)]
+    for signs in map(iter, together if tied else itertools.product("+-", repeat=len(marks))):
+        tree = Parser([next(signs) if t in ("\\pm", "\\mp") else t for t in tokens]).whole()
+        found |= dict.fromkeys(map(calculated, items(tree)))
+    return ("list", *found)
+
+
+def calculated(tree):
+    r"""A tree with rational parts as numbers: 3 \pm 1 is finished."""
+    if tree[0] != "num" and {t[0] for t in nodes(tree)} <= {"num", "+", "*", "/"}:
+        return ("num", value(tree, {}))
+    return mapped(calculated, tree)
 
 
 # ---- value of a tree: a Fraction while everything is rational, else an mpmath number
@@ -780,15 +702,11 @@ def tick():
     """Time is up only after some work: a busy machine may stall the first steps for a second."""
     global _ticks
     _ticks += 1
-    if _ticks > 300 and time.monotonic() > _deadline:
-        raise Undecided("out of time")
+    refuse(_ticks > 300 and time.monotonic() > _deadline, "out of time", Undecided)
 
 
 def exact(*values):
-    for v in values:                             # a loop, for this is asked more often than anything else
-        if type(v) is not Fraction:
-            return False
-    return True
+    return {*map(type, values)} == {Fraction}
 
 
 def bits(x):
@@ -875,7 +793,7 @@ SIGNED = {"abs": abs, "max": lambda *xs: max(xs, key=real), "min": lambda *xs: m
 OPERATIONS = COUNTING | DIVISORS | STEPS | SIGNED | {
     "+": add, "*": lambda x, y: x * y, "/": lambda x, y: x / y, "^": power, "deg": lambda x: x}
 SEVERAL = ("+", "*", "/", "^", "binom", "gcd", "lcm", "max", "min")    # arguments
-JUMPS = frozenset((*COUNTING, *DIVISORS, *STEPS, *SIGNED, "alternating"))
+JUMPS = frozenset((*COUNTING, *DIVISORS, *STEPS, *SIGNED))
 
 
 def value(tree, point):
@@ -893,10 +811,9 @@ def value(tree, point):
     if kind == "const":
         return {"pi": mp().pi, "e": mp().e, "i": mp().j, "inf": mp().inf}[parts[0]] * 1
     tick()
-    if kind == "big":
-        raise Undecided("sum, product, integral or limit")
-    if len(parts) > 1 and kind not in SEVERAL or kind not in OPERATIONS and "\\" + kind not in FUNCTIONS:
-        raise Unparsed("no value")
+    refuse(kind == "big", "sum, product, integral or limit", Undecided)
+    refuse(kind not in OPERATIONS and "\\" + kind not in FUNCTIONS, "no value")
+    refuse(len(parts) > 1 and kind not in SEVERAL, "arguments")
     values = [value(part, point) for part in parts]
     values = [inexact(v) for v in values] if kind in "*/" and not exact(*values) else values
     result = OPERATIONS[kind](*values) if kind in OPERATIONS else elementary(kind, *values)
@@ -921,13 +838,13 @@ def sample(names, kinds, constants):
     tops = (2000, 9000, 30000, 400, 5000, 90000)
     rows = [[Fraction(rng.randrange(1, top), 1013) for _ in names] for top in tops]
     whole = [[rng.randrange(1, top) for _ in names] for top in (6, 9, 14, 24, 40, 80, 200, 999) * 2]
-    if kinds - COUNTING.keys() - {"alternating"}:        # large ones, of many divisors, beside the constants
+    if kinds - COUNTING.keys():        # large ones, of many divisors, beside the constants
         smooth = math.prod((64, 81, 125, 49, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47))
         bases = [(smooth, smooth), (smooth * 53 * 59 * 61 * 67 * 71, 1), (10 ** 4, 7), (10 ** 6 - 1, 1)]
         bases += [(max(c + d, 1), c) for c in (123456, *constants) for d in (-1, 0, 1)]
         whole += [[first + i * step for i, _ in enumerate(names)] for first, step in bases]
         whole += [[smooth // (i + 2) for i, _ in enumerate(names)]]
-    if kinds & {*COUNTING, *DIVISORS, "alternating"} or kinds and set(names) <= set("klmnKMN"):
+    if kinds & {*COUNTING, *DIVISORS} or kinds and set(names) <= set("klmnKMN"):
         rows = whole
     elif kinds & STEPS.keys():
         rows += whole
@@ -945,7 +862,7 @@ def sampled(b, a):
         return [(value(b, {}), {})]
     kinds = JUMPS & {t[0] for t in parts}
     if any(t[0] == "^" and t[1][0] == "num" and t[1][1] < 0 and variables(t[2]) for t in parts):
-        kinds |= {"alternating"}                         # (-1)^n has a meaning for whole numbers only
+        kinds |= {"!"}                                   # (-1)^n has a meaning for whole numbers only
     large, found = sorted({int(t[1]) for t in parts if t[0] == "num" and 4 < t[1] < 10 ** 9}), []
     for point in sample(names, kinds, tuple(large[:6]) if kinds else ()):
         try:
@@ -961,15 +878,13 @@ def sampled(b, a):
 # ---- equality by kind: a is always the answer, b the gold
 
 LISTS = words("list or set")
-SETS = words("rel cup cap setminus reals")
-STRUCTURES = LISTS | SETS | words("tuple matrix ratio assign base word mod cases pair clock builder steps")
-INFINITE = {CONSTANTS["\\infty"]: 1, negative(CONSTANTS["\\infty"]): -1}
-FLIP = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
+SETS = words("rel cup cap setminus")
+STRUCTURES = LISTS | SETS | words("tuple matrix ratio assign base word builder steps mod pair")
 
 
 def spelled(tokens):
     r"""`(C)`, `\text{C}` and `c` as "c"; "" if there is more than letters and brackets."""
-    text = "".join(t.strip('"(){}').lower() for t in tokens or ()).replace(" ", "")
+    text = "".join(t.strip('"(){}').lower() for t in tokens).replace(" ", "")
     return text if text.replace("-", "").replace("'", "").isalpha() else ""
 
 
@@ -980,28 +895,26 @@ def equal(a, b):
     (True, False)
     """
     tick()
-    kinds = {a[0], b[0]}
     if a == b:
         return True
+    kinds = {a[0], b[0]}
     if "assign" in kinds and not kinds & LISTS:
         return equal_assign(a, b)
     if "word" in kinds:
-        a, b = (t if t[0] != "*" else ("word", "".join(p[1] for p in t[1:] if p[0] == "var")) for t in (a, b))
-        return {a[0], b[0]} <= {"word", "var", "const"} and spelled(a[1:2]) == spelled(b[1:2]) != ""
-    if kinds & {"mod", "clock", "ratio"}:
-        return equal_labelled(a, b)
+        return equal_words(a, b)
+    if "ratio" in kinds and kinds != {"ratio"}:                      # 5:8 is 5/8
+        a, b = (("/", *t[1:]) if t[0] == "ratio" and len(t) == 3 else t for t in (a, b))
+        return STRUCTURES.isdisjoint((a[0], b[0])) and equal_values(a, b)
     if a[0] == b[0] == "rel" and equal_relation(a, b) or kinds & LISTS and equal_lists(a, b):
         return True
-    if a[0] == b[0] == "cases":
-        return equal_unordered(a[1:], b[1:])
-    if "pair" not in kinds and {a[0], b[0], *(t[0] for t in (*a[1:], *b[1:]) if isinstance(t, tuple))} & SETS:
+    if {a[0], b[0], *(t[0] for t in (*a[1:], *b[1:]) if isinstance(t, tuple))} & SETS and "pair" not in kinds:
         return equal_sets(a, b)
     if kinds <= {"matrix", "tuple"} and a[:2] != b[:2]:              # a column, a row, a tuple as vectors
         vectors = [t[1] in ("()", "1", str(len(t) - 2)) for t in (a, b)]
         row = a[1] == "[]" and b[0] == "matrix"
         return (vectors[0] or row) and vectors[1] and all_equal(a[2:], b[2:])
     if kinds & STRUCTURES:
-        return a[0] == b[0] != "base" and not kinds & LISTS and all_equal(a[1:], b[1:])
+        return a[0] == b[0] and not kinds & LISTS and all_equal(a[1:], b[1:])
     return equal_values(a, b)
 
 
@@ -1009,33 +922,22 @@ def all_equal(xs, ys):
     return len(xs) == len(ys) and all(equal(x, y) if isinstance(x, tuple) else x == y for x, y in zip(xs, ys))
 
 
-def equal_labelled(a, b):
-    if a[0] == b[0] == "mod":
-        x, y = (t[1][2] if t[1][0] == "assign" else t[1] for t in (a, b))
-        plain = x[0] == y[0] == b[2][0] == "num"
-        return a[2] == b[2] and ((x[1] - y[1]) % b[2][1] == 0 if plain else equal(x, y))
-    if "clock" in (a[0], b[0]):                          # am or pm may be missing, but not differ
-        (x, half), (y, gold_half) = (t[1:] if t[0] == "clock" else (f"{t[-1]}:00", "") for t in (a, b))
-        return x == y and (not half or not gold_half or half == gold_half)
-    if a[0] == b[0]:
-        return all_equal(a[1:], b[1:])
-    x, y = (("/", *t[1:]) if t[0] == "ratio" and len(t) == 3 else t for t in (a, b))     # 5:8 is 5/8
-    return STRUCTURES.isdisjoint((x[0], y[0])) and equal_values(x, y)
-
-
-def in_degrees(tree, unit=ONE):
-    return ("*", tree[1], unit) if tree[0] == "deg" else mapped(lambda part: in_degrees(part, unit), tree)
+def equal_words(a, b):
+    """The same letters, whatever their case; of clock times, am or pm may be missing, but not differ."""
+    x, y = ("".join(part[1] if part[0] in ("word", "var", "const") else "?"
+                    for part in (t[1:] if t[0] == "*" else [t])) for t in (a, b))
+    if ":" in y and not (x.endswith("m") and y.endswith("m")):
+        return x.rstrip("apm") == y.rstrip("apm")
+    return spelled([x]) == spelled([y]) != ""
 
 
 def equal_values(a, b):
     r"""Two values, where 30^\circ is 30 and also \pi/6.  A plain gold wants a finished answer."""
-    if is_literal(a) and is_literal(b):
-        return value(a, {}) == value(b, {})
     ours, theirs = [*nodes(a)], [*nodes(b)]
-    kinds = [{t[0] for t in parts} for parts in (ours, theirs)]
-    degrees, plain = ["deg" in k for k in kinds], "var" not in kinds[1] and is_finished(b, False)
+    degrees = ["deg" in {t[0] for t in parts} for parts in (ours, theirs)]
+    plain = not variables(b) and is_finished(b, False)
     unfinished = plain and not is_finished(a, is_literal(b) and not degrees[1])
-    if unfinished or CONSTANTS["\\infty"] in ours + theirs:         # of infinities, the same tree is equal
+    if unfinished or INFINITY in ours + theirs:          # of infinities, the same tree is equal
         return False
     if not any(degrees):
         return agree(a, b)
@@ -1049,7 +951,7 @@ def agree(a, b):
         points = [] if a == b else sampled(b, a)
     except Undecided as error:                   # of a tower of powers sympy knows no more
         provable = str(error) in ("digits lost", "too many digits", "sum, product, integral or limit")
-        proved = _sympy.ask([a, b], SYMPY_SECONDS) if provable else None
+        proved = _sympy.ask([a, b]) if provable else None
         refuse(proved is None, "out of time" if provable else str(error), Undecided)
         return proved
     try:
@@ -1105,10 +1007,6 @@ def equal_lists(a, b):
     xs = a[2:] if len(names) > 1 and a[0] == "tuple" and a[1] == "()" else xs
     if len(names) == len(ys) > 1 and not any(x[0] == "assign" for x in xs):    # 2, 3 for x=2, y=3; not 3, 2
         return all_equal(xs, [y[2] for y in ys])
-    return equal_unordered(xs, ys)
-
-
-def equal_unordered(xs, ys):
     rest = list(ys)                                      # every element of the gold once, none extra
     for x in xs if len(xs) == len(ys) else ():
         i = next((i for i, y in enumerate(rest) if equal(x, y)), len(rest))
@@ -1120,10 +1018,10 @@ def equal_unordered(xs, ys):
 
 def ratio(a, b):
     """The constant factor between left - right of two equations between values, or None."""
-    forms = [("+", t[-2], negative(t[-1])) for t in (a, b) if (t[0], len(t)) in (("assign", 3), ("rel", 4))]
-    if len(forms) < 2 or STRUCTURES & {t[0] for form in forms for t in nodes(form)}:
+    chain = any(t[0] == "rel" and len(t) > 4 for t in (a, b))
+    a, b = (("+", t[-2], times(MINUS_ONE, t[-1])) for t in (a, b))
+    if chain or STRUCTURES & {t[0] for t in (*nodes(a), *nodes(b))}:
         return None
-    a, b = forms
     points = sampled(b, a) if variables(a) == variables(b) != set() else ()
     ratios = [value(("/", a, b), point) for y, point in points if y]
     return ratios[0] if ratios and ratios[0] and all(same(r, ratios[0]) for r in ratios) else None
@@ -1131,8 +1029,6 @@ def ratio(a, b):
 
 def equal_assign(a, b):
     """x=5 against x=5, against 5, or against another equation where the gold says more than a number."""
-    a, b = (("assign", t[1], t[2][1]) if t[0] == "assign" and t[2][0] == "set" and len(t[2]) == 2 else t
-            for t in (a, b))
     if a[0] == b[0]:
         names = [t[1][1] if t[1][0] == "var" else "" for t in (a, b)]
         functions = "y" in names and all(re.fullmatch(r"y|[A-Za-z]\([a-z]\)", name) for name in names)
@@ -1148,19 +1044,21 @@ def equal_assign(a, b):
 
 
 def equal_relation(a, b):
-    """Chains term by term, or one relation up to a factor, whose sign turns an inequality round."""
-    ops, gold_ops, flipped = a[1].split(), b[1].split(), [FLIP.get(op, op) for op in a[1].split()]
-    for o, sides in ((ops, a[2:]), (flipped[::-1], a[:1:-1])):
-        if o == gold_ops and all_equal(sides, b[2:]):
-            return True
-    if len(ops) != 1 or len(gold_ops) != 1 or ops[0] not in FLIP or solved(b):
+    """Chains term by term, or one relation up to a factor, which is positive if it is an inequality."""
+    sides, both_ways = b[2:], a[1] in ("=", "!=")
+    if a[1] != b[1] or all_equal(a[2:], sides) or both_ways and all_equal(a[:1:-1], sides):
+        return a[1] == b[1]
+    if " " in a[1] or solved(b):
         return False                             # x < 2 is asked for: 3x - 6 < 0 is the problem, no answer
     factor = ratio(a, b)
-    turned = factor is not None and ops[0] not in ("=", "!=") and real(factor) < 0
-    return factor is not None and gold_ops == (flipped if turned else ops)
+    return factor is not None and (both_ways or real(factor) > 0)
 
 
 # ---- sets of real numbers
+
+ORDER = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge, "=": operator.eq,
+         "!=": operator.ne}
+
 
 def ends(tree):
     """The values in a structure: ends of intervals, elements, sides of relations."""
@@ -1174,11 +1072,19 @@ def solved(tree):
         all(variables(t) for t in nodes(tree) if t[0] == "rel")
 
 
+def number_at(tree, x):
+    """An end point, to 200 digits so that equal ones are the same number, where the variable is x."""
+    if tree[0] == "var":
+        return x
+    infinity = (tree == INFINITY) - (tree == MINUS_INFINITY)
+    return infinity * mp().inf if infinity else mp().mpf(mp().nstr(real(value(in_degrees(tree), {})), 200))
+
+
 def places(*trees):
     """Every end point of sets, places between them and beyond: numbers that show how the sets differ."""
-    points = [t for tree in trees for t in ends(tree) if t[0] != "var" and t not in INFINITE]
-    points = sorted(real(value(in_degrees(t), {})) for t in points) or [mp().mpf(0)]
-    return points + [(x + y) / 2 for x, y in zip(points, points[1:])] + [points[0] - 1, points[-1] + 1]
+    points = sorted(filter(mp().isfinite, (number_at(t, mp().inf) for tree in trees for t in ends(tree))))
+    between = [(x + y) / 2 for x, y in itertools.pairwise(points)]
+    return [*points, *between, points[0] - 1, points[-1] + 1] if points else [mp().mpf(0)]
 
 
 def equal_sets(a, b):
@@ -1189,78 +1095,66 @@ def equal_sets(a, b):
         contains(a, x) == contains(b, x) for x in places(a, b))
 
 
-def holds(left, op, right, x):
-    u, v = (x if t[0] == "var" else mp().inf * INFINITE[t] if t in INFINITE else
-            real(value(in_degrees(t), {})) for t in (left, right))
-    order = 0 if mp().isfinite(u) and mp().isfinite(v) and same(u, v) else -1 if u < v else 1
-    return order in {"<": (-1,), "<=": (-1, 0), ">": (1,), ">=": (0, 1), "=": (0,), "!=": (-1, 1)}.get(op, ())
-
-
 def contains(tree, x):
+    tick()
     kind, *parts = tree
-    if kind == "list" and all(part[0] == "rel" for part in parts):   # x > 2, x < 5, unless nothing is left
-        together = any(all(contains(part, y) for part in parts) for y in places(tree))
+    if kind in LISTS or kind == "cup":               # x > 2, x < 5: both, unless nothing is left
+        together = kind == "list" and all(part[0] == "rel" for part in parts) and any(
+            all(contains(part, y) for part in parts) for y in places(tree))
         return (all if together else any)(contains(part, x) for part in parts)
-    if kind == "cup" or kind in LISTS:
-        return any(contains(part, x) for part in parts)
     if kind in ("cap", "setminus"):
         return contains(parts[0], x) and contains(parts[1], x) == (kind == "cap")
     if kind == "assign":
         return contains(parts[1], x)
-    if kind == "tuple" and len(parts) == 3 and not STRUCTURES & {parts[1][0], parts[2][0]}:
-        ops = " ".join("<=" if bracket in "[]" else "<" for bracket in parts[0])
-        parts = [ops, parts[1], ("var", ""), parts[2]]
-    elif kind != "rel":
-        refuse(kind == "tuple" or variables(tree), "no set")
-        return kind == "reals" or holds(tree, "=", ("var", ""), x)
-    return all(holds(*side, x) for side in zip(parts[1:], parts[0].split(), parts[2:]))
+    if kind == "tuple" and len(parts) == 3:
+        ops = ["<=" if bracket in "[]" else "<" for bracket in parts[0]]
+        sides = [number_at(parts[1], x), x, number_at(parts[2], x)]
+    else:
+        refuse(kind == "tuple" or kind != "rel" and variables(tree), "no set")
+        ops, sides = (parts[0].split(), parts[1:]) if kind == "rel" else (["="], [tree, ("var", "")])
+        sides = [number_at(t, x) for t in sides]
+    return all(ORDER[op](*pair) for op, pair in zip(ops, itertools.pairwise(sides)))
 
 
 # ---- sympy: a worker process that can be killed
 
 class Worker:
-    """`python reward.py --worker KIND`: one JSON line in, one out, killed when it takes too long.
+    """`python reward.py --worker`: one JSON line in, one out, killed when it takes too long.
 
     A fresh interpreter: forking a process with torch, CUDA or threads is unsafe, spawn would import the
     caller's __main__ again, SIGALRM works only in the main thread and not inside a long C call.
     """
 
-    def __init__(self, kind):
-        self.kind, self.process, self.lock = kind, None, threading.Lock()
+    def __init__(self):
+        self.process, self.lock = None, threading.Lock()
 
-    def ask(self, job, seconds):
+    def ask(self, job):
         """The worker's answer; None after a timeout, which also ends the worker."""
         with self.lock:
             try:
                 if self.process is None:
-                    command = [sys.executable, os.path.abspath(__file__), "--worker", self.kind]
-                    self.process = subprocess.Popen(command, start_new_session=True, stdin=subprocess.PIPE,
-                                                    stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+                    command = [sys.executable, os.path.abspath(__file__), "--worker"]
+                    self.process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE,
+                                                    stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                                    start_new_session=True)
                     self.read(30)
-                self.process.stdin.write(json.dumps(job, default=str).encode() + b"\n")
-                self.process.stdin.flush()
-                return json.loads(self.read(seconds))
+                print(json.dumps(job, default=str), file=self.process.stdin, flush=True)
+                return json.loads(self.read(SYMPY_SECONDS))
             except (OSError, ValueError):
-                self.stop()
+                if self.process is not None:
+                    self.process.kill()
+                    self.process.wait()
+                self.process = None
 
     def read(self, seconds):
-        """One line, or nothing when time is up: then the process is killed and its output ends."""
-        timer = threading.Timer(seconds, self.process.kill)
-        timer.start()
-        line = self.process.stdout.readline()
-        timer.cancel()
-        return line
-
-    def stop(self):
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
+        """One line, or nothing when time is up."""
+        ready, _, _ = select.select([self.process.stdout], [], [], seconds)
+        return self.process.stdout.readline() if ready else ""
 
 
-_sympy = Worker("sympy")
+_sympy = Worker()
 # A fork may happen while another thread holds the lock; the child must not share the worker's pipes.
-os.register_at_fork(after_in_child=lambda: globals().update(_lock=threading.RLock(), _sympy=Worker("sympy")))
+os.register_at_fork(after_in_child=lambda: globals().update(_lock=threading.RLock(), _sympy=Worker()))
 SYMPY_NAMES = table("""!=factorial ceil=ceiling binom=binomial abs=Abs ln=log max=Max min=Min +=Add *=Mul
     ^=Pow sum=Sum prod=Product int=Integral""")
 
@@ -1279,75 +1173,55 @@ def sympy_tree(node, sp):
     if kind != "big":
         return getattr(sp, SYMPY_NAMES.get(kind) or kind.replace("arc", "a"))(*parts)
     name, low, high, body = parts
-    if node[1] == "lim":
-        return sp.Limit(body, name, low).doit()
     return getattr(sp, SYMPY_NAMES[node[1]])(body, name if low == high else (name, low, high)).doit()
 
 
-def prove_equal(job):
-    """Equal as sympy builds them, or with a difference that it expands or simplifies to 0."""
-    import sympy as sp
-    a, b = (sympy_tree(tree, sp) for tree in job)
-    return bool(a == b or sp.expand(a - b) == 0 or sp.simplify(a - b) == 0)
-
-
-def worker_main(kind):
-    """Serve jobs until the input closes, or until the parent is gone: a forked sibling may keep the pipe."""
+def serve_sympy():
+    """Say of each line whether its two trees are equal: the same, or of a difference that sympy makes 0."""
     sys.path.pop(0)                    # a random.py next to this file must not shadow the library
-    parent = os.getppid()
-
-    def follow_parent():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=follow_parent, daemon=True).start()
-    serve = prove_equal if kind == "sympy" else lambda row: explain(*row)
-    if kind == "sympy":
-        __import__("sympy")            # slow, so it happens before `ready`, outside any job's time
+    import sympy as sp
     with contextlib.suppress(ValueError, OSError):       # a number may grow faster than a clock can stop it
         resource.setrlimit(resource.RLIMIT_AS, (WORKER_BYTES, WORKER_BYTES))
+    k, n = sp.symbols("k n")
+    sp.simplify(sp.Sum(k, (k, 1, n)).doit())             # the first sum takes long: on nobody's time
     print("ready", flush=True)
     for line in sys.stdin:
-        faulthandler.dump_traceback_later(ROW_SECONDS, exit=True)    # should nobody be left to kill it
+        signal.alarm(ORPHAN_SECONDS)                     # should nobody be left to kill it
         try:
-            result = serve(json.loads(line))
-        except Exception:              # whatever sympy raises, the pair is not shown to be equal
-            result = False
-        faulthandler.cancel_dump_traceback_later()
-        print(json.dumps(result), flush=True)
+            a, b = (sympy_tree(tree, sp) for tree in json.loads(line))
+            proved = bool(a == b or sp.expand(a - b) == 0 or sp.simplify(a - b) == 0)
+        except Exception:              # noqa: BLE001  whatever sympy raises, the pair is not shown to be equal
+            proved = False
+        signal.alarm(0)
+        print(json.dumps(proved), flush=True)
 
 
 # ---- reading and comparing two texts
 
 # What a text says.  tree: None outside the grammar; tied: the tree with every \pm of a tuple the same sign;
-# domain: what the qualifier behind the answer says of its parameters (Z, R, +, ...).
-Reading = collections.namedtuple("Reading", "tokens tree tied domain parameters")
-DECLARING = words(r"\in is an any integer constant arbitrary")
+# said: the words of the qualifier behind the answer.
+Reading = collections.namedtuple("Reading", "tokens tree tied said")
+QUALIFIER = re.compile(r' (?:, )?(?:"(?:where|with|for)|\\forall|'
+                       r'[,(](?= \S+ "?(?:\\in|is|an|any|integer|constant|arbitrary) )) ')
 
 
 @functools.lru_cache(maxsize=1500)
 def parsed(text):
     """The Reading of a text; a qualifier (`for all real x`, `c is a constant`) is no part of its tree."""
-    tokens, domain, words = None, (), ()
+    tokens = []
     try:
-        body = tokens = tokenize(text)
-        start = len(tokens)
-        while start > 1 and tokens[start - 1].strip('"') in QUALIFIERS:
-            start -= 1
-        for i in range(max(start, 1), len(tokens) - 1):
-            ahead = tokens[i + 2].strip('"') if tokens[i] in (",", "(") and tokens[i + 2:] else ""
-            if tokens[i] in ('"where', '"with', '"for', "\\forall") or ahead in DECLARING:
-                words = [t.strip('"') for t in tokens[i:]]
-                body, domain = trimmed(tokens[:i]), [DOMAINS[t] for t in words if t in DOMAINS]
-                break
-        tree, tied = Parser(body).whole(), None
-        if "\\pm" in body or "\\mp" in body:
-            tied = signs_chosen(tree, True) if tree[0] == "tuple" else None
-            tree = signs_chosen(tree, "\\mp" in body)
-        return Reading(tokens, tree, tied, frozenset(domain), frozenset(words))
+        tokens = tokenize(text)
+        tail = [*itertools.takewhile(lambda t: t.strip('"') in QUALIFIERS, tokens[:0:-1])][::-1]
+        m = QUALIFIER.search(f" {' '.join(tail)} ")
+        said = m.string[m.start():].replace('"', "").split() if m else []
+        body = tokens[:len(tokens) - len(said)]
+        signs = {"\\pm", "\\mp"} & {*body}
+        tied = every_sign(body, True) if signs else None
+        single = "\\mp" in signs or body.count("\\pm") > 4
+        tree = tied if single else every_sign(body, False) if signs else Parser(body).whole()
+        return Reading(tokens, tree, tied, said)
     except REFUSALS:
-        return Reading(tokens, None, None, frozenset(), frozenset())
+        return Reading(tokens, None, None, [])
 
 
 def read(text):
@@ -1356,64 +1230,50 @@ def read(text):
 
 
 def compare(answer, gold, problem=None):
-    m, g = (re.fullmatch("(-?)([0-9]+)", text.strip()) for text in (answer, gold))
-    if m and g:
-        digits, gold_digits = m[2].lstrip("0"), g[2].lstrip("0")
-        return "equal" if digits == gold_digits and (m[1] == g[1] or not digits) else "different"
     a, b = read(answer), read(gold)
     if a.tokens and a.tokens == b.tokens:
         return "equal"
-    name, tokens = spelled(b.tokens), [*(a.tokens or ()), *(b.tokens or ())]
-    option = name in [*"abcdefgh"] and re.fullmatch(r'\( "?([A-H]) \) [^A-H"]+', " ".join(a.tokens or ()))
+    name, tokens = spelled(b.tokens), a.tokens + b.tokens
+    option = name in [*"abcdefgh"] and re.fullmatch(r'\( "?([A-H]) \) [^A-H"]+', " ".join(a.tokens))
     choice = option or name and any(r.tokens in map(list, "ABCDEFGH") for r in (a, b))
     if choice or name and any(t[0] == '"' or len(t) > 3 and t.isalpha() for t in tokens):
         return "equal" if name == (option[1].lower() if option else spelled(a.tokens)) else "different"
     if a.tree is None or b.tree is None:
         return "unparsed_gold" if b.tree is None else "unparsed_answer"
-    try:
-        if not matches(a, b, answer.strip(), problem):
-            return "different"
-        return "restated" if problem and restates(a, b, problem) else "equal"
-    except Undecided as error:
-        return "timeout" if "time" in str(error) else "too_large"
-    except REFUSALS:
+    if not matches(a, b, answer.strip(), problem):
         return "different"
+    return "restated" if problem and restates(a, b, problem) else "equal"
 
 
 def matches(a, b, answer, problem):
     x, y = a.tree, b.tree
-    if a.domain and b.domain and a.domain != b.domain or not a.domain ^ b.domain <= {"Z", "R"}:
-        return False
+    ours, theirs = (DOMAINS & {t.strip("\\").removesuffix("s") for t in r.said} for r in (a, b))
+    if not ours ^ theirs <= words("integer whole real") or ours and theirs and ours != theirs:
+        return False                                 # only of these nothing need be said
     if y[0] == "or" and STRUCTURES.isdisjoint(t[0] for t in y[1:]) and all(agree(t, y[1]) for t in y[2:]):
         y = y[1]                                     # the gold gives one value in two forms: 30.4 or 152/5
     if x[0] == "num" and y[0] in LISTS and re.fullmatch(r"[1-9][0-9]{0,2}(,[1-9][0-9]{2})+", answer):
-        x = ("list", *map(number, answer.split(",")))
+        x = ("list", *(("num", Fraction(part)) for part in answer.split(",")))
     if equal(x, y) or a.tied and not b.tied and equal(a.tied, y):
         return True
-    x, y = bound_renamed(x), bound_renamed(y)
-    ours, theirs = variables(x) - variables(y), variables(y) - variables(x)
-    if len(ours) == len(theirs) == 1:                # k\pi, k \in \mathbb{Z} for n\pi: another name
-        (p,), (q,) = ours, theirs
-        turns = {p, q} <= set("jklmn") and re.search(rf"\\pi {q}\b|\b{q} \\pi", " ".join(b.tokens)) and not (
-            problem and re.search(rf"(?<![A-Za-z\\]){q}(?![A-Za-z])", problem))
-        if turns or p in a.parameters or q in b.parameters or {p, q} == {"c", "C"}:
-            x = substituted(x, ("var", p), ("var", q))
-    return (x, y) != (a.tree, b.tree) and equal(x, y)
-
-
-def bound_renamed(tree):
-    """f(z) = z as f(x) = x."""
-    if tree[0] in LISTS:
-        return mapped(bound_renamed, tree)
-    name = tree[-2][1] if tree[0] in ("assign", "rel") and tree[-2][0] == "var" else ""
-    if not (m := re.fullmatch(r"(.+)\(([a-z])\)", name)) or "x" in variables(tree[-1]):
-        return tree
-    return (*tree[:-2], ("var", m[1] + "(x)"), substituted(tree[-1], ("var", m[2]), ("var", "x")))
+    ours, theirs = ({re.sub(r".+\(([a-z])\)$", r"\1", name) for name in variables(t) - variables(other)}
+                    for t, other in ((x, y), (y, x)))
+    if len(ours) != 1 or len(theirs) != 1 or theirs <= variables(x):
+        return False
+    (p,), (q,) = ours, theirs                        # f(z) = z for f(x) = x; k\pi, k \in \mathbb{Z} for n\pi
+    turns = {p, q} <= set("jklmn") and re.search(rf"\\pi {q}\b|\b{q} \\pi", " ".join(b.tokens)) and not (
+        problem and re.search(rf"(?<![A-Za-z\\]){q}(?![A-Za-z])", problem))
+    bound = any(t[0] in ("assign", "rel") and str(t[-2][1]).endswith(f"({p})") for t in nodes(x))
+    if not (turns or bound or p in a.said or q in b.said or {p, q} == {"c", "C"}):
+        return False
+    for name in variables(x):
+        x = substituted(x, ("var", name), ("var", q if name == p else name.replace(f"({p})", f"({q})")))
+    return equal(x, y)
 
 
 # ---- the problem's own formulas
 
-FORMULA = re.compile(r"\$\$?([^$]+)\$|\\\[(.{1,2000}?)\\\]|\\\((.{1,2000}?)\\\)", re.S)
+FORMULA = re.compile(r"\$\$?([^$]+)\$|\\\[(.{1,2000}?)\\\]|\\\((.{1,2000}?)\\\)", re.DOTALL)
 
 
 def bare(tokens):
@@ -1424,10 +1284,9 @@ def bare(tokens):
 @functools.lru_cache(maxsize=256)
 def formulas(problem):
     """The problem's tokens in one string, and every tree that stands in one of its formulas."""
-    found = [read(next(filter(None, m.groups()))).tree for m in FORMULA.finditer(problem[:20_000])]
-    pieces = re.split(r"\n\s*\n", problem[:20_000])
-    return bare(t for piece in pieces for t in lexed(piece[:MAX_CHARS])), {
-        t for tree in found if tree for t in nodes(tree) if is_operation(t)}
+    problem = problem[:MAX_CHARS]
+    found = [read(next(filter(None, m.groups()))).tree for m in FORMULA.finditer(problem)]
+    return bare(tokenize(problem)), {t for tree in found if tree for t in nodes(tree) if is_operation(t)}
 
 
 def is_operation(tree):
@@ -1457,12 +1316,11 @@ def restates(a, b, problem):
 def gold_texts(gold):
     r"""The accepted texts of a gold: a text (forms separated by \text{OR}), a number, or a list of them."""
     if isinstance(gold, str):
-        forms = re.split(r"\\text\s*\{\s*OR\s*\}", gold)
-        return [gold, *forms] if len(forms) > 1 else [gold]
+        return [*dict.fromkeys([gold, *re.split(r"\\text\s*\{\s*OR\s*\}", gold)])]
     if isinstance(gold, (list, tuple)):
         return [text for g in gold if not isinstance(g, (list, tuple)) for text in gold_texts(g)]
     with contextlib.suppress(ValueError, OverflowError):             # more digits than Python converts
-        if isinstance(gold, numbers.Real) and not isinstance(gold, bool) and math.isfinite(gold):
+        if isinstance(gold, (int, float, Fraction)) and not isinstance(gold, bool) and math.isfinite(gold):
             return [str(gold)]
     return []
 
@@ -1471,7 +1329,6 @@ def judge(found, gold, problem=None):
     """The Verdict on the last boxes of a response: equal if any text of the gold is.
 
     The last box is the answer; but boxes in a row, one for each part, together answer a gold that is a list.
-    Bad input is refused further in; what is caught here is a fault of this file, and it is said aloud.
     """
     global _deadline, _ticks
     verdicts = [Verdict(0.0, "unparsed_gold", found[-1], gold)]
@@ -1483,7 +1340,11 @@ def judge(found, gold, problem=None):
                     lists = [(read(part).tree or " ")[0] in LISTS for part in (text, *found)]
                     answer = ", ".join(found) if lists[0] and not any(lists[1:]) else answer
                 reason = compare(answer, text, problem)
-            except Exception as error:
+            except Undecided as error:
+                reason = "timeout" if "time" in str(error) else "too_large"
+            except REFUSALS:
+                reason = "different"
+            except Exception as error:               # noqa: BLE001  a fault of this file, said aloud
                 reason = f"error: {type(error).__name__}: {error}"
                 warnings.warn(f"grading {answer[:200]!r} against {text[:200]!r}: {reason}", RuntimeWarning)
         verdicts.append(Verdict(float(reason == "equal"), reason, answer, gold))
@@ -1545,34 +1406,13 @@ def compute_reward(response, gold, problem=None, require_think=True):
 def compute_rewards(responses, golds, problems=None, workers=0, require_think=True):
     r"""Rewards of many responses, in order; from any thread, under fork and spawn.
 
+    One process grades thousands a second and bounds the time of each: `workers` is accepted, not needed.
+
     >>> compute_rewards([r"</think>\boxed{1}", r"</think>\boxed{2}"], ["1", "1"])
     [1.0, 0.0]
     """
     rows = zip(responses, golds, problems or [None] * len(golds), strict=True)
-    return [verdict.reward for verdict in explain_all([(*row, require_think) for row in rows], workers)]
-
-
-def explain_all(rows, workers=0):
-    """The Verdicts on rows of `explain`'s arguments, in order.
-
-    One process grades thousands a second and bounds its time, so `workers` pay only for large files; they
-    are killed when an answer takes ROW_SECONDS.
-    """
-    def remotely(row, worker):
-        try:
-            verdict = worker.ask(json.loads(json.dumps(row)), ROW_SECONDS)
-        except (TypeError, ValueError, RecursionError):                      # a gold that is no JSON
-            return explain(*row)
-        return Verdict(*(verdict or (0.0, "timeout", None))[:3], row[1])
-
-    if not workers:
-        return [explain(*row) for row in rows]
-    pool = [Worker("grade") for _ in range(workers)]
-    with concurrent.futures.ThreadPoolExecutor(workers) as threads:
-        verdicts = list(threads.map(remotely, rows, itertools.cycle(pool)))
-    for worker in pool:
-        worker.stop()
-    return verdicts
+    return [compute_reward(*row, require_think) for row in rows]
 
 
 def main():
@@ -1581,30 +1421,26 @@ def main():
     parser.add_argument("--answer", help="text inside the box")
     parser.add_argument("--gold", help="the right answer")
     parser.add_argument("--problem", help="the problem's text, so that repeating it earns nothing")
-    parser.add_argument("--worker", choices=["sympy", "grade"], help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.worker:
-        return worker_main(args.worker)
     if not args.file:
         if args.answer is None or args.gold is None:
             parser.error("give FILE.jsonl, or --answer and --gold")
         verdict = explain_answer(args.answer, args.gold, args.problem)
         return print("\n".join(f"{name:8s} {shown}" for name, shown in verdict._asdict().items()))
-    verdicts = []
+    reasons = collections.Counter()
     try:
         with open(args.file) as file:
-            rows = [json.loads(line) for line in file]
-        for n, row in enumerate(rows, 1):
-            if not isinstance(row, dict) or "gold" not in row or not row.keys() & {"response", "answer"}:
-                raise ValueError(f'line {n} of {args.file} needs "gold", and "response" or "answer"')
-            explained, text = (explain, "response") if "response" in row else (explain_answer, "answer")
-            verdicts.append(explained(row[text], row["gold"], row.get("problem")))
+            for n, row in enumerate(map(json.loads, file), 1):
+                if not isinstance(row, dict) or "gold" not in row or not row.keys() & {"response", "answer"}:
+                    raise ValueError(f'line {n} of {args.file} needs "gold", and "response" or "answer"')
+                explained, text = (explain, "response") if "response" in row else (explain_answer, "answer")
+                reasons[explained(row[text], row["gold"], row.get("problem")).reason] += 1
     except (OSError, ValueError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
-    for reason, n in collections.Counter(v.reason for v in verdicts).most_common():
+    for reason, n in reasons.most_common():
         print(f"{n:8d}  {reason}")
-    print(f"{sum(v.reward for v in verdicts):.0f} of {len(verdicts)} right")
+    print(f"{reasons['equal']} of {reasons.total()} right")
 
 
 if __name__ == "__main__":
-    main()
+    serve_sympy() if sys.argv[1:] == ["--worker"] else main()

@@ -139,7 +139,7 @@ def strict_element(a, b):
         return False
     reward._deadline = time.monotonic() + reward.SECONDS
     try:
-        trees = [reward.Parser(reward.lexed(text)).whole() for text in (a, b)]
+        trees = [reward.Parser(reward.tokenize(text)).whole() for text in (a, b)]
         for letter in "ei":  # lower-cased, both were plain symbols to the original
             trees = [reward.substituted(tree, ("const", letter), ("var", letter)) for tree in trees]
         return reward.agree(*trees)

@@ -25,8 +25,9 @@ from hypothesis import strategies as st
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-import grader  # noqa: E402
-import reward  # noqa: E402
+import grader
+
+import reward
 
 DATA = pathlib.Path(__file__).parent / "data"
 
@@ -154,6 +155,14 @@ def test_a_long_sum_is_bounded_as_a_whole():
     assert time.perf_counter() - start < 6
 
 
+def test_a_long_union_is_bounded():
+    parts = [f"({2 * i},{2 * i + 1})" for i in range(250)]
+    start = time.perf_counter()
+    assert not reward.grade("\\cup".join(parts), "\\cup".join(parts[1:]))
+    reward.grade("\\cup".join(parts), "\\cup".join(parts[::-1]))
+    assert time.perf_counter() - start < 6
+
+
 def test_cache_is_bounded():
     before = reward.parsed.cache_info()
     reward.grade("x+" * 200 + "1", "x")              # longer than the 80 characters that are remembered
@@ -201,6 +210,8 @@ def test_an_error_of_our_own_is_said(monkeypatch, name):
     ("\\binom{4025}{2013}+\\frac{\\sqrt2}{100}", "\\binom{4025}{2013}"), ("x+10^{-50}", "x"),
     ("9^{9^{9}}+1", "9^{9^{9}}"), ("0", "I(0)e^{-t}"), ("\\frac{355}{113}", "\\pi"), ("LRAC", "SRAC=LRAC"),
     ("\\sum_{k=1}^{3} k", "6"), ("37 \\cdot 41", "1517"),
+    ("f(x)=\\frac1x", "g(0)"), ("f(k)", "f(n)"), ("2th", "2"), ("f_1'", "f_1"),
+    ("\\frac{9}14", "\\frac{9}{14}"),
 ])
 def test_near_misses(answer, gold):
     assert not reward.grade(answer, gold)
@@ -208,6 +219,9 @@ def test_near_misses(answer, gold):
 
 @pytest.mark.parametrize("answer, gold", [
     ("x+\\sin\\pi", "x"),
+    ("\\{x: -1\\le x\\le 2\\}", "[-1,2]"), ("36\\pi units", "36\\pi"), ("S_{\\triangle ABC}", "S_{ABC}"),
+    ("\\left[\\begin{array}{c|c}1&2\\\\3&4\\end{array}\\right]",
+     "\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}"),
     ("\\sqrt{10^{60}+1}-10^{30}", "\\frac{1}{\\sqrt{10^{60}+1}+10^{30}}"), ("x+e^{i\\pi}", "x-1"),
     ("x+\\lfloor\\log_2 8\\rfloor", "x+3"), ("9^{9^{9}}", "9^{9^9}"), ("\\sqrt[3]{-8}", "-2"),
     ("\\sqrt{x-1}\\sqrt{x+1}", "\\sqrt{x^2-1}"), ("\\int_0^1 x^2 dx", "\\int_0^1 t^2 dt"),
@@ -304,16 +318,15 @@ def test_compute_rewards_keeps_the_order(workers):
         reward.compute_rewards(["a"], [])
 
 
-def test_rows_that_cannot_be_sent_are_graded_here():
-    rows = [("</think>\\boxed{7}", Fraction(7)), ("</think>\\boxed{7}", "7"),
-            ("</think>\\boxed{\ud800}", {1})]
-    assert [v.reward for v in reward.explain_all(rows, workers=1)] == [1.0, 1.0, 0.0]
+def test_rewards_of_golds_that_are_no_text():
+    responses = ["</think>\\boxed{7}", "</think>\\boxed{7}", "</think>\\boxed{\ud800}"]
+    assert reward.compute_rewards(responses, [Fraction(7), "7", {1}], workers=1) == [1.0, 1.0, 0.0]
 
 
 def test_a_stuck_worker_is_killed(monkeypatch):
-    monkeypatch.setattr(reward, "ROW_SECONDS", 0.02)                 # while sympy takes longer to start
-    verdicts = reward.explain_all([("</think>\\boxed{" + JOB[0] + "}", JOB[1])] * 2, workers=1)
-    assert [v.reason for v in verdicts] == ["timeout"] * 2
+    monkeypatch.setattr(reward, "SYMPY_SECONDS", 0.0)                # no time to answer
+    assert [reward.explain_answer(*JOB).reason for _ in range(2)] == ["timeout"] * 2
+    assert reward._sympy.process is None
 
 
 def test_sympy_worker_from_threads_and_after_fork():
@@ -360,7 +373,8 @@ def test_no_process_is_left_behind(tmp_path, killed):
             time.sleep(6)
             os._exit(0)
     """)
-    out = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=100)
+    out = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=100,
+                         check=False)
     assert killed or out.returncode == 0, out.stderr
     assert out.stdout.count("imported") == 1 or killed
     pid, deadline = int(out.stdout.split("pid")[1]), time.monotonic() + 5
@@ -374,13 +388,15 @@ def alive(pid):
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True).stdout
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True,
+                           check=False).stdout
     return bool(state.strip()) and not state.startswith("Z")     # a zombie waits for a parent to look at it
 
 
 def test_import_is_light():
     code = "import sys, reward; print([m for m in ('sympy', 'mpmath', 'torch') if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60,
+                         check=False)
     assert out.stdout.strip() == "[]"
 
 
@@ -391,7 +407,7 @@ def test_verdicts_do_not_depend_on_the_hash_seed():
     for seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": seed}
         out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True,
-                             text=True, timeout=100)
+                             text=True, timeout=100, check=False)
         assert out.stdout.strip() == "[]", out.stderr
 
 
@@ -415,7 +431,7 @@ def test_without_a_thought():
 
 def run(*arguments):
     command = [sys.executable, str(ROOT / "reward.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_command_line(tmp_path):
