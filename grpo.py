@@ -298,7 +298,7 @@ class Learner:
         return scores
 
     def update(self, step, mini, old_logp, ref_logp, stats):
-        """One optimizer step. A loss or gradient that is not finite skips it, on all ranks together."""
+        """One optimizer step. A gradient that is not finite skips it, on all ranks together."""
         (micro, total), args = mini, self.args
         if total == 0:
             stats["updates_empty"] += 1  # every group of it was all right or all wrong
@@ -319,11 +319,11 @@ class Learner:
             stats.update({name: x.double() for name, x in sums.items()})  # added on the device: nobody waits
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), args.grad_clip or math.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        if common.any_rank(not torch.isfinite(norm + stats["loss"].to(norm))):
+        if common.any_rank(not torch.isfinite(norm)):
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-            say(f"ALARM update skipped: loss or gradient not finite, {self.in_a_row} in a row")
+            say(f"ALARM update skipped: its gradient is not finite, {self.in_a_row} in a row")
             if self.in_a_row == MAX_SKIPS:
-                raise FloatingPointError(f"{MAX_SKIPS} updates in a row had no finite loss or gradient")
+                raise FloatingPointError(f"{MAX_SKIPS} updates in a row had no finite gradient")
         else:
             self.optimizer.step()
             self.in_a_row = 0
