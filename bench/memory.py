@@ -114,34 +114,33 @@ def make_policy(shape, recompute, dtype):
     return policy_lib.Policy(model, recompute).shard(torch.bfloat16)
 
 
-def update(policy, reference, optimizer, args, budget, rows):
-    """As in grpo.py: pack, score by the reference, and one optimizer step over `rows` micro-batches."""
-    full = [([1] * PROMPT, [1] * (min(DOCUMENT, budget) - PROMPT))] * max(1, budget // DOCUMENT)
-    full = [([i, *prompt[1:]], response) for i, (prompt, response) in enumerate(full)]  # none is shared
-    packed = [policy_lib.pack_row(full) for _ in range(rows)]
-    with torch.no_grad():
-        scores = [reference(micro, args.temperature)[0] for micro in packed]
-        reference.reshard()
-    for micro, scored in zip(packed, scores):
-        logp, entropy = policy(micro, args.temperature, entropy_grad=args.entropy_coef != 0)
-        loss, _ = grpo.grpo_loss(
-            logp, scored, torch.ones(len(full)), micro.lengths, ref_logp=scored, entropy=entropy,
-            clip_low=args.clip_low, clip_high=args.clip_high, kl_coef=args.kl_coef,
-            entropy_coef=args.entropy_coef, total=len(logp))
-        (loss * policy.grad_divisor).backward()
-    torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
 def simulate(shape, args, world, budget):
-    """Bytes of one rank -> {"states": before the second update, "peak": in it}."""
+    """Scores and the last micro-batch of an update, then its optimizer step -> bytes (before, peak) of a rank."""
     with simulated(world) as live:
         policy = make_policy(shape, args.recompute, torch.float32)
         reference = make_policy(shape, False, torch.bfloat16).requires_grad_(False)
         optimizer = torch.optim.AdamW(policy.parameters(), args.lr, fused=True)
-        update(policy, reference, optimizer, args, budget, rows=1)
+        for p in policy.parameters():  # gradients of the micro-batches before this one
+            p.grad = torch.zeros_like(p)
+        step(policy, optimizer, args)  # Adam's moments; DTensor learns its shapes, on tensors of full size
+        documents = max(1, budget // DOCUMENT)
+        response = [1] * (budget // documents - PROMPT)
+        micro = policy_lib.pack_row([([i] * PROMPT, response) for i in range(documents)])
         gc.collect()
         states, live.peak = live.now, live.now
-        update(policy, reference, optimizer, args, budget, rows=2)
-        return {"states": states, "peak": live.peak}
+        with torch.no_grad():
+            scored = reference(micro, args.temperature)[0]
+            reference.reshard()
+        logp, entropy = policy(micro, args.temperature, entropy_grad=args.entropy_coef != 0)
+        loss, _ = grpo.grpo_loss(
+            logp, scored, torch.ones(documents), micro.lengths, ref_logp=scored, entropy=entropy,
+            clip_low=args.clip_low, clip_high=args.clip_high, kl_coef=args.kl_coef,
+            entropy_coef=args.entropy_coef, total=len(logp))
+        (loss * policy.grad_divisor).backward()
+        step(policy, optimizer, args)
+        return states, live.peak
+
+
+def step(policy, optimizer, args):
+    torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip)
+    optimizer.step()
