@@ -144,3 +144,39 @@ def simulate(shape, args, world, budget):
 def step(policy, optimizer, args):
     torch.nn.utils.clip_grad_norm_(policy.parameters(), args.grad_clip)
     optimizer.step()
+
+
+def row(world, budget, recompute):
+    """Simulated and predicted GiB of one setting; the reference of the KL term is in both."""
+    words = f"--max_len {DOCUMENT - 1024} --max_prompt_len 1024 --token_budget {budget}"
+    args = grpo.parse_args([*words.split(), "--recompute", str(recompute)])
+    shape = schedule.model_shape(schedule.MODEL)
+    predicted = schedule.predict(shape, vars(args), 80.0, world)
+    began = time.perf_counter()
+    states, peak = (size / schedule.GIB for size in simulate(shape, args, world, budget))
+    said = predicted["training"] - schedule.RESERVE
+    return {"side": f"{world} x {budget} x {recompute}", "ranks": world, "budget": budget,
+            "recompute": recompute, "states_gib": states, "simulated_gib": peak, "predicted_gib": said,
+            "predicted_over_simulated": said / peak, "seconds": time.perf_counter() - began}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--quick", action="store_true", help="one setting: 8 ranks, 8,192 tokens, recomputation")
+    add("--out", default=str(measure.RESULTS / "memory.json"), help="JSON to write")
+    args = parser.parse_args(argv)
+    before = {"busy_cores": None, "time": time.time()}  # a count of bytes minds no other process
+    settings = [(world, budget, recompute) for recompute in (1, 0) for world in (8, 1) for budget in BUDGETS]
+    rows = []
+    print("ranks  budget  recompute  simulated  predicted  (GiB)   ratio  seconds")
+    for setting in settings[:1] if args.quick else settings:
+        rows.append(row(*setting))
+        print("{ranks:5d} {budget:7,d} {recompute:10d} {simulated_gib:10.2f} {predicted_gib:10.2f} "
+              "{predicted_over_simulated:15.3f} {seconds:8.0f}".format(**rows[-1]), flush=True)
+    measure.write(args, "memory of an update, simulated and predicted", rows, before,
+                  reserve_gib=schedule.RESERVE)
+
+
+if __name__ == "__main__":
+    main()
