@@ -4,9 +4,9 @@ r"""lazy.py - what a policy earns that does not solve its problems, by three gra
     PYTHONPATH=FOLDER python bench/lazy.py     # math-verify from FOLDER (pip install --target FOLDER)
     python bench/lazy.py --quick               # 100 problems, 10 for math-verify; half a minute
 
-A trick is a response made without work on the problem, or the right answer spoiled. The table has the share of
-problems where one pays; where it does not apply (no formula) it does not pay, and a formula that says the gold
-is no trick. reward.py gets the problem's text, math-verify the whole response, as its own users do it.
+A trick is a response made without work on the problem, or the right answer spoiled. The table has the share
+of problems where one pays. A trick that does not apply (no formula) does not pay, and a formula that says the
+gold is no trick. reward.py gets the problem's text; math-verify the whole response, as its own users do it.
 """
 import argparse
 import random
@@ -89,7 +89,7 @@ def paid(respond, problems, common):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sample", type=int, default=400, help="problems drawn at random (seed 0) for math-verify")
+    parser.add_argument("--sample", type=int, default=400, help="problems for math-verify, drawn by seed 0")
     parser.add_argument("--quick", action="store_true", help="100 problems, and 10 for math-verify")
     parser.add_argument("--out", default=str(measure.RESULTS / "lazy.json"), help="JSON to write")
     args = parser.parse_args(argv)
