@@ -2,9 +2,9 @@
 
     python bench/host.py          # samples of 4,500 tokens; a minute. With --quick 300 tokens, seconds
 
-Fake samples: text of training problems, lognormal lengths, a box at the end. decode and grade are one rank's
-share, gather joins two processes over gloo (as many bytes come as with 8 ranks), pack is rank 0's for two
-updates, write is its file. Medians of three. The goal: 1 % of a step of 75 s.
+Fake samples: text of training problems, lognormal lengths, a box. decode and grade are one rank's share,
+gather joins two processes over gloo (as many bytes come as with 8), pack is one rank's, write rank 0's.
+Medians of three. The goal is 1 % of a step of 75 s.
 """
 import argparse
 import multiprocessing
@@ -14,7 +14,6 @@ import timeit
 
 import measure  # puts the project on the path
 import numpy as np
-import torch
 import torch.distributed as dist
 from tokenizers import ByteLevelBPETokenizer
 
@@ -29,26 +28,20 @@ RANKS, GROUP, STEP = 8, 8, 75.0  # of the run that is imitated; seconds of one o
 
 
 def make_samples(core, problems, mean):
-    ids, g = core.encode("\n".join(p.problem for p in problems)).ids, np.random.default_rng(0)
-    for problem in [p for p in problems for _ in range(GROUP)]:
+    text, g = core.encode("\n".join(p.problem for p in problems)).ids, np.random.default_rng(0)
+    for p in [p for p in problems for _ in range(GROUP)]:
         length = int(min(2 * mean, g.lognormal(np.log(mean) - 0.2, 0.7)))
-        response = np.resize(np.roll(ids, -g.integers(len(ids))), length).tolist()
-        response += core.encode(f"\n</think>\n\n\\boxed{{{problem.answer}}}").ids
-        logprobs = -g.exponential(0.3, len(response)).astype(np.float32)
-        yield Sample(core.encode(problem.problem).ids, np.array(response, np.int32), logprobs, "stop",
-                     core.decode(response))
+        ids = np.resize(np.roll(text, -g.integers(len(text))), length).tolist()
+        ids += core.encode(f"\n</think>\n\n\\boxed{{{p.answer}}}").ids
+        logprobs = -g.exponential(0.3, len(ids)).astype(np.float32)
+        yield Sample(core.encode(p.problem).ids, np.array(ids, np.int32), logprobs, "stop", core.decode(ids))
 
 
 def seconds(work):
     return np.median(timeit.repeat(work, number=1, repeat=3))
 
 
-def pack(samples):
-    return policy.pack([(s.prompt_ids, s.response_ids.tolist()) for s in samples], 32768, 0, RANKS)
-
-
-def gather(rank, store, mine):
-    """In one process of two -> seconds."""
+def gather(rank, store, mine):  # in one process of two
     dist.init_process_group("gloo", rank=rank, world_size=2, store=dist.FileStore(store, 2))
     common.gather(0)  # connects
     return seconds(lambda: common.gather(mine))
@@ -70,17 +63,17 @@ def main(argv=None):
     parts = {
         "decode": seconds(lambda: [core.decode(s.response_ids.tolist()) for _, s in mine]),
         "grade": seconds(lambda: [grade(p, s) for p, s in mine]),
-        "pack": seconds(lambda: [pack(samples[:512]), pack(samples[512:])])}
+        "pack": seconds(lambda: [policy.pack([(s.prompt_ids, s.response_ids.tolist()) for s in half],
+                                             budget=32768, rank=0, world=RANKS)
+                                 for half in (samples[:512], samples[512:])])}
     with tempfile.TemporaryDirectory() as log.args.out, multiprocessing.get_context("spawn").Pool(2) as pool:
-        parts["write"] = seconds(lambda: grpo.Log.add(log, {"step": 1}, samples, problems, torch.ones(1024)))
+        parts["write"] = seconds(lambda: grpo.Log.add(log, {"step": 1}, samples, problems, np.ones(1024)))
         halves = [(rank, f"{log.args.out}/store", samples[rank::2]) for rank in (0, 1)]
         parts["gather"] = max(pool.starmap(gather, halves, chunksize=1))
     parts["sum"] = sum(parts.values())
     rows = [{"part": part, "seconds": x, "share": x / STEP} for part, x in parts.items()]
-    for row in rows:
-        print("{part:7s} {seconds:8.3f} s {share:8.2%}".format(**row))
-    mean = np.mean([len(s.response_ids) for s in samples])
-    measure.write(args, f"host work of a step, 8 ranks, {mean:.0f} tokens a sample", rows, before)
+    print("\n".join("{part:7s} {seconds:8.3f} s {share:8.2%}".format(**row) for row in rows))
+    measure.write(args, "host work of a step on 8 ranks", rows, before)
 
 
 if __name__ == "__main__":
