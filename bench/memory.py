@@ -1,7 +1,6 @@
 """memory.py - memory of an update of the 1.5B model without a card, beside what schedule.py predicts.
 
-    python bench/memory.py                # 16 settings, half a minute each
-    python bench/memory.py --quick        # one of them
+    python bench/memory.py                # 16 settings, half a minute each; --quick: one of them
 
 Policy, reference, FSDP2, checkpointing and AdamW run as in grpo.py, on tensors that have shapes but no values
 (FakeTensorMode) and among ranks that send nothing. Counted are the bytes of one rank's living storages. The
@@ -30,7 +29,6 @@ import grpo
 import policy as policy_lib
 import schedule
 
-BUDGETS = 8192, 16384, 24576, 32768
 DOCUMENT, PROMPT = 8192, 150  # tokens of a full sequence, and of the prompt in it
 
 
@@ -45,9 +43,8 @@ class LiveBytes(TorchDispatchMode):
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented  # DTensor calls its local operation, which comes here again
         result = func(*args, **kwargs or {})
-        for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor):
-                self.count(x.untyped_storage())
+        for x in filter(torch.is_tensor, tree_leaves(result)):
+            self.count(x.untyped_storage())
         return result
 
     def count(self, storage):
@@ -112,9 +109,8 @@ def simulate(shape, args, world, budget):
             scored = reference(micro, args.temperature)[0]
             reference.reshard()
         logp, entropy = policy(micro, args.temperature, entropy_grad=args.entropy_coef != 0)
-        loss, _ = grpo.grpo_loss(
-            logp, scored, torch.ones(len(documents)), micro.lengths, ref_logp=scored, entropy=entropy,
-            kl_coef=args.kl_coef, entropy_coef=args.entropy_coef)
+        loss, _ = grpo.grpo_loss(logp, scored, torch.ones(len(documents)), micro.lengths, ref_logp=scored,
+                                 entropy=entropy, kl_coef=args.kl_coef, entropy_coef=args.entropy_coef)
         (loss * policy.grad_divisor).backward()
         step(policy, optimizer, args)
         return states, live.peak
@@ -140,11 +136,11 @@ def main(argv=None):
     parser.add_argument("--out", default=str(measure.RESULTS / "memory.json"), help="JSON to write")
     args = parser.parse_args(argv)
     before = {"busy_cores": None, "time": time.time()}  # a count of bytes minds no other process
-    settings = list(itertools.product((8, 1), BUDGETS, (1, 0)))
+    settings = list(itertools.product((1, 0), (8, 1), (8192, 16384, 24576, 32768)))
     shape, rows = schedule.model_shape(schedule.MODEL), []
     print("ranks  budget  recompute  simulated  predicted (GiB)  ratio")
-    for setting in settings[:1] if args.quick else settings:
-        rows.append(compare(shape, *setting))
+    for recompute, world, budget in settings[:1] if args.quick else settings:
+        rows.append(compare(shape, world, budget, recompute))
         print("{ranks:5d} {budget:7,d} {recompute:10d} {simulated_gib:10.2f} {predicted_gib:10.2f} "
               "{ratio:12.3f}".format(**rows[-1]), flush=True)
     measure.write(args, "memory of an update, simulated and predicted", rows, before)

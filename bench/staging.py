@@ -1,14 +1,13 @@
 """staging.py - is a growing context worth it? The toy's three stages against one long stage, seed by seed.
 
-    python bench/staging.py --seeds 3               # half an hour a seed; a run that is finished is kept
-    python bench/staging.py --quick                 # two tiny stages: tests this script, says nothing
+    python bench/staging.py     # half an hour a seed; keeps runs that are finished. --quick: two tiny stages
 
-"direct" trains at the last context from the start, until it has generated as many tokens as all stages together,
-those after a turning point included. Accuracy is the mean of three validations in a row at 192 tokens, tokens are
-generated ones, seconds those of training steps. "reached": when direct first was as good as staged at its end.
+"direct" trains at the last context until it has generated as many tokens as all stages together. Accuracy is
+the mean of three validations in a row, tokens are generated ones (those after a turning point count), seconds
+are of training steps. "reached": when direct first was as good as staged at its end.
 """
 import argparse
-import statistics
+import math
 import subprocess
 import sys
 import time
@@ -18,69 +17,62 @@ import measure  # puts the project on the path
 
 import schedule
 
-QUICK = ("--stages 12:4:4,16:4:4 --switch steps --prompts 8 --token_budget 1024 --eval_every 1 --eval_n 1 "
-         "--eval_max_len 8 --save_every 4 --gpus 1").split()
+QUICK = "--stages 9:4:4,12:4:4 --switch steps --prompts 8 --gpus 1 --eval_every 1 --eval_n 1 --eval_max_len 8"
 
 
 def curve(run):
     """Validations of a run, in order: [(tokens so far, seconds so far, accuracy)]; tokens in all."""
-    tokens, seconds, points, stage = 0, 0.0, [], 1
-    while rows := schedule.read_metrics(f"{run}/stage{stage}"):
-        for row in rows:
-            tokens += row.get("tokens", 0)
-            seconds += row.get("seconds", 0)
+    tokens, seconds, points = 0, 0.0, []
+    for folder in sorted(Path(run).glob("stage?")):
+        for row in schedule.read_metrics(folder):
+            tokens, seconds = tokens + row.get("tokens", 0), seconds + row.get("seconds", 0)
             if "eval_reward" in row:
                 points.append((tokens, seconds, row["eval_reward"]))
-        stage += 1
     return points, tokens
 
 
-def train(run, words, budget=None):
-    """schedule.py to its end, or until `budget` tokens are generated; it goes on where it was -> curve."""
-    if budget and curve(run)[1] >= budget:
-        return curve(run)[0]
-    command = [sys.executable, str(measure.ROOT / "schedule.py"), "--preset", "toy", "--run", str(run)]
-    with subprocess.Popen([*command, "--no_eval", *words]) as program:
-        while program.poll() is None:
-            time.sleep(1)
-            if budget and curve(run)[1] >= budget:
+def train(run, words, budget=math.inf):
+    """schedule.py from where it was to its end, or until `budget` tokens are generated -> curve."""
+    command = [sys.executable, str(measure.ROOT / "schedule.py"), "--preset", "toy", "--run", run, *words]
+    if curve(run)[1] < budget:
+        with subprocess.Popen([*command, "--no_eval"]) as program:
+            while program.poll() is None and curve(run)[1] < budget:
+                time.sleep(1)
+            if program.poll() is None:
                 Path(run, "stage1", "stop").touch()
-    if program.returncode and not (budget and curve(run)[1] >= budget):
-        raise SystemExit(f"{run} ended with exit code {program.returncode}; the same command goes on")
+        if program.returncode and curve(run)[1] < budget:
+            raise SystemExit(f"{run} ended with exit code {program.returncode}; the same command goes on")
     return curve(run)[0]
 
 
-def last_three(points):
-    return statistics.mean(accuracy for *_, accuracy in points[-3:])
+def state(points):
+    """What a run has reached after some of its validations."""
+    tokens, seconds, _ = points[-1]
+    return {"accuracy": sum(point[2] for point in points[-3:]) / 3, "tokens": tokens, "seconds": seconds}
 
 
 def compare(folder, seed, words):
     """Both runs of a seed -> a row."""
-    staged = train(folder / f"staged-{seed}", [*words, "--seed", str(seed)])
-    budget, stages = curve(folder / f"staged-{seed}")[1], schedule.parse(["--preset", "toy", *words]).stages
-    context, _, group = stages.split(",")[-1].split(":")[:3]
-    one = ["--stages", f"{context}:100000:{group}", "--switch", "steps", "--seed", str(seed)]
-    direct = train(folder / f"direct-{seed}", [*words, *one], budget)
-    end = last_three(staged)
-    reached = [direct[i - 1] for i in range(3, len(direct) + 1) if last_three(direct[:i]) >= end][:1]
-    return {"seed": seed, "staged": end, "direct": last_three(direct), "staged_tokens": staged[-1][0],
-            "staged_seconds": staged[-1][1], "direct_tokens": direct[-1][0], "direct_seconds": direct[-1][1],
-            "reached_tokens": reached[0][0] if reached else None,
-            "reached_seconds": reached[0][1] if reached else None}
+    words = [*words, "--seed", str(seed)]
+    staged = state(train(f"{folder}/staged-{seed}", words))
+    context, _, group = schedule.parse(["--preset", "toy", *words]).stages.split(",")[-1].split(":")[:3]
+    words += ["--stages", f"{context}:100000:{group}", "--switch", "steps"]
+    direct = train(f"{folder}/direct-{seed}", words, budget=staged["tokens"])
+    states = [state(direct[:i]) for i in range(3, len(direct) + 1)]
+    reached = next((s for s in states if s["accuracy"] >= staged["accuracy"]), None)
+    return {"seed": seed, "staged": staged, "direct": states[-1], "reached": reached}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--seeds", type=int, default=3, help="0, 1000, 2000, ...: stages take the seeds that follow")
-    add("--work", default=str(measure.WORK / "staging"), help="folder of the runs")
-    add("--quick", action="store_true", help="one seed of two tiny stages")
-    add("--out", default=str(measure.RESULTS / "staging.json"), help="JSON to write")
+    parser.add_argument("--seeds", type=int, default=3, help="how many: 0, 1000, 2000, ...")
+    parser.add_argument("--work", default=str(measure.WORK / "staging"), help="folder of the runs")
+    parser.add_argument("--quick", action="store_true", help="one seed of two tiny stages")
+    parser.add_argument("--out", default=str(measure.RESULTS / "staging.json"), help="JSON to write")
     args = parser.parse_args(argv)
-    before = {"busy_cores": measure.busy_cores(), "time": time.time()}
-    rows = []
+    before, rows = {"busy_cores": measure.busy_cores(), "time": time.time()}, []
     for seed in range(0, 1000 * (1 if args.quick else args.seeds), 1000):
-        rows.append(compare(Path(args.work), seed, QUICK if args.quick else []))
+        rows.append(compare(args.work, seed, QUICK.split() if args.quick else []))
         print(rows[-1], flush=True)
         measure.write(args, "staged against direct on the toy", rows, before)
 
