@@ -40,9 +40,9 @@ def both(function, hidden, weight, targets, parts, **options):
     return logp.detach(), entropy.detach(), h.grad, w.grad
 
 
-@pytest.mark.parametrize("parts", [["logp"], ["entropy"], ["logp", "entropy"]], ids="+".join)
+@pytest.mark.parametrize("temperature, parts", [(1.0, ["logp"]), (0.6, ["entropy"]),
+                                                (0.6, ["logp", "entropy"])])
 @pytest.mark.parametrize("tokens, vocab, chunk", [(37, 1000, 8), (5, 151_936, 2), (64, 50, 64), (1, 11, 9)])
-@pytest.mark.parametrize("temperature", [0.6, 1.0])
 def test_tiles_equal_full_logits(tokens, vocab, chunk, temperature, parts):
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(tokens, 32, generator=g), 0.3 * torch.randn(vocab, 32, generator=g)
@@ -50,8 +50,7 @@ def test_tiles_equal_full_logits(tokens, vocab, chunk, temperature, parts):
     exact = hidden.double(), weight.double()
     truth = both(lib.token_logprobs_plain, *exact, targets, parts, temperature=temperature)
     fast = both(token_logprobs, hidden, weight, targets, parts, temperature=temperature, chunk=chunk)
-    for a, b in zip(fast, truth):
-        assert off(a, b) < 1e-5
+    assert all(off(a, b) < 1e-5 for a, b in zip(fast, truth))
 
 
 @pytest.mark.slow
@@ -189,7 +188,7 @@ def test_budget_split_balances_the_ranks_at_each_moment():
 
 
 def test_budget_does_not_change_the_gradient():
-    batch = sequences(12, seed=5)
+    batch = sequences(9, seed=5)
     total = sum(len(r) for _, r in batch)
     plain = make_model().double()
     (sum(separate(plain, p, r, 0.6).sum() for p, r in batch) / total).backward()
@@ -349,7 +348,7 @@ def test_a_full_disk_costs_this_checkpoint_only(where, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("keep", [1, 2, 0])
 def test_a_kill_at_any_moment_leaves_a_whole_newest_checkpoint(keep, tmp_path, monkeypatch):
-    """Every operation that changes what a folder holds is the last one once."""
+    """Of the operations that change what a folder holds, each is once the first that does not happen."""
     first = tmp_path / "first"
     policy, optimizer = [save(first, step, keep=keep) for step in (1, 2, 3)][-1]
     finished, last = False, -1
@@ -360,7 +359,7 @@ def test_a_kill_at_any_moment_leaves_a_whole_newest_checkpoint(keep, tmp_path, m
 
         def dies(function, last=last, operations=operations):
             def wrapped(*args, **kwargs):
-                if next(operations) == last:
+                if next(operations) >= last:  # the dead stay dead
                     raise KeyboardInterrupt
                 return function(*args, **kwargs)
             return wrapped
