@@ -658,10 +658,10 @@ def test_real_programs_killed_and_continued(tiny, problems, tmp_path):
            "--evaluate", "-n 2 --max_tokens 24", "--no_base_eval"]
     p = subprocess.Popen([*start, *new, *rest], **PIPED)
     one, two, alone = (tmp_path / name for name in ("run/stage1", "run/stage2", "alone"))
-    wait_for(lambda: steps_done(tmp_path / "run", "stage2") >= 1, 240)
+    wait_for(lambda: steps_done(tmp_path / "run", "stage2") >= 1, 400)
     p.kill()
     p.communicate()
-    run(start)
+    run(start, timeout=600)
     before = one / "checkpoints/000002"
     run([sys.executable, str(ROOT / "grpo.py"), "--model", f"{before}/hf", "--optimizer_from", str(before),
          "--max_len", "24", "--steps", "3", "--group", "4", "--seed", "1", "--out", str(alone), *rest])
