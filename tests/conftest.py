@@ -1,4 +1,5 @@
-"""Small real models and a way to run grpo.py, shared by all tests. No network, no GPU, fp32 unless a test says so."""
+"""Small real models and a way to run grpo.py, shared by all tests. No network, no GPU, fp32 by default."""
+import importlib
 import json
 import os
 import string
@@ -13,18 +14,13 @@ sys.path.insert(0, str(ROOT))
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
 
+# Threads change the order of a sum: every program of a test gets one, however it is started.
+os.environ["OMP_NUM_THREADS"] = "1"
 SPECIAL = ["<eos>", "<user>", "<bot>", "<think>", "</think>", "\\boxed{"]
+KINDS = pytest.mark.parametrize("kind, tied", [("qwen2", False), ("llama", True), ("gemma3", True)])
 
 
 def make_tokenizer(template=True):
@@ -34,8 +30,8 @@ def make_tokenizer(template=True):
     names = [bytewise.pre_tokenize_str(c)[0][0] for c in string.printable]
     core = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(SPECIAL + names)}, merges=[]))
     core.pre_tokenizer, core.decoder = bytewise, decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>",
-                                        additional_special_tokens=SPECIAL[1:])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<eos>", pad_token="<eos>", additional_special_tokens=SPECIAL[1:])
     if template:
         tokenizer.chat_template = ("{% for m in messages %}<user>{{ m['content'] }}{% endfor %}"
                                    "{% if add_generation_prompt %}<bot>{% endif %}")
@@ -44,18 +40,18 @@ def make_tokenizer(template=True):
 
 def make_model(kind="qwen2", tied=False, seed=0, **changes):
     """A random causal LM of the given architecture with head_dim 32 (which vLLM's CPU kernels take)."""
-    shape = dict(vocab_size=len(SPECIAL) + len(string.printable), hidden_size=64, intermediate_size=96,
-                 num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=1024,
-                 tie_word_embeddings=tied, eos_token_id=0, pad_token_id=0, bos_token_id=None, initializer_range=0.2)
-    shape.update(changes)
+    shape = {"vocab_size": len(SPECIAL) + len(string.printable), "hidden_size": 64, "intermediate_size": 96,
+             "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+             "max_position_embeddings": 1024, "tie_word_embeddings": tied, "initializer_range": 0.2,
+             "eos_token_id": 0, "pad_token_id": 0, "bos_token_id": None, **changes}
     torch.manual_seed(seed)
-    if kind == "qwen2":
-        return Qwen2ForCausalLM(Qwen2Config(**shape))
-    if kind == "llama":
-        return LlamaForCausalLM(LlamaConfig(**shape))
-    # both kinds of layer, a window shorter than the documents, a head_dim that is not hidden / heads
-    return Gemma3ForCausalLM(Gemma3TextConfig(**{"head_dim": 64, **shape}, sliding_window=8,
-                                              layer_types=["sliding_attention", "full_attention"]))
+    if kind == "gemma3":
+        # both kinds of layer, a window shorter than the documents, a head_dim that is not hidden / heads
+        layers = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+        config = transformers.Gemma3TextConfig(**{"head_dim": 64, **shape, **layers})
+    else:
+        config = {"qwen2": transformers.Qwen2Config, "llama": transformers.LlamaConfig}[kind](**shape)
+    return transformers.AutoModelForCausalLM.from_config(config)
 
 
 def save_model(path, kind="qwen2", tied=False, seed=0, template=True, **changes):
@@ -71,29 +67,26 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny_tied(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("tiny_tied"), kind="llama", tied=True, seed=1)
-
-
-@pytest.fixture(scope="session")
 def problems(tmp_path_factory):
     """36 sums."""
     path = tmp_path_factory.mktemp("data") / "sums.jsonl"
-    path.write_text("\n".join(json.dumps(dict(id=f"{a}+{b}", problem=f"{a}+{b}?", answer=str(a + b)))
-                              for a in range(6) for b in range(6)) + "\n")
+    sums = [{"id": f"{a}+{b}", "problem": f"{a}+{b}?", "answer": str(a + b)}
+            for a in range(6) for b in range(6)]
+    path.write_text("\n".join(map(json.dumps, sums)) + "\n")
     return str(path)
 
 
 def sequences(n=9, seed=0, vocab=100, longest=40):
-    """[(prompt_ids, response_ids)] of very uneven lengths, a one-token response and EOS tokens in the middle."""
+    """[(prompt_ids, response_ids)] of very uneven lengths, a one-token response, EOS tokens in the middle."""
     g = torch.Generator().manual_seed(seed)
-    draw = lambda low, high: int(torch.randint(low, high, (1,), generator=g))
-    out = []
-    for i in range(n):
-        prompt = torch.randint(0, vocab, (draw(1, longest // 2),), generator=g).tolist()
-        response = torch.randint(0, vocab, (1 if i == 3 else draw(1, longest),), generator=g).tolist()
-        out.append((prompt, response))
-    return out
+
+    def draw(low, high):
+        return int(torch.randint(low, high, (1,), generator=g))
+
+    def some(length):
+        return torch.randint(0, vocab, (length,), generator=g).tolist()
+
+    return [(some(draw(1, longest // 2)), some(1 if i == 3 else draw(1, longest))) for i in range(n)]
 
 
 # a small step: two ranks differ by rounding alone, which after large ones decides what a later sample says
@@ -101,39 +94,48 @@ SMALL = ["--max_len", "24", "--prompts", "6", "--group", "4", "--lr", "1e-4", "-
          "--engine", "torch"]
 
 
+def python(ranks=1):
+    """The words that start a program in one process, or with torchrun in several."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [sys.executable, *torchrun * (ranks > 1)]
+
+
 def command(model, data, out, *options, ranks=1, program=ROOT / "grpo.py"):
     """The command line of a small run; later options win over the small defaults."""
-    start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                                 "--nproc_per_node", str(ranks)]
-    return [*start, str(program), "--model", model, "--data", data, "--out", str(out), *SMALL,
-            *map(str, options)]
-
-
-# Threads change the order of a sum: every program of a test gets one, however it is started.
-os.environ["OMP_NUM_THREADS"] = "1"
+    where = ["--model", model, "--data", data, "--out", str(out)]
+    return [*python(ranks), str(program), *where, *SMALL, *map(str, options)]
 
 
 def sabotaged(folder, code):
-    """A program that is grpo.py after `code` has run: it may replace functions, on one rank only with RANK."""
+    """A program that is grpo.py after `code` has run: it may replace functions, on one rank by RANK."""
     path = Path(folder) / "sabotaged.py"
     path.write_text(f"import os, sys, time, signal\nsys.path.insert(0, {str(ROOT)!r})\n"
-                    f"RANK = int(os.environ.get('RANK', 0))\nimport common, grpo, policy, rollout\n{code}\n"
-                    f"grpo.main()\n")
+                    "RANK = int(os.environ.get('RANK', 0))\nimport common, grpo, policy, rollout\n"
+                    f"{code}\ngrpo.main()\n")
     return path
 
 
 def run(cmd, check=True, timeout=300, cwd=None, **env):
-    done = subprocess.run(cmd, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL, cwd=cwd,
-                          env={**os.environ, **env})
+    done = subprocess.run(cmd, capture_output=True, text=True, timeout=timeout, check=False, cwd=cwd,
+                          stdin=subprocess.DEVNULL, env={**os.environ, **env})
     if check and done.returncode:
         raise AssertionError(f"{' '.join(cmd)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
     return done
 
 
-TIMING = ("second", "memory")
+def start(function, *args, ranks=1, **how):
+    """Run a function of a test file in a process of its own, or in several."""
+    words = [function.__module__, function.__name__, *map(str, args)]
+    return run([*python(ranks), __file__, *words], **how)
 
 
 def metrics(out, timing=False):
     """Lines of metrics.jsonl, without what a clock measured."""
     lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return lines if timing else [{k: v for k, v in line.items() if not any(t in k for t in TIMING)} for line in lines]
+    if timing:
+        return lines
+    return [{k: v for k, v in line.items() if "second" not in k and "memory" not in k} for line in lines]
+
+
+if __name__ == "__main__":  # what `start` starts
+    getattr(importlib.import_module(sys.argv[1]), sys.argv[2])(*sys.argv[3:])

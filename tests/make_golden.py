@@ -119,8 +119,8 @@ def make_batches():
 def tensors(batch, dtype):
     """The batch's lists as tensors; logp and entropy are leaves that collect a gradient."""
     out = {k: torch.tensor(v, dtype=dtype) for k, v in batch.items() if k.endswith("logp") or k == "entropy"}
-    out["logp"].requires_grad_()
-    out["entropy"].requires_grad_()
+    for name in ("logp", "entropy"):
+        out[name].requires_grad_().grad = torch.zeros_like(out[name])
     return SimpleNamespace(**out, rewards=torch.tensor(batch["rewards"], dtype=torch.float32),
                            lengths=torch.tensor(batch["lengths"]))
 
@@ -134,10 +134,12 @@ def padded(packed, lengths):
 def result(loss, b, advantages, clipped, kl):
     """What is compared: the loss, its gradients, the advantages it was computed from, and two statistics."""
     loss.backward()
-    zero = torch.zeros_like(b.logp)
-    return {"loss": loss.item(), "grad": (zero if b.logp.grad is None else b.logp.grad).tolist(),
-            "entropy_grad": (zero if b.entropy.grad is None else b.entropy.grad).tolist(),
+    return {"loss": loss.item(), "grad": short(b.logp.grad), "entropy_grad": short(b.entropy.grad),
             "advantages": advantages.tolist(), "clipped": clipped, "kl": kl}
+
+
+def short(tensor):
+    return [float(f"{x:.12g}") for x in tensor.tolist()]
 
 
 # ----- TRL
@@ -296,10 +298,6 @@ LOSS = {"trl": trl_loss, "verl": verl_loss}
 ADVANTAGES = {"trl": trl_advantages, "verl": verl_advantages}
 
 
-def short(numbers):
-    return [float(f"{x:.12g}") for x in numbers]
-
-
 def main():
     batches = make_batches()
     versions = {name: version(name) for name in ("trl", "verl", "torch", "transformers", "tensordict")}
@@ -313,8 +311,7 @@ def main():
         for name, agg in comparisons(peer):
             batch, options = CASES[name]
             r = LOSS[peer](batches[batch], options, agg, torch.float64)
-            r["grad"] = short(r["grad"])
-            r["entropy_grad"] = short(r["entropy_grad"]) if any(r["entropy_grad"]) else None
+            r["entropy_grad"] = r["entropy_grad"] if any(r["entropy_grad"]) else None
             golden["losses"][peer][f"{name}/{agg}"] = r
     GOLDEN.parent.mkdir(exist_ok=True)
     text = json.dumps(golden).replace('"batches"', '\n"batches"').replace('{"loss"', '\n{"loss"')

@@ -184,7 +184,7 @@ def test_no_text_outside_the_picture_or_on_another(kind, tmp_path, monkeypatch):
             assert names == {"stage1, 8,192", "stage2, 16,384", "stage3, 24,576"}  # however short the stage
 
 
-def test_stages_are_laid_end_to_end(tmp_path):
+def test_a_schedule_is_drawn_end_to_end_with_its_turn(tmp_path):
     folder = schedule(tmp_path / "run")
     axis = make("length_and_reward", folder, window=5).axes[1]
     drawn = [(line[0, 0], line[-1, 0]) for line in labelled(axis)["mean of 5 steps"]]
@@ -192,6 +192,16 @@ def test_stages_are_laid_end_to_end(tmp_path):
     assert [line.get_xdata()[0] for line in axis.lines if line.get_ls() == "--"] == [0, 30, 50]
     points = labelled(make("pass_at_1", folder).axes[0])["aime24"][0]
     assert np.allclose(points, [(0, 28.8), (30, 33.8), (50, 38.8)])
+    axes = make("turning_over", folder, schedule(tmp_path / "b")).axes
+    lines = labelled(axes[1])
+    assert len(axes) == 6 and axes[1].get_title() == "b, stage1"
+    assert lines["checkpoint handed on"][0][0, 0] == 30
+    assert lines["b, mean of 10 steps"][0][-1, 0] == 40  # and what came after
+    result(folder / "other.json", "other $x$", parameters=9e9, amc23=0.5)
+    assert not labelled(make("accuracy_vs_size", folder).axes[0])  # the other size has another benchmark
+    result(folder / "other.json", "other $x$", parameters=9e9, aime24=0.5)
+    points = labelled(make("accuracy_vs_size", folder).axes[0])
+    assert np.allclose(points["other $x$"], [(9, 50)]) and np.allclose(points["stage2"], [(1.777088, 38.8)])
 
 
 def test_lines_of_other_models(tmp_path):
@@ -208,14 +218,6 @@ def test_lines_of_other_models(tmp_path):
             assert shown == (published if name == "aime24" else set())
 
 
-def test_a_turn_is_drawn_where_there_was_one(tmp_path):
-    axes = make("turning_over", schedule(tmp_path / "run"), schedule(tmp_path / "b")).axes
-    lines = labelled(axes[1])
-    assert len(axes) == 6 and axes[1].get_title() == "b, stage1"
-    assert lines["checkpoint handed on"][0][0, 0] == 30
-    assert lines["b, mean of 10 steps"][0][-1, 0] == 40  # and what came after
-
-
 def test_two_runs_in_one_picture_and_a_window_that_fits(tmp_path, monkeypatch):
     a, b = schedule(tmp_path / "a"), made_up(tmp_path / "b", steps=100)
     lines = labelled(make("length_and_reward", a, b, window=7).axes[0])
@@ -226,36 +228,26 @@ def test_two_runs_in_one_picture_and_a_window_that_fits(tmp_path, monkeypatch):
     assert figures.draw(str(a), str(b))[0][0] == str(a / "figures-b/truncation.png")
 
 
-def test_accuracy_against_size_needs_two_sizes(tmp_path):
-    folder = schedule(tmp_path / "run")
-    result(folder / "other.json", "other $x$", parameters=9e9, amc23=0.5)
-    assert not labelled(make("accuracy_vs_size", folder).axes[0])  # the other size has another benchmark
-    result(folder / "other.json", "other $x$", parameters=9e9, aime24=0.5)
-    points = labelled(make("accuracy_vs_size", folder).axes[0])
-    assert np.allclose(points["other $x$"], [(9, 50)]) and np.allclose(points["stage2"], [(1.777088, 38.8)])
-
-
 # --- Damaged and missing input -----------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name, text", [
-    ("metrics.jsonl", '{"step": 3, "rew\n{}\n'), ("metrics.jsonl", "[1]\n"),
-    ("metrics.jsonl", "9" * 5000 + "\n"),
-    ("metrics.jsonl", "[" * 100_000 + "\n"), ("plan.json", "{"), ("plan.json", "[]"), ("plan.json", "\0\xff"),
-    ("plan.json", '{"stages": 3}'), ("config.json", "{"), ("eval/x.json", '{"b'),
-    ("eval/x.json", "[" * 100_000)])
-def test_damage_is_named_without_a_traceback(name, text, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("name, texts", [
+    ("metrics.jsonl", ['{"step": 3, "rew\n{}\n', "[1]\n", "9" * 5000 + "\n", "[" * 100_000 + "\n"]),
+    ("config.json", ["{"]), ("eval/x.json", ['{"b', "[" * 100_000]),
+    ("plan.json", ["{", "[]", "\0\xff", '{"stages": 3}'])])
+def test_damage_is_named_without_a_traceback(name, texts, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(figures, "FIGURES", {"truncation": figures.FIGURES["truncation"]})
     folder = made_up(tmp_path / "run", rollouts=0)
     (folder / "eval").mkdir()
     good = (folder / name).read_text() if name == "metrics.jsonl" else ""
-    (folder / name).write_text(good + text)
-    if name == "plan.json":
-        with pytest.raises(SystemExit, match="plan"):
-            figures.main([str(folder)])
-        return
-    figures.main([str(folder)])
-    told = capsys.readouterr()
-    assert name in told.err and "truncation.png" in told.out  # the rest is drawn
+    for text in texts:
+        (folder / name).write_text(good + text)
+        if name == "plan.json":
+            with pytest.raises(SystemExit, match="plan"):
+                figures.main([str(folder)])
+            continue
+        figures.main([str(folder)])
+        told = capsys.readouterr()
+        assert name in told.err and "truncation.png" in told.out  # the rest is drawn
 
 
 def test_odd_values_are_left_out(tmp_path, monkeypatch):
@@ -403,16 +395,17 @@ def test_formulas_become_mathml_and_money_does_not(tmp_path):
         assert part in source, part
 
 
-@pytest.mark.parametrize("tree", [
-    "<math><script>x</script></math>", "<math><mi>x</mi><maction>x</maction></math>", "<svg/>",
-    "<math><annotation-xml encoding='text/html'>x</annotation-xml></math>", "<math><mphantom/></math>"])
-def test_what_the_converter_returns_is_checked(tree, monkeypatch):
-    monkeypatch.setattr(figures, "convert_to_element", lambda tex, display: ET.fromstring(tree))
-    assert figures.mathml.__wrapped__("x", "inline") == ""
+def test_what_the_converter_returns_is_checked(monkeypatch):
     attributes = 'onclick="x" style="x" href="x" class="x" width="-99em" mathcolor="red" stretchy="false"'
-    safe = ET.fromstring(f"<math {attributes}><mi>&lt;b&gt;</mi></math>")
-    monkeypatch.setattr(figures, "convert_to_element", lambda tex, display: safe)
-    assert figures.mathml.__wrapped__("x", "inline") == '<math stretchy="false"><mi>&lt;b&gt;</mi></math>'
+    for tree, safe in {
+            "<math><script>x</script></math>": "", "<math><mi>x</mi><maction>x</maction></math>": "",
+            "<math><annotation-xml encoding='text/html'>x</annotation-xml></math>": "",
+            "<math><mphantom/></math>": "", "<svg/>": "",
+            f"<math {attributes}><mi>&lt;b&gt;</mi></math>":
+                '<math stretchy="false"><mi>&lt;b&gt;</mi></math>'}.items():
+        element = ET.fromstring(tree)
+        monkeypatch.setattr(figures, "convert_to_element", lambda tex, display, element=element: element)
+        assert figures.mathml.__wrapped__("x", "inline") == safe
 
 
 @settings(max_examples=150, deadline=None)

@@ -47,9 +47,6 @@ def test_advantages_by_hand():
     assert same(std[0], [1.5, -0.5, -0.5, -0.5], 1e-5)  # the std of 1, 0, 0, 0 is 0.5 with n - 1; eps is 1e-6
     assert torch.equal(std[1:], torch.zeros(2, 4))
     assert group_advantages(rewards, "mean")[0].tolist() == [0.75, -0.25, -0.25, -0.25]
-
-
-def test_constant_group_of_awkward_rewards_is_exactly_zero():
     # the float mean of 0.1 x 7 is not 0.1; dividing the rounding error by eps would make an advantage of it
     assert torch.equal(group_advantages(torch.full((3, 7), 0.1)), torch.zeros(3, 7))
 
@@ -72,32 +69,22 @@ def test_zero_loss_does_not_mean_zero_gradient():
     assert same(gradient(loss, logp), [-0.5, 0.5])
 
 
-CORNERS = doubles(1.5, 0.5, 1.5, 0.5), doubles(1, 1, -1, -1)  # ratios, advantages
-
-
-def test_clipping_by_hand():
-    """Four corners: only a step that goes too far in the direction of its advantage loses its gradient."""
-    ratios, advantages = CORNERS
-    logp = ratios.log().requires_grad_()
-    loss, stats = grpo_loss(logp, torch.zeros_like(ratios), advantages, clip_low=0.2, clip_high=0.28)
-    assert same(loss, -(1.28 + 0.5 - 1.5 - 0.8) / 4)
-    assert same(gradient(loss, logp), [0, -0.125, 0.375, 0])
-    assert stats["clip_fraction"] == 2 and stats["tokens"] == 4
-    assert same(stats["pg_loss"], 4 * loss.item()) and same(stats["ratio_mean"], 4)
+@pytest.mark.parametrize("loss, low, weights, slopes, clipped", [
+    ("clip", 0.2, [1.28, 0.5, 1.5, 0.8], [0, 0.5, 1.5, 0], 2),
+    ("cispo", 0.2, [1.28, 0.8, 1.28, 0.8], [1.28, 0.8, 1.28, 0.8], 4),
+    ("cispo", 1.0, [1.28, 0.5, 1.28, 0.5], [1.28, 0.5, 1.28, 0.5], 2)])
+def test_clipping_by_hand(loss, low, weights, slopes, clipped):
+    """Four corners. clip: only a step that goes too far in the direction of its advantage loses its gradient.
+    cispo: the weight is bounded and has no gradient itself; every token keeps its gradient."""
+    ratios, advantages = doubles(1.5, 0.5, 1.5, 0.5), doubles(1, 1, -1, -1)
+    logp, weights = ratios.log().requires_grad_(), doubles(*weights)
+    value, stats = grpo_loss(logp, torch.zeros_like(ratios), advantages, loss=loss, clip_low=low,
+                             clip_high=0.28)
+    assert same(value, -(weights * advantages * (ratios.log() if loss == "cispo" else 1)).mean())
+    assert same(gradient(value, logp), -doubles(*slopes) * advantages / 4)
+    assert stats["clip_fraction"] == clipped and stats["tokens"] == 4
+    assert same(stats["pg_loss"], 4 * value.item()) and same(stats["ratio_mean"], 4)
     assert same(stats["approx_kl"], (ratios - 1 - ratios.log()).sum())
-
-
-@pytest.mark.parametrize("low, weights, clipped", [(0.2, [1.28, 0.8, 1.28, 0.8], 4),
-                                                   (1.0, [1.28, 0.5, 1.28, 0.5], 2)])
-def test_cispo_by_hand(low, weights, clipped):
-    """The same corners: the weight is bounded and has no gradient itself; every token keeps its gradient."""
-    ratios, advantages = CORNERS
-    logp = ratios.log().requires_grad_()
-    loss, stats = grpo_loss(logp, torch.zeros_like(ratios), advantages, loss="cispo", clip_low=low,
-                            clip_high=0.28)
-    assert same(gradient(loss, logp), -doubles(*weights) * advantages / 4)
-    assert same(loss, -(doubles(*weights) * advantages * ratios.log()).mean())
-    assert stats["clip_fraction"] == clipped and same(stats["pg_loss"], 4 * loss.item())
 
 
 def test_no_old_log_probs_and_advantages_of_samples_are_shorthands():
@@ -127,16 +114,12 @@ def test_clamps_keep_wild_tokens_finite(loss):
     assert all(torch.isfinite(x).all() for x in (value, gradient(value, logp), *stats.values()))
 
 
-def test_entropy_bonus_rewards_entropy():
+def test_entropy_bonus_and_truncated_importance_weight_by_hand():
     logp, entropy = doubles(0, 0, 0).requires_grad_(), doubles(1, 2, 3).requires_grad_()
-    loss, stats = grpo_loss(logp, None, doubles(0, 0, 0), entropy=entropy, entropy_coef=0.01)
-    assert same(gradient(loss, entropy), [-0.01 / 3] * 3) and stats["entropy"] == 6
-
-
-def test_truncated_importance_weight():
-    logp = doubles(0, 0, 0).requires_grad_()
     engine = doubles(0, -5, 0.5)  # weights 1, e^5 capped at 2, e^-0.5
-    loss, _ = grpo_loss(logp, None, doubles(1, 1, 1), engine_logp=engine, tis_cap=2.0)
+    loss, stats = grpo_loss(logp, None, doubles(1, 1, 1), entropy=entropy, entropy_coef=0.01,
+                            engine_logp=engine, tis_cap=2.0)
+    assert same(gradient(loss, entropy), [-0.01 / 3] * 3) and stats["entropy"] == 6
     assert same(gradient(loss, logp), [-1 / 3, -2 / 3, -math.exp(-0.5) / 3])
 
 

@@ -284,8 +284,8 @@ def test_full_disk_costs_the_checkpoint_not_the_run(tiny, problems, tmp_path):
 
 
 def test_full_disk_for_metrics_and_one_rank_that_cannot_save(undisturbed, tiny, problems, options, tmp_path):
-    """Lines 2 to 4 find no room; rank 1 cannot write its part of checkpoint 2; then the run is killed. The lines
-    come back from checkpoint 4."""
+    """Lines 2 to 4 find no room; rank 1 cannot write its part of checkpoint 2; then the run is killed. The
+    lines come back from checkpoint 4."""
     code = ("writer = policy.dcp.FileSystemWriter\n"
             "real_write, real_data = common.write_atomic, writer.write_data\n"
             "real_update = grpo.Learner.update\n"

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, command, metrics, run
+from conftest import ROOT, metrics, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
@@ -20,6 +20,17 @@ sys.path.insert(0, str(TOY))
 import make as toy
 
 MODEL = str(TOY / "model")
+NOTHING_OF_LINUX = """
+import builtins, multiprocessing, sys
+sys.modules['vllm'] = None
+multiprocessing.set_start_method('spawn')
+system_open = builtins.open
+def no_proc(file, *more, **named):
+    if str(file).startswith(('/proc', '/sys')):
+        raise FileNotFoundError(file)
+    return system_open(file, *more, **named)
+builtins.open = no_proc
+"""
 
 
 @pytest.fixture(scope="module")
@@ -133,16 +144,14 @@ def test_the_committed_base_has_the_disease(heldout, tokenizer):
     assert len(cut) > 0.15 * len(samples) and len(loops) > 0.5 * len(cut)
 
 
-def test_committed_model_is_small_and_ordinary(tokenizer):
-    model = AutoModelForCausalLM.from_pretrained(MODEL)
-    assert type(model).__name__ == "Qwen2ForCausalLM" and model.dtype == torch.float32
-    assert 0.5e6 < sum(p.numel() for p in model.parameters()) < 1.5e6
-    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
-    assert sum(f.stat().st_size for f in TOY.rglob("*") if f.is_file()) < 6e6
-
-
-def test_distill_writes_a_folder_that_loads(tmp_path, capsys):
+def test_the_committed_model_is_small_and_distill_writes_one_like_it(tokenizer, tmp_path, capsys):
     """The same seed, the same weights; and it says by how much they are not the committed ones."""
+    committed = AutoModelForCausalLM.from_pretrained(MODEL)
+    assert type(committed).__name__ == "Qwen2ForCausalLM" and committed.dtype == torch.float32
+    assert 0.5e6 < sum(p.numel() for p in committed.parameters()) < 1.5e6
+    assert committed.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert committed.config.max_position_embeddings >= 2 * toy.SIZES["long"][1] + 5 + toy.LONG
+    assert sum(f.stat().st_size for f in TOY.rglob("*") if f.is_file()) < 6e6
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for name in "ab":
@@ -151,11 +160,8 @@ def test_distill_writes_a_folder_that_loads(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "3 steps" in said and re.search(r"up to 0\.\d+ off toy/model, loss on lessons [4-9]\.\d+", said)
     a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
-    assert a == b
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
-    assert model.config.max_position_embeddings >= 2 * toy.SIZES["long"][1] + 5 + toy.LONG
-    committed = AutoModelForCausalLM.from_pretrained(MODEL)
-    assert "bit for bit" in toy.compare(committed, toy.make_tokenizer().get_vocab(), ())
+    assert a == b and AutoModelForCausalLM.from_pretrained(tmp_path / "a").config.vocab_size == len(tokenizer)
+    assert "bit for bit" in toy.compare(committed, tokenizer.get_vocab(), ())
 
 
 def test_lessons_never_show_a_heldout_problem():
@@ -177,29 +183,12 @@ def test_lessons_never_show_a_heldout_problem():
 
 
 @pytest.mark.slow
-def test_three_steps_of_training_are_paid(tmp_path):
-    run(command(MODEL, str(TOY / "train.jsonl.gz"), tmp_path / "run", "--recipe", "improved", "--max_len", 40,
-                "--prompts", 16, "--style", "r1", "--updates", 1, "--lr", "1e-4", "--steps", 3))
-    lines = metrics(tmp_path / "run")
-    assert [m["step"] for m in lines] == [1, 2, 3]
-    assert all(0 < m["reward"] < 1 and m["updates"] == 1 for m in lines), lines
-    assert all(m["mismatch_kl"] < 1e-6 for m in lines)
-
-
-@pytest.mark.slow
-def test_the_preset_needs_nothing_of_linux(tmp_path):
-    """A Mac has no vLLM, no /proc and no multiprocessing by fork: all are taken away, and the toy still trains."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import builtins, multiprocessing, sys\n"
-        "sys.modules['vllm'] = None\n"
-        "multiprocessing.set_start_method('spawn')\n"
-        "system_open = builtins.open\n"
-        "def no_proc(file, *more, **named):\n"
-        "    if str(file).startswith(('/proc', '/sys')):\n"
-        "        raise FileNotFoundError(file)\n"
-        "    return system_open(file, *more, **named)\n"
-        "builtins.open = no_proc\n")
-    run([sys.executable, str(ROOT / "schedule.py"), "--preset", "toy", "--run", str(tmp_path / "run"), "--gpus", "1",
-         "--stages", "40:2:8", "--prompts", "16", "--eval_every", "0", "--benchmarks", str(ROOT / "toy/heldout.jsonl"),
-         "--evaluate", "-n 1 --limit 8 --max_tokens 40 --temperature 1"], timeout=600, PYTHONPATH=str(tmp_path))
-    assert len(metrics(tmp_path / "run/stage1")) == 2 and (tmp_path / "run/report.md").exists()
+def test_the_preset_is_paid_and_needs_nothing_of_linux(tmp_path):
+    """A Mac has no vLLM, no /proc, no multiprocessing by fork: all are taken away, and the toy trains."""
+    (tmp_path / "sitecustomize.py").write_text(NOTHING_OF_LINUX)
+    run([sys.executable, str(ROOT / "schedule.py"), "--preset", "toy", "--run", str(tmp_path / "run"),
+         "--gpus", "1", "--stages", "40:2:8", "--prompts", "16", "--eval_every", "0", "--evaluate",
+         "-n 1 --limit 8 --max_tokens 40 --temperature 1"], timeout=600, PYTHONPATH=str(tmp_path))
+    lines = metrics(tmp_path / "run/stage1")
+    assert [m["step"] for m in lines] == [1, 2] and (tmp_path / "run/report.md").exists()
+    assert all(0 < m["reward"] < 1 and m["updates"] == 1 and m["mismatch_kl"] < 1e-6 for m in lines), lines
