@@ -24,8 +24,8 @@ KINDS = pytest.mark.parametrize("kind, tied", [("qwen2", False), ("llama", True)
 
 
 def make_tokenizer(template=True):
-    """One token a character, pad equal to EOS on purpose (as in DeepSeek's distilled Qwen). It is a tokenizer of
-    bytes, because AutoTokenizer makes a Qwen2Tokenizer of the folder of any Qwen2, whatever its files say."""
+    """One token a character, pad equal to EOS on purpose (as in the distilled Qwen). It works on bytes,
+    because AutoTokenizer makes a Qwen2Tokenizer of the folder of any Qwen2, whatever its files say."""
     bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     names = [bytewise.pre_tokenize_str(c)[0][0] for c in string.printable]
     core = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(SPECIAL + names)}, merges=[]))
