@@ -127,6 +127,7 @@ def test_the_teacher_has_the_disease(taught):
     assert short <= 40 < middle <= 80 < long <= 120 < toy.LONG  # each stage's context holds one more size
 
 
+@pytest.mark.slow
 def test_the_committed_base_has_the_disease(heldout, tokenizer):
     problems = [p for p in heldout[:48] for _ in range(4)]
     engine = make_engine("torch", MODEL, max_model_len=300, dtype="float32", device="cpu", max_seqs=256)
@@ -144,6 +145,7 @@ def test_the_committed_base_has_the_disease(heldout, tokenizer):
     assert len(cut) > 0.15 * len(samples) and len(loops) > 0.5 * len(cut)
 
 
+@pytest.mark.slow
 def test_the_committed_model_is_small_and_distill_writes_one_like_it(tokenizer, tmp_path, capsys):
     """The same seed, the same weights; and it says by how much they are not the committed ones."""
     committed = AutoModelForCausalLM.from_pretrained(MODEL)
