@@ -1,7 +1,7 @@
 r"""lazy.py - what a policy earns that does not solve its problems, by three graders.
 
     python bench/lazy.py                       # all 34,868 problems, 400 of them for math-verify; 5 minutes
-    PYTHONPATH=FOLDER python bench/lazy.py     # math-verify from pip install --target FOLDER; --quick: a minute
+    PYTHONPATH=FOLDER python bench/lazy.py     # math-verify from pip --target FOLDER; --quick: a minute
 
 A trick is a response made without work on the problem, or the right answer spoiled. The table has the share
 of problems where one pays. A trick that does not apply (no formula) does not pay, and a formula that says the
