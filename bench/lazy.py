@@ -1,8 +1,7 @@
 r"""lazy.py - what a policy earns that does not solve its problems, by three graders.
 
-    python bench/lazy.py                       # all 34,868 problems, 400 of them for math-verify; 20 minutes
-    PYTHONPATH=FOLDER python bench/lazy.py     # math-verify from FOLDER (pip install --target FOLDER)
-    python bench/lazy.py --quick               # 100 problems, 10 for math-verify; half a minute
+    python bench/lazy.py                       # all 34,868 problems, 400 of them for math-verify; 5 minutes
+    PYTHONPATH=FOLDER python bench/lazy.py     # math-verify from pip --target FOLDER; --quick: a minute
 
 A trick is a response made without work on the problem, or the right answer spoiled. The table has the share
 of problems where one pays. A trick that does not apply (no formula) does not pay, and a formula that says the
@@ -35,8 +34,9 @@ def boxed(*texts):
 def formulas(problem, gold):
     """(terms, relations) of a problem that hold something to calculate and do not say the gold."""
     def is_work(text):
-        said = [re.sub(r"[\s{}]", "", part) for part in (gold, text, RELATION.split(text)[-1])]
-        return OPERATION.search(text) and said[0] not in said[1:]
+        said = [re.sub(r"[\s{}]|\^\{?\\circ", "", part) for part in (gold, text, RELATION.split(text)[-1])]
+        whole = text.count("{") == text.count("}")  # not the second half of \sum_{n=1}^9, which says 1
+        return whole and OPERATION.search(text) and said[0] not in said[1:]
 
     found = [next(filter(None, match.groups())).strip(" \n.,") for match in FORMULA.finditer(problem)]
     relations = [text for text in found if RELATION.search(text)]

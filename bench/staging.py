@@ -7,7 +7,6 @@ the mean of three validations in a row, tokens are generated ones (those after a
 are of training steps. "reached": when direct first was as good as staged at its end.
 """
 import argparse
-import math
 import subprocess
 import sys
 import time
@@ -21,28 +20,28 @@ QUICK = "--stages 9:4:4,12:4:4 --switch steps --prompts 8 --gpus 1 --eval_every 
 
 
 def curve(run):
-    """Validations of a run, in order: [(tokens so far, seconds so far, accuracy)]; tokens in all."""
-    tokens, seconds, points = 0, 0.0, []
+    """Validations of a run, in order, after one of nothing: [(tokens so far, seconds so far, accuracy)]."""
+    tokens, seconds, points = 0, 0.0, [(0, 0.0, 0.0)]
     for folder in sorted(Path(run).glob("stage?")):
         for row in schedule.read_metrics(folder):
             tokens, seconds = tokens + row.get("tokens", 0), seconds + row.get("seconds", 0)
             if "eval_reward" in row:
                 points.append((tokens, seconds, row["eval_reward"]))
-    return points, tokens
+    return points
 
 
-def train(run, words, budget=math.inf):
-    """schedule.py from where it was to its end, or until `budget` tokens are generated -> curve."""
+def train(run, words, budget=1e99):
+    """schedule.py from where it was to its end, or to the first validation after `budget` tokens -> curve."""
     command = [sys.executable, str(measure.ROOT / "schedule.py"), "--preset", "toy", "--run", run, *words]
-    if curve(run)[1] < budget:
+    if curve(run)[-1][0] < budget:
         with subprocess.Popen([*command, "--no_eval"]) as program:
-            while program.poll() is None and curve(run)[1] < budget:
+            while program.poll() is None and curve(run)[-1][0] < budget:
                 time.sleep(1)
             if program.poll() is None:
                 Path(run, "stage1", "stop").touch()
-        if program.returncode and curve(run)[1] < budget:
+        if program.returncode and curve(run)[-1][0] < budget:
             raise SystemExit(f"{run} ended with exit code {program.returncode}; the same command goes on")
-    return curve(run)[0]
+    return curve(run)[1:]
 
 
 def state(points):
