@@ -281,7 +281,7 @@ class Learner:
         kept = [p for p in prompts.tolist() if not args.drop_zero_variance or advantages[p].any()]
         rows = [samples[p * group + j] for p in kept for j in range(group)]
         flat, out = advantages[kept].flatten(), []
-        sequences = [(s.prompt_ids, s.response_ids.tolist()) for s in rows]
+        sequences = [(s.prompt_ids, s.response_ids) for s in rows]
         for m in policy_lib.pack(sequences, self.task.budget, dist.get_rank(), dist.get_world_size(), device):
             engine_logp = np.concatenate([[], *(rows[i].logprobs for i in m.rows)], dtype=np.float32)
             out.append((m, flat[m.rows].to(device), torch.from_numpy(engine_logp).to(device)))

@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -209,33 +210,32 @@ def split_by_budget(lengths, budget, world=1):
 
 def pack_row(sequences, rows=None, device="cpu"):
     """[(prompt_ids, response_ids)] -> one MicroBatch; an empty list makes a row of one token."""
-    ids, positions, predictors, targets, documents, last = [], [], [], [], [], None
+    ids, predictors, targets, documents, last, end = [], [], [], [], None, 0
     for prompt, response in sequences or [([0], [])]:
         if not prompt:
             raise ValueError("an empty prompt cannot predict the first response token")
         if prompt != last:
-            last, shared = prompt, range(len(ids), len(ids) + len(prompt))
-            ids += prompt
-            positions += range(len(prompt))
-        documents.append([*shared, *range(len(ids), len(ids) + len(response))])
-        ids += response
-        positions += range(len(prompt), len(prompt) + len(response))
-        predictors += documents[-1][len(prompt) - 1:-1]
-        targets += response
-    if torch.device(device).type != "cuda":
-        # an SDPA call costs as much as 2**12 pairs: similar lengths are made equal by unseen last tokens
+            last, shared = prompt, np.arange(end, end + len(prompt))
+            ids.append(prompt)
+            end += len(prompt)
+        documents.append(np.concatenate([shared, np.arange(end, end + len(response))]))
+        end += len(response)
+        ids.append(response)
+        predictors.append(documents[-1][len(prompt) - 1:-1])
+        targets.append(response)
+    if torch.device(device).type != "cuda":  # similar lengths are made equal by unseen last tokens
         documents.sort(key=len)
-        for document, longer in zip(documents[-2::-1], documents[:0:-1]):
-            if len(longer) ** 2 - len(document) ** 2 <= 2**12:
-                document += document[-1:] * (len(longer) - len(document))
-    index = [i for document in documents for i in document]
-    row_index = {i: at for at, i in reversed(list(enumerate(index)))}  # of several the first, never padding
-    lengths = [len(response) for _, response in sequences] or [0]
-    fields = ids, positions, predictors, targets, lengths, index, [row_index[i] for i in range(len(ids))]
+        for i in range(len(documents) - 2, -1, -1):
+            short, long = len(documents[i]), len(documents[i + 1])
+            if long**2 - short**2 <= 2**12:  # pairs of tokens, which cost as much as an SDPA call
+                documents[i] = np.pad(documents[i], (0, long - short), mode="edge")
+    index, offsets = np.concatenate(documents), np.concatenate([np.arange(len(d)) for d in documents])
+    row_index = np.unique(index, return_index=True)[1]  # of several the first, never padding
+    fields = ids, [offsets[row_index]], predictors, targets, [list(map(len, targets))], [index], [row_index]
     bounds = torch.tensor([0, *itertools.accumulate(map(len, documents))], dtype=torch.int32)
-    tensors = [torch.tensor(x, dtype=torch.int64) for x in fields] + [bounds]
-    return MicroBatch(list(range(len(sequences))) if rows is None else rows,
-                      *(x.to(device, non_blocking=True) for x in tensors), max(map(len, documents)))
+    tensors = [torch.from_numpy(np.concatenate(x).astype(np.int64)) for x in fields] + [bounds]
+    return MicroBatch(rows or [*range(len(sequences))], *(x.to(device, non_blocking=True) for x in tensors),
+                      max(map(len, documents)))
 
 
 Model = namedtuple("Model", "folder positions parameters vocabulary shapes")  # positions may be None
