@@ -374,15 +374,16 @@ def report(args):
         figures.transcripts(args.run)
     except Exception as e:  # noqa: BLE001 (a report without pictures is still a report)
         drawn, missing = [], {"figures": f"{type(e).__name__}: {e}"}
-    command = [sys.executable, f"{HERE}/evaluate.py", *["--published"] * (args.model == MODEL), "--table",
-               *sorted(Path(args.run).glob("eval/*.json"))]
-    scores = subprocess.run(command, capture_output=True, text=True, check=False).stdout
+    results = sorted(Path(args.run).glob("eval/*.json"))
+    command = [sys.executable, f"{HERE}/evaluate.py", *["--published"] * (args.model == MODEL), "--table"]
+    shown = subprocess.run([*command, *results], capture_output=True, text=True, check=False)
+    scores = shown.stdout or (shown.stderr if results else "No evaluation was run.\n")
     text = [f"# {args.run}: training with a growing context, from {args.model}\n"]
     for s in args.plan:
         text += ["- {folder}: {max_len} tokens of context, {group} samples a problem, at most {steps} steps; "
                  "checkpoint {picked} handed on".format(**s)]
         text += [f"  - {describe_turn(s['evidence'])}"] if s["evidence"] else []
-    text += ["\n## Results\n", scores or "No evaluation was run.\n", "## Figures\n",
+    text += ["\n## Results\n", scores, "## Figures\n",
              *(f"![](figures/{os.path.basename(path)})\n" for path in drawn if path.endswith("png")),
              *(f"- not shown: {name}: {why}\n" for name, why in missing.items()),
              "[Transcripts](transcripts.html)\n\n## Ledger (without GPUs process-hours)\n", ledger(args)]
