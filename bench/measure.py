@@ -297,7 +297,7 @@ def random_model(folder, stops=1, device="cpu", dtype="float32", **changes):
     a text of letters is as many tokens. The last 40 tokens are boxed answers, half 0, half 1: random text of
     80 tokens is right about every third time.
     """
-    from tokenizers import Tokenizer, decoders, models
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
     folder = Path(folder)
     if (folder / "tokenizer.json").exists():  # which is written last
@@ -312,9 +312,13 @@ def random_model(folder, stops=1, device="cpu", dtype="float32", **changes):
         AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).save_pretrained(folder)
     ends = {"eos_token_id": list(range(stops)), "pad_token_id": 0}
     (folder / "generation_config.json").write_text(json.dumps(ends))
-    words = ["<eos>", *LETTERS, *(f"_{i}" for i in range(len(LETTERS) + 1, config.vocab_size - 40))]
+    # on bytes, because AutoTokenizer makes a Qwen2Tokenizer of the folder of any Qwen2
+    bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    others = [bytewise.pre_tokenize_str(c)[0][0] for c in string.printable if c not in LETTERS]
+    words = ["<eos>", *LETTERS, *others]
+    words += [f"_{i}" for i in range(len(words), config.vocab_size - 40)]
     core = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, merges=[]))
-    core.decoder = decoders.Fuse()
+    core.pre_tokenizer, core.decoder = bytewise, decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<eos>")
     tokenizer.add_tokens([f"\\boxed{{{' ' * (i // 2)}{i % 2}}}" for i in range(40)])
     tokenizer.save_pretrained(folder)

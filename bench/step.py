@@ -24,7 +24,7 @@ import update
 # micro: samples in a micro-batch of TRL; steps: the first is not counted
 WORKLOADS = {"tiny": {"prompts": 16, "group": 8, "max_len": 208, "steps": 3, "micro": 8},
              "smollm2": {"prompts": 4, "group": 8, "max_len": 208, "steps": 3, "micro": 4},
-             "quick": {"prompts": 4, "group": 4, "max_len": 24, "steps": 2, "micro": 4}}
+             "quick": {"prompts": 8, "group": 8, "max_len": 24, "steps": 2, "micro": 4}}
 
 
 def report(seconds, tokens, **more):
