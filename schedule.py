@@ -291,6 +291,8 @@ def measure(args, name, model):
 def find_turn(args, k):
     """Has stage k turned? Then it hands on its last checkpoint before, and grpo.py is asked to leave."""
     stage, folder = args.plan[k], f"{args.run}/stage{k + 1}"
+    if stage["picked"] or not stage["window"]:
+        return stage["picked"]
     rows = [row for row in read_metrics(folder) if "reward" in row]
     series = ([row[key] for row in rows] for key in ("step", "length_mean", "truncated", "reward"))
     evidence = turning_point(*series, stage["window"])
@@ -480,12 +482,12 @@ def predict(m, a, memory, world):
 
 def remedy(model, a, memory, world):
     """An option with the nearest value that makes a stage fit, else the size of a model that does."""
-    longest, old = a["max_len"] + a["max_prompt_len"], a["token_budget"] or 32768
+    whole, longest, old = model_shape(model), a["max_len"] + a["max_prompt_len"], a["token_budget"] or 32768
     shares = sorted((i / 20 for i in range(2, 19)), key=lambda share: abs(share - a["gpu_memory"]))
     changes = [("recompute", 1)] + [("token_budget", max(longest, old * i // 16)) for i in range(15, 0, -1)]
     changes += [("gpu_memory", share) for share in shares] + [("model", share) for share in range(99, 0, -1)]
     for name, value in changes:
-        m = model_shape(model, value if name == "model" else 100)
+        m = model_shape(model, value) if name == "model" else whole
         if not predict(m, a | {name: value}, memory, world)["why"]:
             size = f"to one of up to {m['parameters'] / 1e9:.2f} B parameters"
             return f"--{name} {size if name == 'model' else value}"
