@@ -150,13 +150,14 @@ def parse_source(spec):
 # --- Load: rows into problems ------------------------------------------------------------------------------
 
 NO_ANSWER = re.compile(  # what data sets write where they have no answer, without TeX and punctuation
-    r"(?:(?:answer |value )?not ?found|nan|n ?/ ?a|n\. ?a|null|unknown|missing|tbd|to ?do|[?.…]*|none given|"
-    r"(?:there is )?no (?:\w+ )?answer.*|(?:the )?solution|construction|"
+    r"(?:(?:answer |value )?not ?found|nan|n ?/ ?a|n\. ?a|null|unknown|missing|tbd|to ?do|[?.…]*|"
+    r"none given|(?:there is )?no (?:\w+ )?answer.*|(?:the )?solution|construction|"
     r".*\b(?:proof|proved?|q\.? ?e\.? ?d|omitted|see (?:the )?(?:solution|above|below|figure|explanation)|"
     r"not (?:provided|available|applicable|given|specified)|answers? (?:may |will )?var(?:y|ies)|"
     r"as (?:required|desired))\b.*)", re.IGNORECASE | re.DOTALL)
 PROOF = re.compile(  # a problem that asks for a proof and for nothing else
-    r"(?is)(?!.*(?:\?|\b(?:find|determine|compute|calculate|evaluate|what|how|which|solve|express|simplify)\b))"
+    r"(?is)(?!.*(?:\?|\b(?:find|determine|compute|calculate|evaluate|what|how|which|solve|express|"
+    r"simplify)\b))"
     r".*\b(?:prove|(?:show|demonstrate|verify) that)\b")
 STATED = re.compile(  # "the final answer is ...", "Answer: ...", and where such a statement ends
     r"(?:(?<!no )\bans(?:wers?)?\b|答案)(?:\s+(?:to|for|of)\s[^.$\n]{1,60}?)?[\s*]*"
@@ -482,6 +483,12 @@ def encode_problems(problems, tokenizer, max_prompt_len, instruction=INSTRUCTION
     return list(items), list(ids), n - len(kept)
 
 
+@functools.lru_cache(maxsize=2)
+def epoch_order(n, epoch, seed):
+    """A shuffled order of n problems, the same on every machine: sorted by a hash, not drawn by a library."""
+    return sorted(range(n), key=lambda i: hashlib.sha256(f"{seed}/{epoch}/{i}".encode()).digest())
+
+
 def batch_indices(n, step, batch, seed):
     """Indices [batch] of the problems of optimisation step `step` (counted from 0).
 
@@ -495,9 +502,7 @@ def batch_indices(n, step, batch, seed):
     if batch < 1 or step < 0 or n < batch:
         raise DataError(f"{n} problems cannot fill step {step} with {batch} prompts: take fewer prompts")
     epoch, k = divmod(step, n // batch)
-    # Sorted by a hash instead of a random generator: no version of a library can change the order.
-    order = sorted(range(n), key=lambda i: hashlib.sha256(f"{seed}/{epoch}/{i}".encode()).digest())
-    return order[k * batch:(k + 1) * batch]
+    return epoch_order(n, epoch, seed)[k * batch:(k + 1) * batch]
 
 
 # --- Curate: a row is a dict of problem, answer, source, where; and a reason, if it has to go ---------------
