@@ -126,12 +126,14 @@ def words(text, plural=False):
     return frozenset(text.split()) | {word + "s" for word in text.split() if plural and len(word) > 2}
 
 
-UNICODE = {ord(c): t + " " * t.startswith("\\") for c, t in table(r"""−=- –=- —=- ×=\times ·=\cdot ⋅=\cdot
-    ∙=\cdot ÷=/ ⁄=/ π=\pi °=\degree √=\sqrt ∞=\infty ∪=\cup ∩=\cap ∈=\in ≤=\le ≥=\ge ≠=\ne ≈=\approx ±=\pm
-    ∓=\mp ∅=\emptyset ≡=\equiv ℝ=\mathbb{R} ℤ=\mathbb{Z} ℕ=\mathbb{N} ²=^2 ³=^3 ′=' ’=' ，=, 、=, ；=; ：=:
-    （=( ）=) 。=. θ=\theta α=\alpha β=\beta γ=\gamma λ=\lambda φ=\phi ω=\omega …=\ldots ㎝=\text{cm}
-    ㎜=\text{mm} ㎞=\text{km} ㎏=\text{kg} ㎎=\text{mg} ㎖=\text{ml} ㏄=\text{ml} ㎡=\text{m}^2 ㎠=\text{cm}^2
-    ㎢=\text{km}^2 ㎥=\text{m}^3 ㎤=\text{cm}^3 ℃=\degree ℉=\degree""").items()}
+UNICODE = {ord(c): t + " " * t.startswith("\\") for c, t in table(r"""
+    −=- –=- —=- ×=\times ·=\cdot ⋅=\cdot ∙=\cdot ÷=/ ⁄=/ π=\pi °=\degree √=\sqrt
+    ∞=\infty ∪=\cup ∩=\cap ∈=\in ≤=\le ≥=\ge ≠=\ne ≈=\approx ±=\pm ∓=\mp
+    ∅=\emptyset ≡=\equiv ℝ=\mathbb{R} ℤ=\mathbb{Z} ℕ=\mathbb{N} ²=^2 ³=^3 ′=' ’='
+    ，=, 、=, ；=; ：=: （=( ）=) 。=. θ=\theta α=\alpha β=\beta γ=\gamma λ=\lambda
+    φ=\phi ω=\omega …=\ldots ㎝=\text{cm} ㎜=\text{mm} ㎞=\text{km} ㎏=\text{kg}
+    ㎎=\text{mg} ㎖=\text{ml} ㏄=\text{ml} ㎡=\text{m}^2 ㎠=\text{cm}^2 ㎢=\text{km}^2
+    ㎥=\text{m}^3 ㎤=\text{cm}^3 ℃=\degree ℉=\degree""").items()}
 UNICODE |= dict.fromkeys(map(ord, "\u00a0\u2009\u202f\u3000€£¥￥"), " ")
 UNICODE |= {0xfee0 + ord(c): c for c in string.ascii_letters}          # full width
 ALIAS = table(r"""\dfrac=\frac \tfrac=\frac \cfrac=\frac \dbinom=\binom \tbinom=\binom \leq=\le \leqslant=\le
@@ -164,9 +166,10 @@ UNITS = words("""degree deg percent pct cent dollar usd yuan euro pound rupee ye
     vertices face diagonal line region pair set subset group game trip car bus buses box boxes bag bottle
     chair table tile tree flower cat dog animal pen pencil candies cookie stamp block cube dice match matches
     element term factor divisor multiple function permutation combination arrangement distinct different total
-    each apiece step move turn lap row column seat room house question problem 平方厘米 立方厘米 平方米 立方米
-    平方千米 平方公里 平方分米 立方分米 厘米 毫米 分米 千米 公里 米 元 角 分 美元 个 人 名 位 只 本 张 次 种
-    台 辆 条 件 块 棵 天 日 周 月 年 岁 小时 分钟 秒 时 度 千克 公斤 克 吨 升 毫升 支""", plural=True)
+    each apiece step move turn lap row column seat room house question problem 平方厘米 立方厘米
+    平方米 立方米 平方千米 平方公里 平方分米 立方分米 厘米 毫米 分米 千米
+    公里 米 元 角 分 美元 个 人 名 位 只 本 张 次 种 台 辆 条 件 块 棵 天 日 周
+    月 年 岁 小时 分钟 秒 时 度 千克 公斤 克 吨 升 毫升 支""", plural=True)
 # Units of two or three letters that need neither \text nor a blank; other letters are a product.
 SHORT_UNITS = words("cm mm km kg mg ml mL ft yd yds mi lb lbs oz hr hrs min sec mph kmh Hz kHz kJ kW pct")
 COUNTS = table("""zero=0 one=1 two=2 three=3 four=4 five=5 six=6 seven=7 eight=8 nine=9 ten=10 eleven=11
@@ -191,8 +194,8 @@ CLOCK = (r"(?<![0-9:.])(?<!: )([01]?[0-9]|2[0-4])"
          r"(?:\s*:\s*([0-5][0-9](?![0-9.]|\\[dtc]?frac))(:[0-5][0-9])?)?"
          r"(?!\s*[:.0-9])(?:(?:[\s\"(~]|\\[ ,;:!])*([aApP][mM])(?![A-Za-z])[\")]*)?")
 TEXT = r"\\(text[a-z]*|math(?:rm|bf|it|sf)|operatorname\*?|emph|mbox|hbox)\s*\{([^{}]*)\}"
-WORD = re.compile(r"[0-9]+:[0-9:]+[ap]?m?|[A-Za-z](?:[A-Za-z'-]|\.(?=[A-Za-z]))*|[十百万亿]|千(?![米克])|"
-                  r"[\u4e00-\u9fff]+|[0-9]+(?:\.[0-9]+)?|\.[0-9]+|[^\s~]")
+WORD = re.compile(r"[0-9]+:[0-9:]+[ap]?m?|[A-Za-z](?:[A-Za-z'-]|\.(?=[A-Za-z]))*|"
+                  r"[十百万亿]|千(?![米克])|[\u4e00-\u9fff]+|[0-9]+(?:\.[0-9]+)?|\.[0-9]+|[^\s~]")
 
 
 def quoted(m):
@@ -1190,7 +1193,7 @@ def serve_sympy():
         try:
             a, b = (sympy_tree(tree, sp) for tree in json.loads(line))
             proved = bool(a == b or sp.expand(a - b) == 0 or sp.simplify(a - b) == 0)
-        except Exception:              # noqa: BLE001  whatever sympy raises, the pair is not shown to be equal
+        except Exception:              # noqa: BLE001  whatever sympy raises, it is no proof
             proved = False
         signal.alarm(0)
         print(json.dumps(proved), flush=True)

@@ -406,7 +406,8 @@ def both(path, kind, tied):
         assert responses(samples) == responses(again)
         assert worst_error(model, samples, 0.6) < 2e-5 and worst_error(other, samples, 0.6) > 1e-2
         seen = []
-        ours = vllm.generate(PROMPTS, SEEDS, sampling(30, 0), on_sample=lambda i, s: seen.append(i))  # noqa: B023
+        ours = vllm.generate(PROMPTS, SEEDS, sampling(30, 0),
+                             on_sample=lambda i, s: seen.append(i))  # noqa: B023
         theirs = plain.generate(PROMPTS, SEEDS, sampling(30, 0))
         assert responses(ours) == responses(theirs) and sorted(seen) == list(range(10))
         assert [s.finish_reason for s in ours] == [s.finish_reason for s in theirs]
