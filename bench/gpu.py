@@ -33,8 +33,8 @@ from measure import common
 
 import grpo
 import policy as policy_lib
+import predict
 import rollout
-import schedule
 
 R1 = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
       "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 131072}
@@ -300,8 +300,8 @@ def update(args, report):
     options = {name: shape[name] for name in ("prompts", "group", "max_len")}
     learner = measure.make_learner(random_model(args, "big"), 0, updates=1, lr=1e-6, **options)
     advantages = grpo.group_advantages(torch.tensor([s.reward for s in samples]).view(-1, shape["group"]))
-    m = schedule.model_shape(random_model(args, "big"))
-    card = schedule.card(SimpleNamespace(gpu_type=None, gpu_memory_gib=0.0, gpu_price=None))
+    m = predict.model_shape(random_model(args, "big"))
+    card = predict.card(SimpleNamespace(gpu_type=None, gpu_memory_gib=0.0, gpu_price=None))
 
     def pack():
         return learner.pack(samples, advantages, torch.arange(len(advantages)))
@@ -325,9 +325,9 @@ def update(args, report):
             continue
         rows = [batch for batch, _, _ in pack()[0]]
         documents = torch.cat([batch.cu_seqlens.diff() for batch in rows]).double()
-        operations = 3 * schedule.forward_flops(m, sum(len(b.ids) for b in rows), float((documents**2).sum()),
+        operations = 3 * predict.forward_flops(m, sum(len(b.ids) for b in rows), float((documents**2).sum()),
                                                 sum(len(b.targets) for b in rows))
-        p = schedule.predict(m, vars(learner.args), 80.0, 1)
+        p = predict.predict_memory(m, vars(learner.args), 80.0, 1)
         predicted = p["weights + gradients + Adam"] + p["update"]
         numbers = {"seconds": seconds, "tokens_per_second": documents.sum().item() / seconds,
                    "tflops": operations / seconds / 1e12, "predicted_gib": predicted}

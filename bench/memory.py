@@ -1,11 +1,11 @@
-"""memory.py - memory of an update of the 1.5B model without a card, beside what schedule.py predicts.
+"""memory.py - memory of an update of the 1.5B model without a card, beside predict.py.
 
     python bench/memory.py                # 16 settings, half a minute each; --quick: one of them
 
 Policy, reference, FSDP2, checkpointing and AdamW run as in grpo.py, on tensors that have shapes but no values
 (FakeTensorMode) and among ranks that send nothing. Counted are the bytes of one rank's living storages. The
 device is "cpu", but policy.py takes its CUDA branches: bf16 products, the varlen kernel and what it keeps.
-Not in it: CUDA context, NCCL, fragmentation, workspaces inside kernels, for which schedule.py adds RESERVE.
+Not in it: CUDA context, NCCL, fragmentation, workspaces inside kernels, for which predict.py adds RESERVE.
 """
 import argparse
 import gc
@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 import grpo
 import policy as policy_lib
-import schedule
+import predict
 
 DOCUMENT, PROMPT = 8192, 150  # tokens of a full sequence, and of the prompt in it
 
@@ -124,10 +124,10 @@ def step(policy, optimizer, args):
 def compare(shape, world, budget, recompute):
     """Simulated and predicted GiB of one setting; the reference of the KL term is in both."""
     args = grpo.parse_args(f"--max_len 7168 --token_budget {budget} --recompute {recompute}".split())
-    predicted = schedule.predict(shape, vars(args), 80.0, world)["training"] - schedule.RESERVE
-    states, peak = (size / schedule.GIB for size in simulate(shape, args, world, budget))
+    predicted = predict.predict_memory(shape, vars(args), 80.0, world)["training"] - predict.RESERVE
+    states, peak = (size / predict.GIB for size in simulate(shape, args, world, budget))
     return {"ranks": world, "budget": budget, "recompute": recompute, "states_gib": states,
-            "simulated_gib": peak, "predicted_gib": predicted, "ratio": predicted / peak}
+            "simulated_gib": peak, "predicted_gib": predicted, "predicted_over_simulated": predicted / peak}
 
 
 def main(argv=None):
@@ -137,12 +137,12 @@ def main(argv=None):
     args = parser.parse_args(argv)
     before = {"busy_cores": None, "time": time.time()}  # a count of bytes minds no other process
     settings = list(itertools.product((1, 0), (8, 1), (8192, 16384, 24576, 32768)))
-    shape, rows = schedule.model_shape(schedule.MODEL), []
+    shape, rows = predict.model_shape(predict.MODEL), []
     print("ranks  budget  recompute  simulated  predicted (GiB)  ratio")
     for recompute, world, budget in settings[:1] if args.quick else settings:
         rows.append(compare(shape, world, budget, recompute))
         print("{ranks:5d} {budget:7,d} {recompute:10d} {simulated_gib:10.2f} {predicted_gib:10.2f} "
-              "{ratio:12.3f}".format(**rows[-1]), flush=True)
+              "{predicted_over_simulated:12.3f}".format(**rows[-1]), flush=True)
     measure.write(args, "memory of an update, simulated and predicted", rows, before)
 
 

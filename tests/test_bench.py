@@ -21,8 +21,8 @@ import measure
 import tables
 
 import policy
+import predict
 import rollout
-import schedule
 
 
 def quick(script, folder, *sides):
@@ -164,9 +164,9 @@ def test_gpu_parts_run(tmp_path):
 @pytest.mark.slow
 def test_gpu_parts_with_vllm_each_in_its_process(tmp_path):
     pytest.importorskip("vllm")
-    run_gpu(tmp_path, "update")
-    parts = run_gpu(tmp_path, "correctness", "generation", "step")
-    assert list(parts) == ["update", "correctness", "generation", "step"], "results are added to those before"
+    run_gpu(tmp_path, "correctness")
+    parts = run_gpu(tmp_path, "generation", "step")
+    assert list(parts) == ["correctness", "generation", "step"], "results are added to those before"
     assert {row.get("engine") for row in parts["generation"]} >= {"vllm", "bare vLLM"}
     assert parts["correctness"][-1]["verdict"] == "ok" and parts["step"][0]["engine"] == "vllm"
 
@@ -234,17 +234,17 @@ def test_a_part_that_fails_says_so_and_the_next_one_runs(tmp_path, monkeypatch):
     assert second[0]["verdict"] == "WRONG" and third[0]["verdict"] == "ok"
 
 
-def test_the_big_model_has_the_shape_that_schedule_predicts_for():
+def test_the_big_model_has_the_shape_of_the_prediction():
     names = {"hidden_size": "hidden", "intermediate_size": "mlp", "num_hidden_layers": "layers",
              "vocab_size": "vocab", "max_position_embeddings": "positions"}
-    assert {ours: gpu.R1[theirs] for theirs, ours in names.items()}.items() <= schedule.SHAPE.items()
+    assert {ours: gpu.R1[theirs] for theirs, ours in names.items()}.items() <= predict.SHAPE.items()
 
 
 def test_operations_of_a_forward_by_hand():
     """Two layers of 100 weights and 8 query numbers, vocabulary 10, width 4; documents of 3 and 5 tokens, of
     which 6 are scored: 2 x (2 x 100 x 8 + 10 x 4 x 6) + 2 x 2 x 8 x (9 + 25)."""
     m = {"layers": 2, "layer": 100, "q": 8, "vocab": 10, "hidden": 4}
-    assert schedule.forward_flops(m, 8, 9 + 25, 6) == 2 * (1600 + 240) + 32 * 34
+    assert predict.forward_flops(m, 8, 9 + 25, 6) == 2 * (1600 + 240) + 32 * 34
 
 
 # ----- Tables -----------------------------------------------------------------------------------------------

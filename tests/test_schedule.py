@@ -1,7 +1,6 @@
 """schedule.py: the turning point on curves, plans and refusals, kills, two nodes, the ledger, predictions.
 
 Most runs use stand-ins for grpo.py and evaluate.py that write the same files in milliseconds."""
-import argparse
 import importlib.util
 import json
 import math
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import KINDS, ROOT, make_model, metrics, run
+from conftest import ROOT, metrics, run
 
 import common
 import schedule
@@ -207,7 +206,7 @@ def stage_hands(tmp_path, monkeypatch, capfd):
     own, and .call(*options, code=0) -> what was printed, in this process."""
     code = tmp_path / "code"
     code.mkdir()
-    for name in ("schedule.py", "common.py"):
+    for name in ("schedule.py", "common.py", "predict.py"):
         (code / name).write_text((ROOT / name).read_text())
     (tmp_path / "model").mkdir()
     (tmp_path / "model/w").write_text("1.0")
@@ -534,107 +533,6 @@ def test_ledger_by_hand(tmp_path):
     for name, wanted in zip(("stage1", "stage2", "evaluate a", "total"), (*hours, sum(hours))):
         assert rows[name][-2] == f"{wanted:,.2f}" and rows[name][-1] == f"{wanted * 1.5:,.2f}"
     assert rows["total"][0] == f"{600 + 300 + 5000:,}"
-
-
-# ----- predictions ------------------------------------------------------------------------------------------
-
-@KINDS
-def test_parameters_are_those_of_the_model(kind, tied, tmp_path):
-    model = make_model(kind, tied)
-    model.config.save_pretrained(tmp_path)
-    m, real = schedule.model_shape(str(tmp_path)), sum(p.numel() for p in model.parameters())
-    assert m["tied"] == tied and abs(m["parameters"] - real) <= (kind != "qwen2") * 0.01 * real
-
-
-M = schedule.model_shape(schedule.MODEL)  # without a network
-# GiB at the peak of an update of R1-Distill-Qwen-1.5B with its reference: (ranks, token budget, recompute).
-# FakeTensorMode, a fake process group, bytes of live storages; without CUDA context, NCCL and fragmentation
-SIMULATED = {(8, 8192, 1): 8.28, (8, 16384, 1): 8.94, (8, 24576, 1): 10.65, (8, 32768, 1): 12.96,
-             (1, 8192, 1): 34.14, (1, 16384, 1): 34.92, (1, 24576, 1): 36.63, (1, 32768, 1): 38.94,
-             (8, 8192, 0): 30.32, (8, 16384, 0): 53.26, (8, 24576, 0): 76.32, (8, 26624, 0): 81.94,
-             (1, 8192, 0): 56.30, (1, 16384, 0): 79.24, (1, 24576, 0): 102.17}
-RESOLVED = {"dtype": "auto", "max_len": 7168, "max_prompt_len": 1024, "token_budget": 0, "recompute": 1,
-            "prompts": 128, "group": 8, "engine": "auto", "max_seqs": 0, "gpu_memory": 0.6,
-            "kl_coef": 0.001, "mean_len": 4000, "updates": 2, "steps": 10, "keep": 2}
-
-
-def card(*options):
-    return schedule.card(schedule.parse(["--dry_run", *options]))
-
-
-def test_memory_of_an_update_against_a_simulation():
-    assert (M["layer"], M["parameters"]) == (46_797_824, 1_777_088_000)
-    for (world, budget, recompute), gib in SIMULATED.items():
-        a = RESOLVED | {"token_budget": budget, "recompute": recompute}
-        said = schedule.predict(M, a, 79.2, world)["training"] - schedule.RESERVE
-        assert gib <= said <= 1.06 * gib, (world, budget, recompute)
-
-
-@pytest.mark.parametrize("kind, world, change, wanted", [
-    ("A100-80", 8, {}, None), ("A100-80", 1, {}, None), ("A100-40", 8, {}, None),
-    ("RTX4090", 4, {"gpu_memory": 0.7}, "--gpu_memory"),
-    ("A100-40", 8, {"gpu_memory": 0.1}, "--gpu_memory 0.15"),
-    ("A100-80", 8, {"recompute": 0}, "--recompute 1"),
-    ("H100-80", 1, {"max_len": 131072}, "--stages to a shorter"),
-    ("H100-80", 8, {"token_budget": 600000}, "--token_budget"),
-    ("A100-80", 8, {"token_budget": 100}, "--token_budget 8192"),
-])
-def test_refusals_name_a_value_that_fits(kind, world, change, wanted):
-    a, memory = RESOLVED | change, card("--gpu_type", kind)[1]
-    why = schedule.predict(M, a, memory, world)["why"]
-    assert bool(why) == bool(wanted), why
-    if wanted:
-        offer = schedule.remedy(schedule.MODEL, a, memory, world)
-        assert wanted in offer, offer
-        if "--stages" in offer:
-            return
-        pairs = zip(offer.split()[::2], offer.split()[1::2])
-        fix = {name[2:]: float(value) if "." in value else int(value) for name, value in pairs}
-        assert not schedule.predict(M, a | fix, memory, world)["why"]
-
-
-def test_one_small_card_is_told_which_model_fits(monkeypatch):
-    name, memory, *_ = card("--gpu_memory_gib", "24")
-    offer = schedule.remedy(schedule.MODEL, RESOLVED, memory, 1)
-    size = float(schedule.re.search(r"up to (\d\.\d+) B parameters", offer)[1])
-    assert 0.3 < size < 1.3 and name.startswith("card")
-    half = {"hidden": 896, "mlp": 4864, "layers": 24, "q": 896, "kv": 128, "tied": True}  # Qwen2.5-0.5B
-    monkeypatch.setattr(schedule, "SHAPE", schedule.SHAPE | half)
-    small = schedule.model_shape(schedule.MODEL)
-    assert small["parameters"] == 494_032_768 and not schedule.predict(small, RESOLVED, memory, 1)["why"]
-
-
-@pytest.mark.parametrize("name, gib, price, assumed", [
-    ("NVIDIA H100 80GB HBM3", 79.1, 2.5, False), ("NVIDIA B200", 178.4, 1.18, True),
-    ("NVIDIA A100-SXM4-40GB", 39.4, 1.1, False)])
-def test_a_card_is_asked_for_its_memory(monkeypatch, name, gib, price, assumed):
-    found = argparse.Namespace(name=name, total_memory=gib * 2**30)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: found)
-    said = card()
-    assert said[1] == gib and ("assumed" in said[0]) == assumed and said[-1] == price
-
-
-def test_time_of_a_step(monkeypatch):
-    """84 PFLOP for train and two log-prob passes over 1,024 sequences of 4,000 tokens: 85 s on 8 A100."""
-    monkeypatch.setattr(schedule, "PROMPT", 0)
-    gpu = card("--gpu_type", "A100-80")
-    t = schedule.step_seconds(M, RESOLVED | {"updates": 1000}, gpu, 8)
-    assert t["update"] + t["log-probs"] == pytest.approx(84.4, rel=0.02)
-    assert t["generate"] == pytest.approx(1024 * 4000 / 6000 / 8, rel=1e-3)
-    longer = schedule.step_seconds(M, RESOLVED | {"max_len": 24576}, gpu, 32)
-    assert longer["generate"] == pytest.approx(24576 / 110, rel=1e-3)  # bound by the longest sequence
-
-
-def test_dry_run_prints_and_refuses(capsys, tmp_path):
-    run = tmp_path / "run"
-    options = ["--dry_run", "--gpus", "4", "--gpu_type", "RTX4090", "--gpu_memory", "0.9", "--run", str(run)]
-    assert schedule.main(options) == 2
-    out, err = capsys.readouterr()
-    assert "1,777,088,000 parameters" in out and "assumed:" in out
-    assert "stage1 cannot run" in err and "--gpu_memory 0." in err and not run.exists()
-    assert schedule.main(["--dry_run", "--gpus", "8", "--run", str(run)]) == 0
-    assert "it fits" in capsys.readouterr().out
 
 
 # ----- the real programs ------------------------------------------------------------------------------------
