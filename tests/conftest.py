@@ -5,6 +5,7 @@ import os
 import string
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,6 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import forks
 import pytest
 import torch
 import transformers
@@ -115,9 +117,31 @@ def sabotaged(folder, code):
     return path
 
 
-def run(cmd, check=True, timeout=300, cwd=None, **env):
-    done = subprocess.run(cmd, capture_output=True, text=True, timeout=timeout, check=False, cwd=cwd,
-                          stdin=subprocess.DEVNULL, env={**os.environ, **env})
+def launch(cmd, real=False, cwd=None, **env):
+    """A program that runs: a fork of a server, or a real start. Its .stdout has both of its streams."""
+    asked = None if real or env else forks.request(cmd)
+    if not asked:
+        return subprocess.Popen(cmd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, cwd=cwd,
+                                stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, **env})
+    read, write = os.pipe()
+    process = forks.Fork(asked, write, write, cwd)
+    os.close(write)
+    process.stdout = os.fdopen(read, errors="replace")
+    return process
+
+
+def run(cmd, check=True, timeout=300, real=False, cwd=None, **env):
+    """A program to its end -> its exit code and what it printed."""
+    asked = None if real or env else forks.request(cmd)
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        if asked:
+            code = forks.Fork(asked, out.fileno(), err.fileno(), cwd).wait(timeout)
+        else:
+            code = subprocess.run(cmd, stdout=out, stderr=err, timeout=timeout, check=False, cwd=cwd,
+                                  stdin=subprocess.DEVNULL, env={**os.environ, **env}).returncode
+        out.seek(0)
+        err.seek(0)
+        done = subprocess.CompletedProcess(cmd, code, out.read(), err.read())
     if check and done.returncode:
         raise AssertionError(f"{' '.join(cmd)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
     return done

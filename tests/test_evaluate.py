@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, make_tokenizer, metrics, run, save_model
+from conftest import ROOT, command, launch, make_tokenizer, metrics, python, run, save_model
 from transformers import AutoModelForCausalLM
 
 import common
@@ -233,8 +233,7 @@ def options(model, bench, out, *more):
 
 
 def cmd(*given, ranks=1):
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    return [*(start if ranks > 1 else start[:1]), str(ROOT / "evaluate.py"), *options(*given)]
+    return [*python(ranks), str(ROOT / "evaluate.py"), *options(*given)]
 
 
 @pytest.fixture
@@ -292,17 +291,16 @@ def test_a_run_leaves_scores_and_every_response(undisturbed):
 def test_interrupted_runs_go_on_sample_by_sample(tiny, bench, undisturbed, tmp_path, how, again):
     """Stopped after a few samples, continued on another number of ranks: the same rows as undisturbed, and
     nothing generated twice."""
-    child = subprocess.Popen(cmd(tiny, bench, tmp_path, "--max_seqs", 1), stdout=subprocess.PIPE,
-                             stderr=subprocess.STDOUT, text=True)
+    child = launch(cmd(tiny, bench, tmp_path, "--max_seqs", 1))
     deadline, kept = time.time() + 120, []
     while time.time() < deadline and len(kept) < 7:
         time.sleep(0.005)
         kept = [line for p in tmp_path.glob("x.part.*") for line in p.read_text().splitlines()]
     child.send_signal(how)
-    said = child.communicate(timeout=60)[0]
+    said, code = child.stdout.read(), child.wait(60)
     assert not (tmp_path / "x.json").exists(), "it finished before the signal"
     if how != signal.SIGKILL:
-        assert child.returncode == 128 + how and "the same command goes on" in said
+        assert code == 128 + how and "the same command goes on" in said
     part, = tmp_path.glob("x.part.*")
     rows = [json.loads(line) for line in part.read_text().splitlines()[1:]]
     with open(part, "a") as f:
@@ -332,6 +330,7 @@ def test_a_finished_run_is_not_run_again_but_extended(tiny, bench, undisturbed, 
     assert code == 2 and "sums s0, sample 0 has changed" in said and len(load(tmp_path)[1]) == 42
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_generation_at_once(tiny, bench, tmp_path, undisturbed):
     """A limit on the size of files stands for it. The same command with room gives the undisturbed result."""
     small = (resource.RLIMIT_FSIZE, (4000, 4000))

@@ -496,7 +496,7 @@ def failures(path):
 def test_a_vllm_that_fails_on_one_rank_fails_on_all(tiny):
     """Two ranks; rank 1 fails in each stage of the start. Nobody waits, the reason is printed once with its
     rank, refused engines are closed, and a later start works."""
-    done = start(failures, tiny, ranks=2, timeout=300)
+    done = start(failures, tiny, ranks=2, timeout=300, real=True)
     for name in STAGES:
         assert done.stdout.count(f"engine: torch (vLLM: made to fail in {name} (rank 1))") == 1
     assert done.stdout.count("ENGINE torch 10") == 8 and done.stdout.count("ENGINE vllm 10") == 2

@@ -11,14 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, command, make_model, metrics, run, sabotaged, save_model
+from conftest import ROOT, command, launch, make_model, metrics, run, sabotaged, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grpo
 
 pytestmark = pytest.mark.slow
 CLOSE = {"rel": 2e-4, "abs": 2e-6}
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -33,11 +32,6 @@ def undisturbed(tiny, problems, options, tmp_path_factory):
     done = run(command(tiny, problems, out, *options))
     (out / "console.txt").write_text(done.stdout)
     return out
-
-
-def start(cmd):
-    return subprocess.Popen(cmd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            start_new_session=True, env=ENV)
 
 
 def wait_for(process, word):
@@ -151,7 +145,7 @@ def test_killed_anywhere_resumes_to_the_same_numbers(undisturbed, tiny, problems
     cmd = command(tiny, problems, tmp_path / "r", *options, "--resume")
     dice, kills = random.Random(seed), 0
     while kills < 4:
-        p = start(cmd)
+        p = launch(cmd, real=seed == 1)
         seen, wanted = 0, dice.randint(1, 3)
         for line in p.stdout:
             seen += "/6 " in line[:16]
@@ -202,7 +196,7 @@ def test_resume_on_another_number_of_ranks(undisturbed, tiny, problems, options,
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_signal_saves_and_leaves(undisturbed, tiny, problems, options, tmp_path, number, code, ranks):
     cmd = command(tiny, problems, tmp_path / "r", *options, "--save_every", 100, ranks=ranks)
-    p = start(cmd)
+    p = launch(cmd, real=True)
     wait_for(p, " 2/6 ")
     os.killpg(p.pid, number)
     rest = p.stdout.read()
@@ -234,7 +228,7 @@ def test_interrupted_validation_is_made_up_for(undisturbed, tiny, problems, opti
 
 
 def test_a_stop_file_saves_and_leaves(undisturbed, tiny, problems, options, tmp_path):
-    p = start(command(tiny, problems, tmp_path / "r", *options, "--save_every", 100))
+    p = launch(command(tiny, problems, tmp_path / "r", *options, "--save_every", 100))
     wait_for(p, " 1/6 ")
     (tmp_path / "r/stop").touch()
     assert "stopped after step" in p.stdout.read() and p.wait(timeout=60) == 0
@@ -247,7 +241,8 @@ def test_a_stop_file_saves_and_leaves(undisturbed, tiny, problems, options, tmp_
 
 def test_one_run_in_a_folder(tiny, problems, tmp_path):
     """A second start is refused while any worker of the first lives, even one whose torchrun was killed."""
-    p = start(command(tiny, problems, tmp_path / "r", "--steps", 10**6, "--save_every", 10**6, ranks=2))
+    cmd = command(tiny, problems, tmp_path / "r", "--steps", 10**6, "--save_every", 10**6, ranks=2)
+    p = launch(cmd, real=True)
     wait_for(p, " 1/1000000 ")
     children = subprocess.run(["pgrep", "-P", str(p.pid)], capture_output=True, text=True, check=True).stdout
     workers = [int(w) for w in children.split()]
@@ -420,7 +415,8 @@ FAILS = "if RANK == 1:\n    def fail(*a, **kw):\n        raise {}\n    {} = fail
 ], ids=["start", "model", "grader"])
 def test_a_failure_of_one_rank_ends_all_with_its_words(tiny, problems, tmp_path, code, words):
     program = sabotaged(tmp_path, code)
-    done = run(command(tiny, problems, tmp_path / "r", ranks=2, program=program), check=False, timeout=120)
+    done = run(command(tiny, problems, tmp_path / "r", ranks=2, program=program), check=False, timeout=120,
+               real=True)
     assert done.returncode and done.stderr.count(words) == 1, done.stderr[-3000:]
 
 

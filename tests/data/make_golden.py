@@ -2,7 +2,7 @@
 
     pip install torch trl==1.16.0 tensordict codetiming orjson pyvers omegaconf hydra-core pillow
     pip install --no-deps verl==0.9.1     # its own list asks for ray and an older transformers: not needed
-    python tests/make_golden.py           # rewrites tests/data/golden_losses.json
+    python tests/data/make_golden.py      # rewrites golden_losses.json beside it
 
 No line of either project is copied here. Their functions are called as they are, with only the model's
 forward pass and the network of processes replaced by stand-ins:
@@ -30,7 +30,7 @@ from unittest.mock import MagicMock
 
 import torch
 
-GOLDEN = Path(__file__).resolve().parent / "data" / "golden_losses.json"
+GOLDEN = Path(__file__).resolve().parent / "golden_losses.json"
 VERSIONS = {"trl": "1.16.0", "verl": "0.9.1"}
 EPS = {"trl": 1e-4, "verl": 1e-6}  # each adds its own to the standard deviation of a group
 AGGREGATIONS = {  # ours -> theirs
@@ -313,7 +313,6 @@ def main():
             r = LOSS[peer](batches[batch], options, agg, torch.float64)
             r["entropy_grad"] = r["entropy_grad"] if any(r["entropy_grad"]) else None
             golden["losses"][peer][f"{name}/{agg}"] = r
-    GOLDEN.parent.mkdir(exist_ok=True)
     text = json.dumps(golden).replace('"batches"', '\n"batches"').replace('{"loss"', '\n{"loss"')
     GOLDEN.write_text(text + "\n")
     print(f"{GOLDEN.name}: {GOLDEN.stat().st_size / 1024:.0f} KB, "
