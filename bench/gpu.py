@@ -326,7 +326,7 @@ def update(args, report):
         rows = [batch for batch, _, _ in pack()[0]]
         documents = torch.cat([batch.cu_seqlens.diff() for batch in rows]).double()
         operations = 3 * predict.forward_flops(m, sum(len(b.ids) for b in rows), float((documents**2).sum()),
-                                                sum(len(b.targets) for b in rows))
+                                               sum(len(b.targets) for b in rows))
         p = predict.predict_memory(m, vars(learner.args), 80.0, 1)
         predicted = p["weights + gradients + Adam"] + p["update"]
         numbers = {"seconds": seconds, "tokens_per_second": documents.sum().item() / seconds,
