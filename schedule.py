@@ -260,6 +260,7 @@ def program(args, name, script, options, look=lambda: None):
     if args.gpus > 1 or args.torchrun:
         where = shlex.split(args.torchrun) + ["--rdzv_id", name] if args.nodes > 1 else ["--standalone"]
         command[1:1] = ["-m", "torch.distributed.run", *where, "--nproc_per_node", str(args.gpus)]
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun would, with a notice
     print("$ " + shlex.join(command), flush=True)
     # A session of its own: Ctrl-C in a terminal comes to this process alone, which passes it on. By itself
     # torchrun gives its workers 30 seconds, less than a large checkpoint takes.

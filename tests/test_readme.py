@@ -106,17 +106,17 @@ def test_the_example_is_the_walkthroughs():
     cells = json.loads((ROOT / "walkthrough.ipynb").read_text())["cells"]
     printed = "\n".join("".join(out["text"]) for cell in cells for out in cell.get("outputs", []))
     rows = {name: re.search(rf"^{name}[^|]*\|(.*)", README, re.MULTILINE)[1].split("|")
-            for name in ("tokens", "reward", "advantage", "its probability")}
+            for name in ("tokens", "reward", "advantage", "update multiplies")}
     found = re.findall(r"^(\d)  reward (\d), (\d+) tokens", printed, re.MULTILINE)
     assert rows["reward"] == [r for _, r, _ in found] and rows["tokens"] == [t for _, _, t in found]
     assert rows["advantage"] == re.search(r"advantages +\[(.*)\]", printed)[1].split(", ")
-    assert rows["its probability"] == re.findall(r"probability times ([\d.]+)", printed)
+    assert rows["update multiplies"] == re.findall(r"probability times ([\d.]+)", printed)
     for line in re.findall(r"^\d: (a .*<\|end\|>)", README, re.MULTILINE):
         assert line in printed
     assert f"loss {re.search(r'The loss is ([^,]+)', README)[1]}" in printed
     assert f"tokens R: {re.search(r'.N. = (.+?)[.]', README)[1]}" in printed
     chinese = TEXTS["README.zh.md"]
-    assert all(f"| {x} 倍 " in chinese for x in rows["its probability"])
+    assert all(f"| {x} 倍 " in chinese for x in rows["update multiplies"])
 
 
 def test_the_toys_numbers_are_its_reports():
