@@ -464,7 +464,7 @@ class Log:
                          "finish_reason": s.finish_reason})
         try:
             if self.first:
-                packed = gzip.compress(common.json_lines(rows).encode(), 3, mtime=0)
+                packed = gzip.compress(common.json_lines(rows).encode(), 1, mtime=0)
                 common.write_atomic(f"{self.args.out}/rollouts/{step:06d}.jsonl.gz", packed)
         except OSError as e:
             say(f"ALARM rollouts of step {step} not written ({e}); training goes on")

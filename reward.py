@@ -761,6 +761,9 @@ def power(x, n):
         return x ** n.numerator
     if x == 0:
         return 0 if mp().re(inexact(n)) > 0 else 1 / Fraction(0)
+    if exact(x, n) and n == Fraction(1, 2):  # as exact, a tenth of the time
+        refuse(x != 1 and abs(x - 1) < Fraction(1, 2 ** 200), "exponent", Undecided)
+        return mp().sqrt(inexact(x))
     if exact(n) and n.denominator % 2 and not mp().im(inexact(x)) and x < 0:
         return power(-x, n) * (-1) ** n.numerator        # odd roots of negatives are real, as at school
     exponent = inexact(n) * mp().ln(inexact(x))
@@ -805,7 +808,7 @@ def value(tree, point):
     >>> value(("+", ("var", "x"), ("/", ONE, TWO)), {"x": Fraction(1)})
     Fraction(3, 2)
     """
-    kind, *parts = tree
+    kind, parts = tree[0], tree[1:]
     if kind == "num":
         return parts[0]
     if kind == "var":
@@ -814,8 +817,9 @@ def value(tree, point):
     if kind == "const":
         return {"pi": mp().pi, "e": mp().e, "i": mp().j, "inf": mp().inf}[parts[0]] * 1
     tick()
-    refuse(kind == "big", "sum, product, integral or limit", Undecided)
-    refuse(kind not in OPERATIONS and "\\" + kind not in FUNCTIONS, "no value")
+    if kind not in OPERATIONS:
+        refuse(kind == "big", "sum, product, integral or limit", Undecided)
+        refuse("\\" + kind not in FUNCTIONS, "no value")
     refuse(len(parts) > 1 and kind not in SEVERAL, "arguments")
     values = [value(part, point) for part in parts]
     values = [inexact(v) for v in values] if kind in "*/" and not exact(*values) else values
@@ -866,15 +870,18 @@ def sampled(b, a):
     kinds = JUMPS & {t[0] for t in parts}
     if any(t[0] == "^" and t[1][0] == "num" and t[1][1] < 0 and variables(t[2]) for t in parts):
         kinds |= {"!"}                                   # (-1)^n has a meaning for whole numbers only
-    large, found = sorted({int(t[1]) for t in parts if t[0] == "num" and 4 < t[1] < 10 ** 9}), []
+    large, reals, others = sorted({int(t[1]) for t in parts if t[0] == "num" and 4 < t[1] < 10 ** 9}), [], []
     for point in sample(names, kinds, tuple(large[:6]) if kinds else ()):
         try:
-            found.append((value(b, point), point))
+            y = value(b, point)
+            (reals if exact(y) or mp().im(y) == 0 else others).append((y, point))
         except (ArithmeticError, ValueError) as error:
             tick()
             reason = str(error)
+        if len(reals) == 3 and not kinds:
+            break
+    found = reals + others
     refuse(not found, "" if found else reason, Undecided)        # defined nowhere, or too large there
-    found.sort(key=lambda pair: not exact(pair[0]) and mp().im(pair[0]) != 0)
     return found if kinds else found[:3]
 
 

@@ -63,7 +63,7 @@ def main(argv=None):
     parts = {
         "decode": seconds(lambda: [core.decode(s.response_ids.tolist()) for _, s in mine]),
         "grade": seconds(lambda: [grade(p, s) for p, s in mine]),
-        "pack": seconds(lambda: [policy.pack([(s.prompt_ids, s.response_ids.tolist()) for s in half],
+        "pack": seconds(lambda: [policy.pack([(s.prompt_ids, s.response_ids) for s in half],
                                              budget=32768, rank=0, world=RANKS)
                                  for half in (samples[:512], samples[512:])])}
     with tempfile.TemporaryDirectory() as log.args.out, multiprocessing.get_context("spawn").Pool(2) as pool:
