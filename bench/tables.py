@@ -75,7 +75,9 @@ def about(d):
     said = ", ".join(f"{k} {' and '.join(sorted(v))}" for k, v in sorted(versions.items())
                      if k in measure.PACKAGES)
     warning = f" **{d['warning']}.**" if d.get("warning") else ""
-    return (f"`{d['command']}`, {n} repetition{'s' * (n != 1)}, {d['date'][:10]}, commit {d['commit']}, "
+    took = f" in {d['minutes']:.0f} minutes" if d.get("minutes") else ""
+    times = f"{n} repetition{'s' * (n != 1)}{took}"
+    return (f"`{d['command']}`, {times}, {d['date'][:10]}, commit {d['commit']}, "
             f"{machine['cpu']}, {'and '.join(map(str, machine['threads']))} threads; {said}.{warning}\n")
 
 
@@ -113,24 +115,25 @@ def ratios(rows):
 
 
 # what, results, and words about the rows of their sides, or a function of the rows
-UPDATE = ("{trl.times_ours:.1f} times as fast ({limit.times_ours:.2f} of the bare model's speed) in "
-          "{ours.memory_mb:,.0f} instead of {trl.memory_mb:,.0f} MiB")
+UPDATE = "{trl.times_ours:.1f} × as fast, {ours.memory_mb:,.0f} MiB instead of {trl.memory_mb:,.0f}"
 HEAD = ("{ours.length:,} tokens: {ours.seconds:.0f} s and {ours.memory_mb:,.0f} MiB, TRL {trl.seconds:.0f} s "
         "and {trl.memory_mb:,.0f} MiB")
-GRADER = "{X.accuracy:.1%}, {X.false_positives}, {X.answers_per_second:,.0f}"
+GRADER = ("{nanoscaler.accuracy:.1%} ({math_verify.accuracy:.1%}) right, {nanoscaler.false_positives} "
+          "({math_verify.false_positives}) wrong paid, {nanoscaler.answers_per_second:,.0f} "
+          "({math_verify.answers_per_second:,.0f}) a second")
 SUMMARY = [
-    ("an update beside TRL's: 1.6 M parameters / SmolLM2", ["update", "update_smollm2"], UPDATE),
-    ("the head at a vocabulary of 151,936, beside TRL's", ["logprobs"], HEAD),
-    ("generation through vLLM beside bare vLLM asked for the same: 1.6 M parameters / SmolLM2",
-     ["generate", "generate_smollm2"], "{vllm.times_bare_same:.2f} of its tokens a second"),
-    ("the torch engine beside transformers' `generate`: 1.6 M parameters / SmolLM2",
-     ["generate", "generate_smollm2"], "{torch.times_bare:.1f} times its tokens a second"),
-    ("a whole step beside TRL's: 1.6 M parameters / SmolLM2", ["step", "step_smollm2"],
-     "{trl_hf.times_ours:.1f} times as fast, {trl_hf.times_ours_per_token:.1f} for each token"),
-    ("right, wrong answers paid, answers a second: reward.py; math-verify", ["grader"],
-     f"{GRADER.replace('X', 'nanoscaler')}; {GRADER.replace('X', 'math_verify')}"),
-    ("share of the problems that pay for a lazy answer", ["lazy"], tricks),
-    ("predicted memory of an update of the 1.5B model, without a card", ["memory"], ratios)]
+    ("update of a random model of 1.6 M parameters / SmolLM2, beside TRL", ["update", "update_smollm2"],
+     UPDATE),
+    ("log-probs at a vocabulary of 151,936, beside TRL", ["logprobs"], HEAD),
+    ("generation through vLLM, beside bare vLLM asked for the same: both models",
+     ["generate", "generate_smollm2"], "{vllm.times_bare_same:.2f} ×"),
+    ("generation by the torch engine, beside `generate`: both models", ["generate", "generate_smollm2"],
+     "{torch.times_bare:.1f} ×"),
+    ("whole step, beside TRL: both models", ["step", "step_smollm2"],
+     "{trl_hf.times_ours:.1f} × as fast, {trl_hf.times_ours_per_token:.1f} × per token"),
+    ("grader (math-verify) on visible cases", ["grader"], GRADER),
+    ("problems that pay for a lazy answer", ["lazy"], tricks),
+    ("predicted memory of an update of the 1.5B model", ["memory"], ratios)]
 
 
 def summary(results=measure.RESULTS):
