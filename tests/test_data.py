@@ -37,7 +37,7 @@ def load_one(tmp_path, row, **how):
 
 
 def row(problem, answer, source="s"):
-    return {"problem": problem, "answer": answer, "source": source, "where": "f, line 1", "solutions": []}
+    return {"problem": problem, "answer": answer, "source": source, "where": "f, line 1"}
 
 
 # --- Reading files ----------------------------------------------------------------------------------------
@@ -446,10 +446,7 @@ def test_what_nobody_can_grade_goes_and_known_errors_are_corrected(problem, answ
 
 def small_world(folder):
     """Sources with every flaw once, and a benchmark: 31 good problems among 38 rows."""
-    nouns = random.Random(1).sample([a + b for a in ("red", "tin", "old", "wet", "raw") for b in (
-        "fox", "pan", "map", "hat", "jug", "rod", "cow", "bee")], 30)
-    good = [{"problem": f"A {w} of weight {k + 3} costs twice its {w[::-1]}. Find the {w * 2} price.",
-             "answer": f"${k}$."} for k, w in enumerate(nouns)]
+    good = [{"problem": f"What do {k} cats and {k + 3} hats cost?", "answer": f"${k}$."} for k in range(30)]
     test = {"problem": "Nine knights sit at a round table and each of them shakes hands with both neighbours",
             "answer": "9"}
     aime = good[:10] + [{"problem": "Seven sages solve it", "solution": "So \\boxed{12}."}]
