@@ -1,13 +1,16 @@
 """Pictures: what is drawn equals what was logged, no text lies outside or on another, damage is named.
 The page of transcripts, read with a parser: hostile text stays text, formulas are MathML and nothing else."""
 import gzip
-import html.parser
+import itertools
 import json
 import math
 import re
 import struct
 import time
 import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -20,67 +23,54 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 import figures
+from common import json_lines
 
 NAMES = set(figures.FIGURES)
 
 
-def write_gz(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with gzip.open(path, "wt", encoding="utf-8") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def sample(step, i, response="\\boxed{1}", reward=0.0, **more):
-    return {"step": step, "id": f"p{i // 4}", "sample": i % 4, "problem": "1+1?", "answer": "2",
-            "response": response, "reward": reward, "response_tokens": 5, "finish_reason": "stop"} | more
-
-
-def made_up(folder, steps=40, limit=64, eval_data="toy.jsonl", rollouts=2, **changes):
+def made_up(folder, steps=40, limit=64, eval_data="toy.jsonl", **changes):
     """A folder as grpo.py leaves it, with numbers that can be recognised."""
     folder.mkdir(parents=True, exist_ok=True)
-    options = {"max_len": limit, "eval_data": eval_data, "model": "start"}
-    (folder / "config.json").write_text(json.dumps({"options": options}))
-    rows = []
-    for t in range(steps + 1):
-        trained = {"reward": 0.3 + 0.01 * (t % 9), "length_mean": limit / 2 + t % 5, "truncated": t % 3 / 50,
-                   "seconds": 10.0 + t % 4, "seconds_generate": 6.0, "seconds_update": 2.0}
-        validated = {"eval_reward": 0.2 + t / 400, "eval_se": 0.03, "eval_truncated": 0.1}
-        rows.append({"step": t} | (trained if t else {}) | ({} if t % 10 else validated) | changes)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for t in range(1, min(steps, rollouts) + 1):
-        group = [sample(t, i, reward=float(i % 3 == 0)) for i in range(20)]
-        write_gz(folder / f"rollouts/{t:06d}.jsonl.gz", group)
+    (folder / "config.json").write_text(json.dumps({"options": {"eval_data": eval_data}}))
+    rows = [{"step": t, "reward": 0.3 + 0.01 * (t % 9), "length_mean": limit / 2 + t % 5,
+             "truncated": t % 3 / 50, "seconds": 10.0 + t % 4, "seconds_generate": 6.0, "seconds_update": 2.0}
+            for t in range(steps + 1)]
+    rows[0] = {"step": 0}
+    for row in rows[::10]:
+        row |= {"eval_reward": 0.2 + row["step"] / 400, "eval_se": 0.03, "eval_truncated": 0.1}
+    (folder / "metrics.jsonl").write_text(json_lines(row | changes for row in rows))
     return folder
 
 
-def result(path, name, model="elsewhere", parameters=None, **scores):
+def result(path, name, parameters=None, **scores):
     path.parent.mkdir(parents=True, exist_ok=True)
     bench = {b: {"pass@1": value, "se": 0.02} for b, value in scores.items()}
-    path.write_text(json.dumps({"name": name, "model": model, "parameters": parameters, "benchmarks": bench}))
+    path.write_text(json.dumps({"name": name, "parameters": parameters, "benchmarks": bench}))
 
 
 def schedule(folder, bench="aime24", steps=(40, 26, 12), picked=(30, 20, None)):
     """Three stages; two ran on past the picked step, the first of them turned, the last is running."""
-    stages = []
-    for i, (ran, pick, limit) in enumerate(zip(steps, picked, (8192, 16384, 24576)), 1):
-        made_up(folder / f"stage{i}", ran, limit, f"assets/benchmarks/{bench}.jsonl")
-        turn = {"turn": 30, "before": [10, 19], "after": [20, 29]} if i == 1 else None
-        stages.append({"folder": f"stage{i}", "max_len": limit, "picked": pick, "evidence": turn})
-    (folder / "plan.json").write_text(json.dumps({"model": "start", "stages": stages}))
-    for k, name in enumerate(["base", "stage1", "stage2"]):
-        scores = {bench: 0.288 + 0.05 * k, "math500": 0.82 + 0.01 * k}
-        result(folder / f"eval/{name}.json", name, f"x/{name}/hf", 1_777_088_000, **scores)
+    stages = [{"folder": f"stage{i}", "max_len": 8192 * i, "picked": picked[i - 1]} for i in (1, 2, 3)]
+    stages[0]["evidence"] = {"turn": 30, "before": [10, 19], "after": [20, 29]}
+    for k, (stage, ran) in enumerate(zip(stages, steps)):
+        made_up(folder / stage["folder"], ran, stage["max_len"], f"assets/benchmarks/{bench}.jsonl")
+        name, scores = f"stage{k}" if k else "base", {bench: 0.288 + 0.05 * k, "math500": 0.82 + 0.01 * k}
+        result(folder / f"eval/{name}.json", name, 1_777_088_000, **scores)
+    (folder / "plan.json").write_text(json.dumps({"stages": stages}))
     return folder
+
+
+def drawn(figure):
+    FigureCanvasAgg(figure)
+    figure.draw_without_rendering()
+    return figure
 
 
 def make(name, *folders, window=100):
     prefixes = [f"{folder.name}, " if len(folders) > 1 else "" for folder in folders]
     runs = [figures.read_run(str(folder), window, prefix) for folder, prefix in zip(folders, prefixes)]
     with matplotlib.rc_context(figures.STYLE):
-        figure = figures.FIGURES[name][0](runs)
-        FigureCanvasAgg(figure)
-        figure.draw_without_rendering()
-    return figure
+        return drawn(figures.FIGURES[name][0](runs))
 
 
 def labelled(axis):
@@ -115,21 +105,19 @@ def test_pictures_and_page_of_a_real_run(tiny, problems, tmp_path, capsys):
 
 def test_numbers_drawn_are_the_ones_logged(tmp_path):
     folder = made_up(tmp_path / "run", steps=20)
-    rows = metrics(folder, timing=True)[1:]
+    steps, reward, cut, seconds = np.array([
+        [r["step"], r["reward"], r["truncated"], r["seconds"]] for r in metrics(folder, timing=True)[1:]]).T
     axis = make("length_and_reward", folder, window=3).axes[1]
-    reward = [r["reward"] for r in rows]
-    assert np.allclose(axis.lines[0].get_xydata().T, [range(1, 21), reward])
+    assert np.allclose(axis.lines[0].get_xydata().T, [steps, reward])
     inner = np.convolve(reward, np.ones(3) / 3, "valid")
     assert np.allclose(labelled(axis)["mean of 3 steps"][0][:, 1], [reward[0], *inner, reward[-1]])
-    cut = make("truncation", folder).axes[0].lines[0].get_ydata()
-    assert np.allclose(cut, [100 * r["truncated"] for r in rows])
+    assert np.allclose(make("truncation", folder).axes[0].lines[0].get_ydata(), 100 * cut)
     during = labelled(make("pass_at_1", folder).axes[0])["in training"][0]
     assert np.allclose(during, [(0, 20), (10, 22.5), (20, 25)])
     axis = make("time_per_step", folder).axes[0]
     tops = [area.get_paths()[0].get_extents().y1 for area in axis.collections]
-    assert tops[-1] == max(r["seconds"] for r in rows)  # the phases and the rest are the whole step
-    share = 600 * 20 / sum(r["seconds"] for r in rows)
-    assert f"generate {share:.0f}%" in axis.get_legend_handles_labels()[1]
+    assert tops[-1] == seconds.max()  # the phases and the rest are the whole step
+    assert f"generate {600 * 20 / seconds.sum():.0f}%" in axis.get_legend_handles_labels()[1]
 
 
 @settings(max_examples=60, deadline=None)
@@ -149,23 +137,17 @@ KINDS = {
     "one step": lambda d: [made_up(d, steps=1)],
     "long": lambda d: [made_up(d, steps=700, limit=24576)],
     "nothing earned, nothing cut": lambda d: [made_up(d, reward=0.0, truncated=0.0, eval_reward=0.0)],
-    "two schedules": lambda d: [schedule(d / "a"), schedule(d / "b", "aime24", (60, 50, 8), (50, 44, None))],
-}
+    "two schedules": lambda d: [schedule(d / "a"), schedule(d / "b", "aime24", (60, 50, 8), (50, 44, None))]}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_text_outside_the_picture_or_on_another(kind, tmp_path, monkeypatch):
     shown = {}
-
-    def savefig(figure, *_, **__):
-        FigureCanvasAgg(figure)
-        figure.draw_without_rendering()
-        shown[figure.get_suptitle()] = figure
-
-    monkeypatch.setattr(Figure, "savefig", savefig)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: shown.update(
+        {figure.get_suptitle(): drawn(figure)}))
     folders = KINDS[kind](tmp_path / "run")
     for i, size in enumerate((1.5e9, 7e9)):
-        result(folders[0] / f"m{i}.json", f"model {i}", parameters=size, math500=0.4, aime24=0.5)
+        result(folders[0] / f"m{i}.json", f"model {i}", size, math500=0.4, aime24=0.5)
     figures.draw(*map(str, folders))
     assert len(shown) == 5 + (folders[0] / "plan.json").exists()
     for title, figure in shown.items():
@@ -173,59 +155,52 @@ def test_no_text_outside_the_picture_or_on_another(kind, tmp_path, monkeypatch):
                  for tick in one.get_major_ticks()]
         hidden = {id(tick.label1) for tick, (low, high) in ticks if not low <= tick.get_loc() <= high}
         texts = [t for t in figure.findobj(Text) if t.get_visible() and t.get_text().strip()]
-        boxes = [(t.get_text(), t.get_window_extent()) for t in texts if id(t) not in hidden]
-        for i, (one, a) in enumerate(boxes):
-            assert min(a.x0, a.y0, figure.bbox.x1 - a.x1, figure.bbox.y1 - a.y1) >= -1, (title, one)
-            for two, b in boxes[i + 1:]:
-                apart = a.x1 <= b.x0 + 2 or b.x1 <= a.x0 + 2 or a.y1 <= b.y0 + 2 or b.y1 <= a.y0 + 2
-                assert apart, (title, one, two)
+        boxes = [(t.get_text(), t.get_window_extent().padded(-1)) for t in texts if id(t) not in hidden]
+        for text, box in boxes:
+            assert min(box.x0, box.y0, figure.bbox.x1 - box.x1, figure.bbox.y1 - box.y1) >= 0, (title, text)
+        for (one, a), (two, b) in itertools.combinations(boxes, 2):
+            assert not a.overlaps(b), (title, one, two)
         if "stages" in kind and not re.search("Accuracy|turn", title):
             names = {t for t, _ in boxes if t.startswith("stage")}
             assert names == {"stage1, 8,192", "stage2, 16,384", "stage3, 24,576"}  # however short the stage
 
 
-def test_a_schedule_is_drawn_end_to_end_with_its_turn(tmp_path):
-    folder = schedule(tmp_path / "run")
-    axis = make("length_and_reward", folder, window=5).axes[1]
-    drawn = [(line[0, 0], line[-1, 0]) for line in labelled(axis)["mean of 5 steps"]]
-    assert drawn == [(1, 30), (31, 50), (51, 62)]
+def test_a_schedule_is_drawn_end_to_end_with_its_turn_and_beside_another_run(tmp_path, monkeypatch):
+    a, b, long = schedule(tmp_path / "a"), schedule(tmp_path / "b"), made_up(tmp_path / "long", steps=100)
+    axis = make("length_and_reward", a, window=5).axes[1]
+    ends = [(line[0, 0], line[-1, 0]) for line in labelled(axis)["mean of 5 steps"]]
+    assert ends == [(1, 30), (31, 50), (51, 62)]
     assert [line.get_xdata()[0] for line in axis.lines if line.get_ls() == "--"] == [0, 30, 50]
-    points = labelled(make("pass_at_1", folder).axes[0])["aime24"][0]
-    assert np.allclose(points, [(0, 28.8), (30, 33.8), (50, 38.8)])
-    axes = make("turning_over", folder, schedule(tmp_path / "b")).axes
-    lines = labelled(axes[1])
+    axes = make("turning_over", a, b).axes
     assert len(axes) == 6 and axes[1].get_title() == "b, stage1"
-    assert lines["checkpoint handed on"][0][0, 0] == 30
-    assert lines["b, mean of 10 steps"][0][-1, 0] == 40  # and what came after
-    result(folder / "other.json", "other $x$", parameters=9e9, amc23=0.5)
-    assert not labelled(make("accuracy_vs_size", folder).axes[0])  # the other size has another benchmark
-    result(folder / "other.json", "other $x$", parameters=9e9, aime24=0.5)
-    points = labelled(make("accuracy_vs_size", folder).axes[0])
-    assert np.allclose(points["other $x$"], [(9, 50)]) and np.allclose(points["stage2"], [(1.777088, 38.8)])
-
-
-def test_lines_of_other_models(tmp_path):
-    folder = made_up(tmp_path / "run")
-    result(folder / "eval/base.json", "base", "start", toy=0.1)
-    result(folder / "rival.json", "rival", "/models/rival", toy=0.44)
-    lines = labelled(make("pass_at_1", folder).axes[0])
-    assert np.allclose(lines["toy"], [(0, 10)]) and np.allclose(lines["rival 44"][0][:, 1], 44)
-    published = {"o1-preview 40", "DeepScaleR-1.5B 43.1", "R1-Distill-Qwen-1.5B 28.8"}  # on AIME 2024 only
-    for name in ("aime24", "toy_aime24"):
-        one = made_up(tmp_path / name, eval_data=f"x/{name}.jsonl")
-        for folder in (one, schedule(tmp_path / f"staged {name}", name)):
-            shown = published & set(labelled(make("pass_at_1", folder).axes[0]))
-            assert shown == (published if name == "aime24" else set())
-
-
-def test_two_runs_in_one_picture_and_a_window_that_fits(tmp_path, monkeypatch):
-    a, b = schedule(tmp_path / "a"), made_up(tmp_path / "b", steps=100)
-    lines = labelled(make("length_and_reward", a, b, window=7).axes[0])
-    assert lines["a, mean of 7 steps"][-1][-1, 0] == 62 and lines["b, mean of 7 steps"][-1][-1, 0] == 100
-    assert "b, in training" in labelled(make("pass_at_1", a, b).axes[0])
-    assert "a, mean of 10 steps" in labelled(make("truncation", a, b).axes[0])  # a quarter of a stage
+    assert labelled(axes[1])["checkpoint handed on"][0][0, 0] == 30
+    assert labelled(axes[1])["b, mean of 10 steps"][0][-1, 0] == 40  # and what came after
+    lines = labelled(make("length_and_reward", a, long, window=7).axes[0])
+    assert lines["a, mean of 7 steps"][-1][-1, 0] == 62 and lines["long, mean of 7 steps"][-1][-1, 0] == 100
+    assert "long, in training" in labelled(make("pass_at_1", a, long).axes[0])
+    assert "a, mean of 10 steps" in labelled(make("truncation", a, long).axes[0])  # a quarter of a stage
     monkeypatch.setattr(figures, "FIGURES", {"truncation": figures.FIGURES["truncation"]})
     assert figures.draw(str(a), str(b))[0][0] == str(a / "figures-b/truncation.png")
+
+
+def test_evaluations_and_other_models(tmp_path):
+    staged, plain = schedule(tmp_path / "staged"), made_up(tmp_path / "plain")
+    points = labelled(make("pass_at_1", staged).axes[0])["aime24"][0]
+    assert np.allclose(points, [(0, 28.8), (30, 33.8), (50, 38.8)])
+    result(staged / "other.json", "other $x$", 9e9, amc23=0.5)
+    assert not labelled(make("accuracy_vs_size", staged).axes[0])  # the other size has another benchmark
+    result(staged / "other.json", "other $x$", 9e9, aime24=0.5)
+    points = labelled(make("accuracy_vs_size", staged).axes[0])
+    assert np.allclose(points["other $x$"], [(9, 50)]) and np.allclose(points["stage2"], [(1.777088, 38.8)])
+    result(plain / "eval/base.json", "base", toy=0.1)
+    result(plain / "rival.json", "rival", toy=0.44)
+    lines = labelled(make("pass_at_1", plain).axes[0])
+    assert np.allclose(lines["toy"], [(0, 10)]) and np.allclose(lines["rival 44"][0][:, 1], 44)
+    published = {"o1-preview 40", "DeepScaleR-1.5B 43.1", "R1-Distill-Qwen-1.5B 28.8"}  # on AIME 2024 only
+    for bench, shown in (("aime24", published), ("toy_aime24", set())):
+        one = made_up(tmp_path / bench, eval_data=f"x/{bench}.jsonl")
+        for folder in (one, schedule(tmp_path / f"staged {bench}", bench)):
+            assert published & set(labelled(make("pass_at_1", folder).axes[0])) == shown, folder
 
 
 # --- Damaged and missing input -----------------------------------------------------------------------------
@@ -236,33 +211,33 @@ def test_two_runs_in_one_picture_and_a_window_that_fits(tmp_path, monkeypatch):
     ("plan.json", ["{", "[]", "\0\xff", '{"stages": 3}'])])
 def test_damage_is_named_without_a_traceback(name, texts, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(figures, "FIGURES", {"truncation": figures.FIGURES["truncation"]})
-    folder = made_up(tmp_path / "run", rollouts=0)
-    (folder / "eval").mkdir()
+    folder = made_up(tmp_path)
+    result(folder / "eval/x.json", "x", toy=0.5)
     good = (folder / name).read_text() if name == "metrics.jsonl" else ""
     for text in texts:
         (folder / name).write_text(good + text)
         if name == "plan.json":
             with pytest.raises(SystemExit, match="plan"):
                 figures.main([str(folder)])
-            continue
-        figures.main([str(folder)])
-        told = capsys.readouterr()
-        assert name in told.err and "truncation.png" in told.out  # the rest is drawn
+        else:
+            figures.main([str(folder)])
+            told = capsys.readouterr()
+            assert name in told.err and "truncation.png" in told.out, text  # the rest is drawn
 
 
-def test_odd_values_are_left_out(tmp_path, monkeypatch):
+def test_odd_values_are_left_out(tmp_path):
     folder = made_up(tmp_path / "run/stage1", steps=7)
     rows = metrics(folder, timing=True)
-    for step, value in ((2, None), (3, math.nan), (4, math.inf), (5, "much"), (6, 10 ** 400)):
-        rows[step]["reward"] = value
+    for row, value in zip(rows[2:7], (None, math.nan, math.inf, "much", 10 ** 400)):
+        row["reward"] = value
     rows += [{"reward": 1}, {"step": "3"}, {"step": -1}, {"step": 10 ** 400}, {"step": True}]
-    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 8, "rewa')
+    (folder / "metrics.jsonl").write_text(json_lines(rows) + '{"step": 8, "rewa')
     raw = make("length_and_reward", folder).axes[1].lines[0]
     assert raw.get_xdata().tolist() == [1, 7] and np.isfinite(raw.get_ydata()).all()
     for value in [None, 3, "$\\frac$\n\ud800" + "x" * 300, [], {}, [1], {"x": []}]:
         odd = {"a": value, "b": {"pass@1": value}, str(value): {"pass@1": 0.5, "se": value}}
-        (folder / "odd.json").write_text(json.dumps({
-            "name": value, "model": value, "parameters": value, "average": value, "benchmarks": odd}))
+        odd = dict.fromkeys(("name", "model", "parameters", "average"), value) | {"benchmarks": odd}
+        (folder / "odd.json").write_text(json.dumps(odd))
         for name in NAMES:
             make(name, folder)
         stages = [{"folder": "stage1", "max_len": value, "picked": value, "evidence": value}, value]
@@ -272,18 +247,18 @@ def test_odd_values_are_left_out(tmp_path, monkeypatch):
 
 
 def test_what_is_missing_is_said(tmp_path, capsys):
-    folder = made_up(tmp_path / "run", rollouts=0, eval_reward=None, truncated=None, seconds=None)
+    folder = made_up(tmp_path / "run", eval_reward=None, truncated=None, seconds=None)
     written, missing = figures.draw(str(folder))
-    assert {p.rpartition("/")[2] for p in written} == {"length_and_reward.png", "length_and_reward.svg"}
+    assert {Path(p).name for p in written} == {"length_and_reward.png", "length_and_reward.svg"}
     assert "no evaluation" in missing["pass_at_1"] and "truncation" in missing
-    (folder / "metrics.jsonl").write_text('{"step": 0, "eval_reward": 0.1, "eval_se": null}\n')
-    assert set(figures.draw(str(folder))[1]) == NAMES - {"pass_at_1"}  # evaluated, not yet trained
-    (folder / "metrics.jsonl").write_text("")
-    written, missing = figures.draw(str(folder))
-    assert written == [] and set(missing) == NAMES
-    for arguments in (["nowhere"], [str(folder), "--transcripts"]):
+    begun = '{"step": 0, "eval_reward": 0.1, "eval_se": null}\n'  # evaluated, not yet trained
+    for text, names in ((begun, {"pass_at_1"}), ("", set())):
+        (folder / "metrics.jsonl").write_text(text)
+        written, missing = figures.draw(str(folder))
+        assert {Path(p).stem for p in written} == NAMES - set(missing) == names
+    for words in (["nowhere"], [str(folder), "--transcripts"]):
         with pytest.raises(SystemExit, match=r"^figures.py: "):
-            figures.main(arguments)
+            figures.main(words)
     (folder / "plan.json").write_text(json.dumps({"stages": [{"folder": "gone", "picked": 5}]}))
     assert figures.draw(str(folder))[0] == [] and "gone/metrics.jsonl" in capsys.readouterr().err
 
@@ -293,37 +268,39 @@ def test_what_is_missing_is_said(tmp_path, capsys):
 HOSTILE = [
     "<script>document.title='OWNED'</script>", "</script><img src=x onerror=alert(1)>", "<!--<script>",
     "--> ]]> </title></style></details></article>", "<svg onload=alert(1)>", "$<img src=x onerror=alert(1)>$",
-    "\\(\\href{javascript:alert(1)}{click}\\)", "$\\text{&lt;script&gt;&#x202e;}$ $\\style{color:red}{x}$",
+    r"\(\href{javascript:alert(1)}{click}\)", r"$\text{&lt;script&gt;&#x202e;}$ $\style{color:red}{x}$",
     "\ud800 lone \udfff \x00 nul \x1b[31m \r", "\u2028\u2029 \u202e reversed \u2066", "${1} {run} {css} %s",
-    "a" * 300_000, "\u0335" * 3000, "{" * 9000, "$" + "{" * 900 + "$", "$" * 20_000,
-    "\\[" * 20_000, "\\(" * 20_000,
-    "\\boxed{" * 5000, "\\begin{array}" * 3000, "&lt;b&gt; &amp; &#x3c;", "$f" + "'" * 800 + "$",
-    "$" + "\\frac" * 160 + "$", "$$" + "\\frac{1}{" * 300 + "x" + "}" * 300 + "$$", None, ["a"], {"b": 1},
-    "$\\def\\a{xx}\\def\\b{\\a\\a\\a}\\b$", "$\\phantom{hidden}\\hspace{-99em}\\rlap{x}\\raise{9em}{x}$"]
+    "a" * 300_000, "\u0335" * 3000, "{" * 9000, "$" + "{" * 900 + "$", "$" * 20_000, r"\[" * 20_000,
+    r"\(" * 20_000, r"\boxed{" * 5000, r"\begin{array}" * 3000, "$f" + "'" * 800 + "$", None, ["a"], {"b": 1},
+    "$" + r"\frac" * 160 + "$", "$$" + r"\frac{1}{" * 300 + "x" + "}" * 300 + "$$", "&lt;b&gt; &amp; &#x3c;",
+    r"$\def\a{xx}\def\b{\a\a\a}\b$", r"$\phantom{hidden}\hspace{-99em}\rlap{x}\raise{9em}{x}$"]
 MATHML = set(figures.TAGS.pattern.split("|"))
-PLAIN = {"html", "meta", "title", "style", "h1", "p", "br", "input", "label", "details", "summary", "span"}
-PLAIN |= {"article", "pre", "b", "code"}
+PLAIN = {"html", "meta", "title", "style", "h1", "p", "br", "input", "label", "details", "summary", "span",
+         "article", "pre", "b", "code"}
 
 
-class Page(html.parser.HTMLParser):
-    """The tags of a page with their attributes, and its text."""
+def sample(step, i, response="\\boxed{1}", reward=0.0, **more):
+    return {"step": step, "id": f"p{i // 4}", "sample": i % 4, "problem": "1+1?", "answer": "2",
+            "response": response, "reward": reward, "response_tokens": 5, "finish_reason": "stop"} | more
 
-    def __init__(self, folder, **kw):
-        super().__init__()
-        self.tags, self.text = [], ""
-        with open(figures.transcripts(str(folder), **kw), encoding="utf-8") as f:
-            self.source = f.read()
-        self.feed(self.source)
-        self.close()
 
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
+def write_gz(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(json_lines(rows).encode()))
 
-    def handle_data(self, data):
-        self.text += data
 
-    def classes(self, tag):
-        return [attributes["class"] for t, attributes in self.tags if t == tag]
+def page_of(folder, rows=(), **how):
+    """The page of a run, with these samples in step 1: source, tags with attributes, text, right or wrong."""
+    if rows:
+        write_gz(folder / "rollouts/000001.jsonl.gz", rows)
+    source = Path(figures.transcripts(str(folder), **how)).read_text(encoding="utf-8")
+    parser, tags, texts = HTMLParser(), [], []
+    parser.handle_starttag = lambda tag, attributes: tags.append((tag, dict(attributes)))
+    parser.handle_data = texts.append
+    parser.feed(source)
+    parser.close()
+    answers = [attributes["class"] for tag, attributes in tags if tag == "article"]
+    return SimpleNamespace(source=source, tags=tags, text="".join(texts), answers=answers)
 
 
 def test_hostile_text_stays_text(tmp_path):
@@ -331,7 +308,7 @@ def test_hostile_text_stays_text(tmp_path):
         row = dict.fromkeys(sample(i, 0), text) | {"step": i, "verdict": text}
         write_gz(tmp_path / f"run/rollouts/{i:06d}.jsonl.gz", [row])
     start = time.process_time()
-    page = Page(tmp_path / "run")
+    page = page_of(tmp_path / "run")
     assert time.process_time() - start < 20  # half a second on an idle core
     assert {tag for tag, _ in page.tags} <= MATHML | PLAIN
     names = {(tag, name) for tag, attributes in page.tags if tag not in MATHML for name in attributes}
@@ -341,7 +318,7 @@ def test_hostile_text_stays_text(tmp_path):
     for text in ("<script>document.title='OWNED'</script>", "[U+D800] lone [U+DFFF] [U+0000] nul [U+001B]",
                  "[U+202E] rev", "&lt;b&gt; &amp; &#x3c;", "${1} {run} {css} %s", "</details></article>"):
         assert text in page.text
-    assert len(page.classes("article")) == len(HOSTILE) and "characters left out" not in page.text
+    assert len(page.answers) == len(HOSTILE) and "characters left out" not in page.text
     assert not re.search("[\0-\x08\x0b-\x1f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", page.source)
 
 
@@ -350,62 +327,63 @@ def test_groups_are_whole_with_advantages_and_words(tmp_path):
     rows = [sample(7, i, text, float(i in (0, 1, 4, 5, 6, 7)), advantage=i / 4) for i in range(12)]
     rows[3] |= {"finish_reason": "length", "response": "<think>\nnever done"}
     write_gz(tmp_path / "run/stage2/rollouts/000007.jsonl.gz", rows)
-    write_gz(tmp_path / "run/eval/base.responses.jsonl.gz",
-             [sample(0, i, benchmark="toy", reason="no_box") for i in range(4)])
-    page = Page(tmp_path / "run")
-    kinds = [("wrong", 4), ("right", 2), ("wrong", 2), ("right", 4), ("wrong", 4)]  # the evaluation is first
-    assert page.classes("article") == [kind for kind, times in kinds for _ in range(times)]
+    rows = [sample(0, i, benchmark="toy", reason="no_box") for i in range(4)]
+    write_gz(tmp_path / "run/eval/base.responses.jsonl.gz", rows)
+    page = page_of(tmp_path / "run")
+    right, wrong = ["right"], ["wrong"]  # the evaluation is first
+    assert page.answers == 4 * wrong + 2 * right + 2 * wrong + 4 * right + 4 * wrong
     assert page.text.count("1+1?") == 2 * 4  # in the head of each group, and whole above its answers
-    for text in ("✓ right · reward 1.0 · advantage +0.25 · 5 tokens",
-                 "✗ wrong · reward 0.0 · 5 tokens · no_box",
-                 "advantage +0.75 · 5 tokens · ✂ cut off", "eval/base.responses · p0 · 0 of 4 right",
-                 "stage2/rollouts/000007 · p0 · 2 of 4 right"):
+    for text in ("stage2/rollouts/000007 · p0 · 2 of 4 right", "advantage +0.75 · 5 tokens · ✂ cut off",
+                 "eval/base.responses · p0 · 0 of 4 right", "✗ wrong · reward 0.0 · 5 tokens · no_box",
+                 "✓ right · reward 1.0 · advantage +0.25 · 5 tokens"):
         assert text in page.text
     boxes = re.findall(r'<pre class="thought">(.*?)</pre><pre>(.*?)</pre>', page.source, re.DOTALL)
     assert boxes[4] == ("&lt;think&gt;\nlong way&lt;/think&gt;", "so \\boxed{2}")
     for rule in ("#r:checked ~ details .wrong", "#w:checked ~ details .right", "color-scheme: light dark"):
         assert rule in page.source
-    assert "".join(a["id"] for tag, a in page.tags if tag == "input") == "arw"
+    assert "".join(attributes["id"] for tag, attributes in page.tags if tag == "input") == "arw"
 
 
 def test_samples_are_taken_evenly_and_damage_costs_only_itself(tmp_path, capsys):
-    folder = made_up(tmp_path / "run", steps=100, rollouts=100)  # 2,000 samples in groups of 4
-    write_gz(folder / "eval/base.responses.jsonl.gz", [sample(None, i) for i in range(200)])
-    page = Page(folder, most=400)
-    assert 300 <= len(page.classes("article")) <= 400 and page.text.count("eval/base") >= 40
+    for step in range(1, 101):  # 2,000 samples in groups of 4
+        rows = [sample(step, i, reward=float(i % 3 == 0)) for i in range(20)]
+        write_gz(tmp_path / f"rollouts/{step:06d}.jsonl.gz", rows)
+    write_gz(tmp_path / "eval/base.responses.jsonl.gz", [sample(None, i) for i in range(200)])
+    page = page_of(tmp_path, most=400)
+    assert 300 <= len(page.answers) <= 400 and page.text.count("eval/base") >= 40
     steps = [int(s) for s in re.findall(r"rollouts/(\d+) ·", page.source)]
     assert steps[0] == 1 and steps[-1] > 90 and len(set(steps)) > 10 and steps == sorted(steps)
-    assert "2,200 samples in 550 groups" in Page(folder, most=10_000).text
-    path = folder / "rollouts/000002.jsonl.gz"
+    assert "2,200 samples in 550 groups" in page_of(tmp_path, most=10_000).text
+    path = tmp_path / "rollouts/000002.jsonl.gz"
     whole = path.read_bytes()
     for broken in (whole[:-20], b"no gzip", whole[:30] + b"x" * 40, gzip.compress(b'{"step": 2}\n{"s\n\n')):
         path.write_bytes(broken)
-        assert "rollouts/000003" in Page(folder, most=10_000).text and path.name in capsys.readouterr().err
+        assert "rollouts/000003" in page_of(tmp_path, most=10_000).text
+        assert path.name in capsys.readouterr().err
 
 
 def test_formulas_become_mathml_and_money_does_not(tmp_path):
     text = (r"<think>$x=\frac12$, $$\sum_{k=1}^{n}k^2$$ \[\begin{pmatrix}1&2\\3&4\end{pmatrix}\]</think>"
             r"costs $5 and $6, $5 and 6$, \$7, US$5-$10. $a_1^2\le\sqrt[3]{2}$ $\nosuch{x}$ \(\boxed{3}\)")
-    write_gz(tmp_path / "run/rollouts/000001.jsonl.gz", [sample(1, 0, text, answer=r"\frac{1}{3}")])
-    source = Page(tmp_path / "run").source
+    source = page_of(tmp_path, [sample(1, 0, text, answer=r"\frac{1}{3}")]).source
     for part in ("<mfrac><mn>1</mn><mn>2</mn></mfrac>", '<math display="block">', "<mtable>", "<mroot>",
-                 "<munderover><mo>∑</mo>", "<menclose>", "Wanted: <math",
+                 "<munderover><mo>∑</mo>", "<menclose>", "Wanted: <math", r"<code>$\nosuch{x}$</code>",
                  "<msubsup><mi>a</mi><mn>1</mn><mn>2</mn></msubsup>",
-                 r"<code>$\nosuch{x}$</code>", r"costs $5 and $6, $5 and 6$, \$7, US$5-$10. <math"):
+                 r"costs $5 and $6, $5 and 6$, \$7, US$5-$10. <math"):
         assert part in source, part
 
 
-def test_what_the_converter_returns_is_checked(monkeypatch):
-    attributes = 'onclick="x" style="x" href="x" class="x" width="-99em" mathcolor="red" stretchy="false"'
-    for tree, safe in {
-            "<math><script>x</script></math>": "", "<math><mi>x</mi><maction>x</maction></math>": "",
-            "<math><annotation-xml encoding='text/html'>x</annotation-xml></math>": "",
-            "<math><mphantom/></math>": "", "<svg/>": "",
-            f"<math {attributes}><mi>&lt;b&gt;</mi></math>":
-                '<math stretchy="false"><mi>&lt;b&gt;</mi></math>'}.items():
-        element = ET.fromstring(tree)
-        monkeypatch.setattr(figures, "convert_to_element", lambda tex, display, element=element: element)
-        assert figures.mathml.__wrapped__("x", "inline") == safe
+ODD = 'onclick="x" style="x" href="x" class="x" width="-99em" mathcolor="red" stretchy="false"'
+
+
+@pytest.mark.parametrize("inside, safe", [
+    ("><script>x</script>", ""), ("><mi>x</mi><maction>x</maction>", ""), ("><mphantom/>", ""),
+    ("><svg/>", ""), ("><annotation-xml encoding='text/html'>x</annotation-xml>", ""),
+    (f" {ODD}><mi>&lt;b&gt;</mi>", '<math stretchy="false"><mi>&lt;b&gt;</mi></math>')])
+def test_what_the_converter_returns_is_checked(inside, safe, monkeypatch):
+    element = ET.fromstring(f"<math{inside}</math>")
+    monkeypatch.setattr(figures, "convert_to_element", lambda tex, display: element)
+    assert figures.mathml.__wrapped__("x", "inline") == safe
 
 
 @settings(max_examples=150, deadline=None)
@@ -425,8 +403,7 @@ def test_a_page_has_room_for_so_much(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "PAGE_CHARS", 100_000)
     thoughts = [" ".join(f"$x_{{{i}{k}}}$" for k in range(500)) for i in range(40)]
     rows = [sample(1, i, f"<think>{text}</think>$\\frac{{1}}{{2}}$") for i, text in enumerate(thoughts)]
-    write_gz(tmp_path / "run/rollouts/000001.jsonl.gz", rows)
-    source = Page(tmp_path / "run").source
+    source = page_of(tmp_path, rows).source
     assert sum(map(len, re.findall("<math.*?</math>", source))) < 30_000
     assert len(re.findall("</pre><pre><math[^/]*<mfrac", source)) == 40  # answers come before thoughts
     assert source.count("characters left out") == 40 and len(source) < 300_000

@@ -4,53 +4,41 @@
 wrong answers, some with the problem), `data/grader_adversarial.jsonl.gz` hostile responses.  The same kinds
 of cases, unseen, judge the grader elsewhere, so a rule that only fixes a row of these files is no rule.
 """
-
 import doctest
-import gzip
 import json
 import multiprocessing
 import os
 import pathlib
 import signal
-import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from fractions import Fraction
 
 import pytest
 import sympy as sp
+from conftest import ROOT, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+sys.path.insert(0, str(ROOT / "bench"))
 import grader
 
 import reward
 
-DATA = pathlib.Path(__file__).parent / "data"
-
-
-def rows(name):
-    with gzip.open(DATA / name, "rt", encoding="utf-8", errors="surrogatepass") as f:
-        return [json.loads(line) for line in f]
-
-
-CASES = rows("grader_cases.jsonl.gz") + rows("grader_more.jsonl.gz")
-ADVERSARIAL = rows("grader_adversarial.jsonl.gz")
+CASES = grader.load(["grader_cases.jsonl.gz", "grader_more.jsonl.gz"])
+ADVERSARIAL = grader.load(["grader_adversarial.jsonl.gz"])
 RESPONSES = [c for c in CASES if "response" in c]
 
 
 def mistakes(cases):
     wrong = []
     for c in cases:
-        if "response" in c:
-            verdict = reward.explain(c["response"], c["gold"], c.get("problem"))
-        else:
-            verdict = reward.explain_answer(c["answer"], c["gold"], c.get("problem"))
+        explain, text = (reward.explain, "response") if "response" in c else (reward.explain_answer, "answer")
+        verdict = explain(c[text], c["gold"], c.get("problem"))
         if verdict.reward != c["correct"] or verdict.reason.startswith("error"):
-            wrong.append((c["kind"], c["gold"], c.get("answer", c.get("response")), verdict.reason))
+            wrong.append((c["kind"], c["gold"], c[text], verdict.reason))
     return wrong
 
 
@@ -75,58 +63,38 @@ def test_speed():
 
 # --- hostile input ---------------------------------------------------------------------------------
 
-def test_adversarial(tmp_path, monkeypatch):
+SHORT = r"""
+    open('gradercanary','w') eval("open('gradercanary','w')") len('aaaaaaa') int('7') [7][0] {'a':7}['a'] 0x7
+    0b111 7# 7==7 sum([3,4]) chr(55) 2^{2^{2^{2^{2^{2}}}}} 9^{9^{9^{9}}} ((10^{10})!)! 7^{10^{100}} 1e99999
+    10^{-10^{10^{10}}} \sqrt[10^{9}]{2} \sin(10^{10^{10}}) \tan(10^{50}) \exp(10^{8}) \ln(10^{10^{7}})
+    (1+x)^{10^{9}} x^{x^{x^{x}}} \sinh(10^{9}) ² ٧ ７ Ⅶ ½ \ \\ }{ \boxed \boxed{ $ % () [] \{ , . = 7=8 =7=8
+    nan inf -inf None null True zoo 0/0 7/0 \frac{7}{0} 0^{0}+6+0/0 0^{-1} \log(-7)^{\infty} \infty-\infty 7,8
+    \{7,8\} [7,8] (7,) \overline{7}.8 0.7\overline 7\overline{0} 70\%8 7.8.9 7.. ..7 7e e7 1e-99999"""
+ATTACKS = SHORT.split() + [
+    "__import__('os').system('touch gradercanary')", r"\text{__import__('os').mkdir('gradercanary')}", "7 8",
+    "(lambda: 7)()", "7 if 1 else 8", "7;import os", r"\binom{10^{9}}{5 \cdot 10^{8}}", r"\pm 7", r"7\ 8",
+    r"\lfloor 10^{10^6} \pi \rfloor", r"\sum_{k=1}^{10^{12}} \frac1k", r"\sum_{k=1}^{7} 1", r"\int_0^7 1\,dx",
+    r"\lim_{x\to7} x", r"\prod_{k=7}^{7} k", "7 or 8", "6, 7", r"7 \text{ or } 8", r"7 \text{ is wrong, } 8",
+    r"x \text{ where } x=7", r"7 \ne 7", "7 < x", "x > 7", r"\not 7", r"7 \text{ million}", r"\log 0",
+    r"7 \text{ squared}", "\x00", "\ud800", "7\u202e8", "7\u20e3",
+    "(" * 3000 + "7" + ")" * 3000, "{" * 1500 + "7" + "}" * 1500, "-" * 3999 + "8", r"\frac" * 700,
+    "7!" + "!" * 3000, r"\sqrt{" * 500 + "7" + "}" * 500, "1+" * 1900 + "1", "7," * 1900 + "7",
+    "*".join("x" * 700), "or".join("7" * 280), "+".join(["3999!"] * 140), "9" * 3999, "|" * 3000, "_" * 3000,
+    r"\cup".join(f"({2 * i},{2 * i + 1})" for i in range(250)), r"\text{" + "ab " * 1200 + "}", "^" * 3999,
+    r"\pm" * 1000 + "7", r"\begin{pmatrix}" * 200, "a_" * 1900, "x'" * 1900, "1:" * 1900, r"\text{" * 600,
+    r"\text{" * 600 + "7" + "}" * 600]
+
+
+def test_hostile_responses_and_answers(tmp_path, monkeypatch):
+    """None is paid, none raises, takes long or leaves a file; `7..` is 7 with a double full stop."""
     monkeypatch.chdir(tmp_path)
-    for c in ADVERSARIAL:
+    jobs = [(reward.explain, c["response"], c["gold"]) for c in ADVERSARIAL]
+    jobs += [(reward.explain_answer, attack, "7") for attack in ATTACKS]
+    for explain, text, gold in jobs:
         start = time.perf_counter()
-        verdict = reward.explain(c["response"], c["gold"])
-        assert verdict.reward == 0.0 and not verdict.reason.startswith("error"), c["id"]
-        assert time.perf_counter() - start < 5, c["id"]
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.slow
-def test_adversarial_in_workers(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    golds = [c["gold"] for c in ADVERSARIAL]
-    rewards = reward.compute_rewards([c["response"] for c in ADVERSARIAL], golds, workers=2)
-    assert rewards == [0.0] * len(ADVERSARIAL) and list(tmp_path.iterdir()) == []
-
-
-ATTACKS = [
-    "__import__('os').system('touch gradercanary')", "\\text{__import__('os').mkdir('gradercanary')}",
-    "open('gradercanary','w')", "eval(\"open('gradercanary','w')\")", "(lambda: 7)()", "len('aaaaaaa')",
-    "int('7')", "[7][0]", "{'a':7}['a']", "7 if 1 else 8", "0b111", "0x7", "7#", "7;import os", "7==7",
-    "sum([3,4])", "chr(55)", "2^{2^{2^{2^{2^{2}}}}}", "9^{9^{9^{9}}}", "((10^{10})!)!", "7^{10^{100}}",
-    "10^{-10^{10^{10}}}", "1e99999", "1e-99999", "\\binom{10^{9}}{5 \\cdot 10^{8}}", "\\sqrt[10^{9}]{2}",
-    "\\sin(10^{10^{10}})", "\\tan(10^{50})", "\\exp(10^{8})", "\\ln(10^{10^{7}})", "(1+x)^{10^{9}}",
-    "x^{x^{x^{x}}}", "\\lfloor 10^{10^6} \\pi \\rfloor", "\\sinh(10^{9})", "\\sum_{k=1}^{10^{12}} \\frac1k",
-    "\\sum_{k=1}^{7} 1", "\\int_0^7 1\\,dx", "\\lim_{x\\to7} x", "\\prod_{k=7}^{7} k",
-    "(" * 3000 + "7" + ")" * 3000, "{" * 1500 + "7" + "}" * 1500, "-" * 3999 + "8", "\\frac" * 700,
-    "7!" + "!" * 3000, "\\sqrt{" * 500 + "7" + "}" * 500, "1+" * 1900 + "1", "7," * 1900 + "7",
-    "*".join("x" * 700), "or".join("7" * 280), "+".join(["3999!"] * 140),
-    "\\cup".join(f"({2 * i},{2 * i + 1})" for i in range(250)), "\\text{" + "ab " * 1200 + "}",
-    "\\pm" * 1000 + "7", "|" * 3000, "_" * 3000, "\\begin{pmatrix}" * 200, "a_" * 1900, "^" * 3999,
-    "x'" * 1900, "1:" * 1900, "\\text{" * 600, "\\text{" * 600 + "7" + "}" * 600, "9" * 3999, "\x00",
-    "\ud800", "7\u202e8", "²", "٧", "７", "Ⅶ", "½", "7\u20e3", "\\", "\\\\",
-    "}{", "\\boxed", "\\boxed{", "$",
-    "%", "()", "[]", "\\{", ",", ".", "=", "7=8", "=7=8", "nan", "inf", "-inf", "None", "null", "True", "zoo",
-    "0/0", "7/0", "\\frac{7}{0}", "0^{0}+6+0/0", "0^{-1}", "\\log 0", "\\log(-7)^{\\infty}",
-    "\\infty-\\infty", "7 or 8", "7,8", "6, 7", "\\{7,8\\}", "7 \\text{ or } 8", "\\pm 7",
-    "7 \\text{ is wrong, } 8", "x \\text{ where } x=7", "7 \\ne 7", "7 < x", "x > 7", "[7,8]", "(7,)",
-    "\\not 7", "7 \\text{ million}", "7 \\text{ squared}", "\\overline{7}.8", "0.7\\overline",
-    "7\\overline{0}", "70\\%8", "7\\ 8", "7 8", "7.8.9", "7..", "..7", "7e", "e7",
-]
-
-
-def test_attacks(tmp_path, monkeypatch):
-    """None is paid for 7, none raises, none takes long; `7..` is 7 with a double full stop."""
-    monkeypatch.chdir(tmp_path)
-    for attack in ATTACKS:
-        start = time.perf_counter()
-        verdict = reward.explain_answer(attack, "7")
-        assert not verdict.reason.startswith("error") and time.perf_counter() - start < 4, attack
-        assert verdict.reward == 0.0 or attack == "7..", attack
+        verdict = explain(text, gold)
+        assert time.perf_counter() - start < 4 and not verdict.reason.startswith("error"), text
+        assert verdict.reward == 0.0 or text == "7..", text
     assert list(tmp_path.iterdir()) == []
 
 
@@ -141,26 +109,23 @@ def test_attack_as_gold_and_answer():
 
 
 @pytest.mark.parametrize("text", ["0" * 10 ** 6 + "x", " " * 10 ** 6 + "x", "-" * 10 ** 6, "1," * 10 ** 6,
-                                  "$" * 10 ** 6])
+                                  "$" * 10 ** 6], ids=lambda text: text[:2])
 def test_grade_is_linear_in_the_length(text):
     start = time.perf_counter()
     assert not reward.grade(text, "7") and not reward.grade("7", text)
     assert time.perf_counter() - start < 2
 
 
-def test_a_long_sum_is_bounded_as_a_whole():
+def test_a_long_sum_and_a_long_union_are_bounded_as_a_whole():
     """Each logarithm is cheap, but all of them with 15,000 digits were not."""
-    text = "10^{14900}\\sqrt2-10^{14900}\\sqrt2+" + "+".join(f"\\ln{k}" for k in range(2, 478))
+    text = r"10^{14900}\sqrt2-10^{14900}\sqrt2+" + "+".join(rf"\ln{k}" for k in range(2, 478))
     start = time.perf_counter()
-    assert not reward.grade(text, "7\\ln2+1") and not reward.grade(text + "+1", text)
+    assert not reward.grade(text, r"7\ln2+1") and not reward.grade(text + "+1", text)
     assert time.perf_counter() - start < 6
-
-
-def test_a_long_union_is_bounded():
     parts = [f"({2 * i},{2 * i + 1})" for i in range(250)]
     start = time.perf_counter()
-    assert not reward.grade("\\cup".join(parts), "\\cup".join(parts[1:]))
-    reward.grade("\\cup".join(parts), "\\cup".join(parts[::-1]))
+    assert not reward.grade(r"\cup".join(parts), r"\cup".join(parts[1:]))
+    reward.grade(r"\cup".join(parts), r"\cup".join(parts[::-1]))
     assert time.perf_counter() - start < 6
 
 
@@ -170,25 +135,33 @@ def test_cache_is_bounded():
     assert reward.parsed.cache_info().misses <= before.misses + 1 and before.maxsize * 80 < 150_000
 
 
-@pytest.mark.parametrize("gold", [None, float("nan"), float("inf"), {}, {"a": 7}, b"7", object(), [], [None],
-                                  [[["7"]]], "", " ", "$", 10 ** 5000, True, complex(7, 0), "\ud800", "\x00",
-                                  "\\boxed{}", ...],
-                         ids=lambda value: type(value).__name__)       # str of 10**5000 fails
-def test_odd_golds_pay_nothing(gold):
-    assert reward.grade("8", gold) is False
-    assert reward.compute_reward("</think>\\boxed{8}", gold) == 0.0
+@pytest.mark.parametrize("response, gold", [
+    *(("</think>\\boxed{8}", gold) for gold in [
+        None, float("nan"), float("inf"), {}, {"a": 7}, b"7", object(), [], [None], [[["7"]]], "",
+        " ", "$", 10 ** 5000, True, complex(7, 0), "\ud800", "\x00", "\\boxed{}", ...]),
+    *((response, "7") for response in [
+        None, 7, b"</think>\\boxed{7}", [], "", "</think>", "\\boxed{7}", "</think>\\boxed{}"])],
+    ids=lambda value: type(value).__name__)       # str of 10**5000 fails
+def test_odd_golds_and_responses_pay_nothing(response, gold):
+    assert reward.compute_reward(response, gold) == 0.0 and reward.grade("8", gold) is False
 
 
-@pytest.mark.parametrize("response", [None, 7, b"</think>\\boxed{7}", [], "", "</think>", "\\boxed{7}",
-                                      "</think>\\boxed{}"])
-def test_odd_responses_pay_nothing(response):
-    assert reward.compute_reward(response, "7") == 0.0
-
-
-def test_gold_of_any_listed_form():
+def test_golds_of_every_form_and_responses_without_a_thought():
     assert reward.grade("7", 7) and reward.grade("7", 7.0) and reward.grade("7", ["6", "7"])
     assert reward.grade("0.5", Fraction(1, 2)) and reward.grade("7", ("7\n",))
     assert not reward.grade("7", ["6", "8"])
+    assert reward.compute_reward("\\boxed{7}", "7", require_think=False) == 1.0
+    assert reward.compute_reward("\\boxed{8}</think>\\boxed{7}", "7", require_think=False) == 1.0
+
+
+def test_compute_rewards_keeps_the_order():
+    golds = [c["gold"] for c in RESPONSES]
+    rewards = reward.compute_rewards([c["response"] for c in RESPONSES], golds, workers=2)
+    assert rewards == [float(c["correct"]) for c in RESPONSES]
+    responses = ["</think>\\boxed{7}", "</think>\\boxed{7}", "</think>\\boxed{\ud800}"]
+    assert reward.compute_rewards(responses, [Fraction(7), "7", {1}]) == [1.0, 1.0, 0.0]
+    with pytest.raises(ValueError):
+        reward.compute_rewards(["a"], [])
 
 
 @pytest.mark.parametrize("name", ["equal_values", "agree", "value", "tokenize", "matches", "restates"])
@@ -205,44 +178,36 @@ def test_an_error_of_our_own_is_said(monkeypatch, name):
 
 # --- near misses -----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("answer, gold", [
-    ("2^{1009}+1", "2^{1009}"), ("\\frac{1}{2004!}", "\\frac{1}{2006!}"), ("e^{-200}", "0"),
-    ("\\sqrt{2}+10^{-40}", "\\sqrt{2}"), ("1.41421356237309504880", "\\sqrt2"), ("10^{99}+\\pi", "10^{99}"),
-    ("\\binom{4025}{2013}+\\frac{\\sqrt2}{100}", "\\binom{4025}{2013}"), ("x+10^{-50}", "x"),
-    ("9^{9^{9}}+1", "9^{9^{9}}"), ("0", "I(0)e^{-t}"), ("\\frac{355}{113}", "\\pi"), ("LRAC", "SRAC=LRAC"),
-    ("\\sum_{k=1}^{3} k", "6"), ("37 \\cdot 41", "1517"),
-    ("f(x)=\\frac1x", "g(0)"), ("f(k)", "f(n)"), ("2th", "2"), ("f_1'", "f_1"),
-    ("\\frac{9}14", "\\frac{9}{14}"),
-])
-def test_near_misses(answer, gold):
-    assert not reward.grade(answer, gold)
+NEAR = [
+    ("2^{1009}+1", "2^{1009}"), (r"\frac{1}{2004!}", r"\frac{1}{2006!}"), ("e^{-200}", "0"),
+    (r"\sqrt{2}+10^{-40}", r"\sqrt{2}"), ("1.41421356237309504880", r"\sqrt2"), (r"10^{99}+\pi", "10^{99}"),
+    (r"\binom{4025}{2013}+\frac{\sqrt2}{100}", r"\binom{4025}{2013}"), ("9^{9^{9}}+1", "9^{9^{9}}"),
+    ("0", "I(0)e^{-t}"), (r"\frac{355}{113}", r"\pi"), ("LRAC", "SRAC=LRAC"), (r"\sum_{k=1}^{3} k", "6"),
+    (r"37 \cdot 41", "1517"), (r"f(x)=\frac1x", "g(0)"), ("f(k)", "f(n)"), ("2th", "2"), ("f_1'", "f_1"),
+    (r"\frac{9}14", r"\frac{9}{14}"), ("x+10^{-50}", "x")]
+EQUAL = [
+    (r"x+\sin\pi", "x"), (r"\{x: -1\le x\le 2\}", "[-1,2]"), (r"36\pi units", r"36\pi"),
+    (r"S_{\triangle ABC}", "S_{ABC}"), (r"x+e^{i\pi}", "x-1"), (r"x+\lfloor\log_2 8\rfloor", "x+3"),
+    (r"\left[\begin{array}{c|c}1&2\\3&4\end{array}\right]", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+    (r"\sqrt{10^{60}+1}-10^{30}", r"\frac{1}{\sqrt{10^{60}+1}+10^{30}}"), ("9^{9^{9}}", "9^{9^9}"),
+    (r"\sqrt{x-1}\sqrt{x+1}", r"\sqrt{x^2-1}"), (r"\int_0^1 x^2 dx", r"\int_0^1 t^2 dt"),
+    (r"2\sum_{i=0}^{8}\binom{n}{i}-1", r"2 \sum_{k=0}^{8} \binom{n}{k} - 1"), (r"\sqrt[3]{-8}", "-2")]
 
 
-@pytest.mark.parametrize("answer, gold", [
-    ("x+\\sin\\pi", "x"),
-    ("\\{x: -1\\le x\\le 2\\}", "[-1,2]"), ("36\\pi units", "36\\pi"), ("S_{\\triangle ABC}", "S_{ABC}"),
-    ("\\left[\\begin{array}{c|c}1&2\\\\3&4\\end{array}\\right]",
-     "\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}"),
-    ("\\sqrt{10^{60}+1}-10^{30}", "\\frac{1}{\\sqrt{10^{60}+1}+10^{30}}"), ("x+e^{i\\pi}", "x-1"),
-    ("x+\\lfloor\\log_2 8\\rfloor", "x+3"), ("9^{9^{9}}", "9^{9^9}"), ("\\sqrt[3]{-8}", "-2"),
-    ("\\sqrt{x-1}\\sqrt{x+1}", "\\sqrt{x^2-1}"), ("\\int_0^1 x^2 dx", "\\int_0^1 t^2 dt"),
-    ("2\\sum_{i=0}^{8}\\binom{n}{i}-1", "2 \\sum_{k=0}^{8} \\binom{n}{k} - 1"),
-])
-def test_hard_equalities(answer, gold):
-    assert reward.grade(answer, gold)
+@pytest.mark.parametrize("answer, gold, right", [*((*pair, False) for pair in NEAR),
+                                                 *((*pair, True) for pair in EQUAL)])
+def test_near_misses_and_hard_equalities(answer, gold, right):
+    assert reward.grade(answer, gold) is right
 
 
 @pytest.mark.parametrize("response, gold, right", [
-    ("\\boxed{1}, \\boxed{2}, \\boxed{3}", "1,2,3", 1),
-    ("$\\boxed{3}$ and $\\boxed{1}$, $\\boxed{2}$.", "1,2,3", 1),
-    ("\\boxed{1} \\quad \\boxed{2}", "\\{1,2\\}", 1), ("\\boxed{x=1}, \\boxed{y=2}", "x=1, y=2", 1),
-    ("\\boxed{1}, \\boxed{2}, \\boxed{4}", "1,2,3", 0), ("\\boxed{1} or \\boxed{2}", "1,2", 0),
-    ("\\boxed{1}, \\boxed{2}", "1,2,3", 0),
-    ("\\boxed{1}, \\boxed{2}", "1", 0), ("\\boxed{1}, \\boxed{2}", "2", 1),
-    ("\\boxed{9}. So \\boxed{1}, \\boxed{2}", "1,2", 1), ("\\boxed{1}, so then \\boxed{2}", "1,2", 0),
-    ("\\boxed{1}, \\boxed{1,2}", "1,2", 1),
-    ("\\boxed{}, \\boxed{1}", "1", 1), ("\\boxed{2}, \\boxed{1", "1,2", 0),
-])
+    (r"\boxed{1}, \boxed{2}, \boxed{3}", "1,2,3", 1), (r"\boxed{1} \quad \boxed{2}", r"\{1,2\}", 1),
+    (r"$\boxed{3}$ and $\boxed{1}$, $\boxed{2}$.", "1,2,3", 1), (r"\boxed{1}, \boxed{2}", "1,2,3", 0),
+    (r"\boxed{x=1}, \boxed{y=2}", "x=1, y=2", 1), (r"\boxed{1}, \boxed{2}, \boxed{4}", "1,2,3", 0),
+    (r"\boxed{1} or \boxed{2}", "1,2", 0), (r"\boxed{1}, \boxed{2}", "1", 0),
+    (r"\boxed{9}. So \boxed{1}, \boxed{2}", "1,2", 1), (r"\boxed{1}, so then \boxed{2}", "1,2", 0),
+    (r"\boxed{1}, \boxed{1,2}", "1,2", 1), (r"\boxed{}, \boxed{1}", "1", 1),
+    (r"\boxed{1}, \boxed{2}", "2", 1), (r"\boxed{2}, \boxed{1", "1,2", 0)])
 def test_boxes_in_a_row(response, gold, right):
     assert reward.compute_reward("</think> " + response, gold) == right
 
@@ -279,9 +244,8 @@ def test_expression_equals_what_sympy_prints(expression, rewrite):
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.text(alphabet="0123456789xyei+-*/^_(){}[]|\\,.!=<> $%'&~:;", max_size=40))
 def test_any_text_is_graded_without_an_exception(text):
-    assert reward.explain_answer(text, "\\frac{7}{13}").reason[:5] != "error"
-    assert reward.explain_answer("7/13", text).reason[:5] != "error"
-    assert reward.explain_answer(text, text + " ").reason[:5] != "error"
+    for answer, gold in ((text, "\\frac{7}{13}"), ("7/13", text), (text, text + " ")):
+        assert not reward.explain_answer(answer, gold).reason.startswith("error")
 
 
 # --- threads, processes, workers ---------------------------------------------------------------------
@@ -289,56 +253,11 @@ def test_any_text_is_graded_without_an_exception(text):
 JOB = ("\\sum_{k=1}^{n} k", "\\sum_{j=1}^{n} (j+1) - n")         # needs sympy
 
 
-def grade_all(_=None):
-    return mistakes(RESPONSES)
-
-
-def test_from_threads():
-    results = []
-    threads = [threading.Thread(target=lambda: results.append(mistakes(CASES[::16]))) for _ in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert results == [[]] * 4
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["spawn", "fork"])
-def test_from_processes(method):
-    with multiprocessing.get_context(method).Pool(2) as pool:
-        assert pool.map(grade_all, range(2)) == [[], []]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_compute_rewards_keeps_the_order(workers):
-    golds = [c["gold"] for c in RESPONSES]
-    rewards = reward.compute_rewards([c["response"] for c in RESPONSES], golds, workers=workers)
-    assert rewards == [float(c["correct"]) for c in RESPONSES]
-    with pytest.raises(ValueError):
-        reward.compute_rewards(["a"], [])
-
-
-def test_rewards_of_golds_that_are_no_text():
-    responses = ["</think>\\boxed{7}", "</think>\\boxed{7}", "</think>\\boxed{\ud800}"]
-    assert reward.compute_rewards(responses, [Fraction(7), "7", {1}], workers=1) == [1.0, 1.0, 0.0]
-
-
-def test_a_stuck_worker_is_killed(monkeypatch):
-    monkeypatch.setattr(reward, "SYMPY_SECONDS", 0.0)                # no time to answer
-    assert [reward.explain_answer(*JOB).reason for _ in range(2)] == ["timeout"] * 2
-    assert reward._sympy.process is None
-
-
-def test_sympy_worker_from_threads_and_after_fork():
+def test_from_threads_and_after_a_fork():
     """The worker is one process shared by threads; a forked child starts its own."""
-    results = []
-    threads = [threading.Thread(target=lambda: results.append(reward.grade(*JOB))) for _ in range(3)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
-    assert results == [True] * 3
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(mistakes, [CASES[::16]] * 4)) == [[]] * 4
+        assert list(pool.map(lambda _: reward.grade(*JOB), range(3))) == [True] * 3
     child = os.fork()
     if child == 0:
         os._exit(0 if reward.grade(*JOB) and reward._sympy.process is not None else 1)
@@ -346,11 +265,27 @@ def test_sympy_worker_from_threads_and_after_fork():
     assert reward.grade(*JOB)
 
 
-def test_sympy_timeout_kills_the_worker():
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_from_processes(method):
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        assert pool.map(mistakes, [RESPONSES] * 2) == [[], []]
+
+
+def test_a_worker_that_takes_too_long_is_killed(monkeypatch):
     start = time.perf_counter()
     verdict = reward.explain_answer("\\int_0^1 e^{e^{e^{x}}} + 1 dx", "\\int_0^1 e^{e^{e^{x}}} \\sin(x^x) dx")
     assert verdict.reward == 0.0 and verdict.reason == "timeout" and time.perf_counter() - start < 5
     assert reward._sympy.process is None
+    monkeypatch.setattr(reward, "SYMPY_SECONDS", 0.0)                # no time to answer
+    assert [reward.explain_answer(*JOB).reason for _ in range(2)] == ["timeout"] * 2
+    assert reward._sympy.process is None
+
+
+def alive(pid):
+    with suppress(OSError):                          # Z, a zombie, only waits for a parent to look at it
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 @pytest.mark.slow
@@ -374,42 +309,25 @@ def test_no_process_is_left_behind(tmp_path, killed):
             time.sleep(6)
             os._exit(0)
     """)
-    out = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=100,
-                         check=False)
-    assert killed or out.returncode == 0, out.stderr
-    assert out.stdout.count("imported") == 1 or killed
-    pid, deadline = int(out.stdout.split("pid")[1]), time.monotonic() + 5
+    out = run([sys.executable, str(script)], check=not killed, timeout=100)
+    assert out.stdout.count("imported") == 1
+    pid, deadline = int(out.stdout.split("pid")[1]), time.monotonic() + 11
     while alive(pid) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not alive(pid)
 
 
-def alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    state = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True,
-                           check=False).stdout
-    return bool(state.strip()) and not state.startswith("Z")     # a zombie waits for a parent to look at it
-
-
 def test_import_is_light():
     code = "import sys, reward; print([m for m in ('sympy', 'mpmath', 'torch') if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60,
-                         check=False)
-    assert out.stdout.strip() == "[]"
+    assert run([sys.executable, "-c", code], cwd=ROOT).stdout.strip() == "[]"
 
 
 @pytest.mark.slow
-def test_verdicts_do_not_depend_on_the_hash_seed():
+@pytest.mark.parametrize("seed", ["1", "2"])
+def test_verdicts_do_not_depend_on_the_hash_seed(seed):
     code = ("import sys; sys.path.insert(0, 'tests'); import test_reward as t;"
             "print(t.mistakes([c for c in t.CASES if c['kind'] in ('values', 'restating', 'renamed')]))")
-    for seed in ("1", "2"):
-        environment = {**os.environ, "PYTHONHASHSEED": seed}
-        out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True,
-                             text=True, timeout=100, check=False)
-        assert out.stdout.strip() == "[]", out.stderr
+    assert run([sys.executable, "-c", code], cwd=ROOT, PYTHONHASHSEED=seed).stdout.strip() == "[]"
 
 
 # --- explanation, command line --------------------------------------------------------------------------
@@ -417,38 +335,25 @@ def test_verdicts_do_not_depend_on_the_hash_seed():
 @pytest.mark.parametrize("response, gold, problem, reason", [
     ("no", "7", None, "no_close"), ("</think> 7", "7", None, "no_box"),
     ("</think>\\boxed{7^}", "7", None, "unparsed_answer"),
-    ("</think>\\boxed{7}", None, None, "unparsed_gold"), ("</think>\\boxed{7}", "7", None, "equal"),
-    ("</think>\\boxed{8}", "7", None, "different"),
-    ("</think>\\boxed{x+x}", "2x", "Simplify $x+x$.", "restated"),
-])
+    ("</think>\\boxed{7}", None, None, "unparsed_gold"),
+    ("</think>\\boxed{7}", "7", None, "equal"), ("</think>\\boxed{8}", "7", None, "different"),
+    ("</think>\\boxed{x+x}", "2x", "Simplify $x+x$.", "restated")])
 def test_reasons(response, gold, problem, reason):
     assert reward.explain(response, gold, problem).reason == reason
 
 
-def test_without_a_thought():
-    assert reward.compute_reward("\\boxed{7}", "7", require_think=False) == 1.0
-    assert reward.compute_reward("\\boxed{8}</think>\\boxed{7}", "7", require_think=False) == 1.0
-
-
-def run(*arguments):
-    command = [sys.executable, str(ROOT / "reward.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-
-
-def test_command_line(tmp_path):
-    out = run("--answer", "\\dfrac12", "--gold", "0.5")
-    assert out.returncode == 0 and "reward   1.0" in out.stdout and "equal" in out.stdout
-    out = run("--answer", "x+x", "--gold", "2x", "--problem", "Simplify $x+x$.")
-    assert "reward   0.0" in out.stdout and "restated" in out.stdout
-    file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(r) + "\n" for r in [{"answer": "7", "gold": "7"},
-                                                           {"response": "</think>7", "gold": "7"}]))
-    out = run(str(file))
-    assert out.returncode == 0 and "1 of 2 right" in out.stdout and "no_box" in out.stdout
-    file.write_text('{"answer": "7"}\n')
-    for out, said in ((run(str(file)), "line 1"), (run(str(tmp_path / "none.jsonl")), "No such file")):
-        assert out.returncode == 1 and said in out.stderr and "Traceback" not in out.stderr
-    assert run().returncode == 2
+@pytest.mark.parametrize("words, code, said", [
+    (["--answer", "\\dfrac12", "--gold", "0.5"], 0, ["reward   1.0", "equal"]),
+    (["--answer", "x+x", "--gold", "2x", "--problem", "Simplify $x+x$."], 0, ["reward   0.0", "restated"]),
+    (["rows.jsonl"], 0, ["1 of 2 right", "no_box"]), (["hole.jsonl"], 1, ["line 1"]),
+    (["none.jsonl"], 1, ["No such file"]), ([], 2, ["FILE.jsonl"])])
+def test_command_line(tmp_path, words, code, said):
+    rows = [{"answer": "7", "gold": "7"}, {"response": "</think>7", "gold": "7"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "hole.jsonl").write_text('{"answer": "7"}\n')
+    out = run([sys.executable, str(ROOT / "reward.py"), *words], check=False, cwd=tmp_path, real=True)
+    assert out.returncode == code and "Traceback" not in out.stderr
+    assert all(text in (out.stderr if code else out.stdout) for text in said)
 
 
 # Verdicts of the original grader, measured by running it.
@@ -463,18 +368,13 @@ STRICT = [
     (r"1\,000", "1000", 0), ("90°", "90", 0), ("(2,1)", "(1,2)", 0), ("1,2", "2,1", 0), ("abc=5", "5", 0),
     (r"\log_2 8", "3", 0), (r"\sin 30", "0.5", 0), (r"x \in [0,1]", "[0,1]", 0), (r"\pm 2", "-2, 2", 0),
     (r"9.6\times10^3", "9600", 0), (r"\pi", "3.14159", 0), ("[1,2)", "[1,2]", 0), ("(10^6)!+x", "x", 0),
-    ("((5!)!)!+x", "x", 0), ("9**9**9+x", "x", 0), ("9^9**9+x", "x", 0), ("(x+y+1)**200", "x", 0),
-]
+    ("((5!)!)!+x", "x", 0), ("9**9**9+x", "x", 0), ("9^9**9+x", "x", 0), ("(x+y+1)**200", "x", 0)]
 
 
 @pytest.mark.parametrize("answer, gold, right", STRICT)
 def test_strict_reproduces_the_original(answer, gold, right):
-    """DeepScaleR's own verdicts, a peer in the bench."""
+    """DeepScaleR's verdicts, a peer in the bench. It reads between the first and the second closing tag."""
     start = time.perf_counter()
     assert grader.strict(answer, gold) == bool(right)
     assert time.perf_counter() - start < 4
-
-
-def test_strict_extraction():
-    """The part between the first and the second closing tag, as in the original."""
     assert grader.strict_answer("</think>\\boxed{1}</think>\\boxed{2}") == "1"
