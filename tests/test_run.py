@@ -53,14 +53,9 @@ def go_on(start, six):
     return lambda *options, **how: start(*six, "--resume", *options, **how)
 
 
-def wait_for(process, word):
-    """Read the console until a line holds `word`."""
-    seen = ""
-    for line in process.stdout:
-        seen += line
-        if word in line:
-            return
-    raise AssertionError(f"never said {word!r}:\n{seen[-3000:]}")
+def lines_with(word, process):
+    """Lines of its console, as they come."""
+    return (line for line in process.stdout if word in line[:16])
 
 
 def rollouts(out, step):
@@ -145,12 +140,9 @@ def test_killed_anywhere_resumes_to_the_same_numbers(undisturbed, go_on, tiny, p
     dice, kills = random.Random(seed), 0
     while kills < 4:
         p = launch(command(tiny, problems, "r", *six, "--resume"), real=seed == 1 and kills == 0)
-        seen, wanted = 0, dice.randint(1, 3)
-        for line in p.stdout:
-            seen += "/6 " in line[:16]
-            if seen >= wanted:
-                time.sleep(dice.random() * 0.4)
-                break
+        for _ in range(dice.randint(1, 3)):
+            next(lines_with("/6 ", p), None)
+        time.sleep(dice.random() * 0.4)
         p.send_signal(signal.SIGKILL)
         p.stdout.close()
         if p.wait() == 0:
@@ -204,7 +196,7 @@ def test_ended_during_a_save_or_a_validation(undisturbed, go_on, code):
                          ids=["ctrl-c", "sigterm", "stop file"])
 def test_a_signal_or_a_stop_file_saves_and_leaves(undisturbed, go_on, tiny, problems, six, number, code):
     p = launch(command(tiny, problems, "r", *six, "--save_every", 100))
-    wait_for(p, " 2/6 ")
+    next(lines_with(" 2/6 ", p))
     if number:
         os.killpg(p.pid, number)
     else:
@@ -219,7 +211,7 @@ def test_a_signal_or_a_stop_file_saves_and_leaves(undisturbed, go_on, tiny, prob
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ranks_leave_after_all_have_saved(tiny, problems, tmp_path, number):
     p = launch(command(tiny, problems, tmp_path / "r", "--save_every", 100, ranks=2), real=True)
-    wait_for(p, " 2/1040 ")
+    next(lines_with(" 2/1040 ", p))
     os.killpg(p.pid, number)
     rest = p.stdout.read()
     p.wait(timeout=120)
@@ -233,7 +225,7 @@ def test_one_run_in_a_folder(start, tiny, problems):
     """A second start is refused while any worker of the first lives, even one whose torchrun was killed."""
     endless = command(tiny, problems, "r", "--steps", 10**6, "--save_every", 10**6, ranks=2)
     p = launch(endless, real=True)
-    wait_for(p, " 1/1000000 ")
+    next(lines_with(" 1/1000000 ", p))
     workers = subprocess.run(["pgrep", "-P", str(p.pid)], capture_output=True, check=True).stdout.split()
     assert "/r is in use" in start("--resume", "--steps", 1, check=False).stderr
     for worker in workers:
