@@ -42,6 +42,7 @@ def quick(script, folder, *sides):
         assert "error" not in row, row
         assert row["seconds"]["min"] == row["seconds"]["median"] == row["seconds"]["max"] > 0
     assert f"bench/{script}.py" in tables.section(out)
+    assert [row["side"] for row in result["rows"]] == list(sides)
     return {row["side"]: row for row in result["rows"]}
 
 
@@ -50,7 +51,6 @@ def quick(script, folder, *sides):
 @pytest.mark.slow
 def test_update_sides_take_the_same_step(tmp_path):
     rows = quick("update", tmp_path, "ours", "sorted", "limit")
-    assert list(rows) == ["ours", "sorted", "limit"]
     norms = rows["ours"]["grad_norm"]
     assert len(norms) == 4 and min(norms) > 0  # two updates, done twice
     assert rows["sorted"]["grad_norm_off"] < 1e-4
@@ -71,9 +71,8 @@ def test_head_is_that_of_full_logits(tmp_path):
 @pytest.mark.slow
 def test_engines_write_the_same_greedy_tokens(tmp_path):
     """vLLM's three sides take turns in one process."""
-    mine = ["vllm"] if measure.importlib.util.find_spec("vllm") else []
-    rows = quick("generate", tmp_path, *mine, "torch", "hf")
-    assert list(rows) == ["vllm", "bare_vllm", "bare_vllm+"] * len(mine) + ["torch", "hf"]
+    vllm = ["vllm", "bare_vllm", "bare_vllm+"] if measure.importlib.util.find_spec("vllm") else []
+    rows = quick("generate", tmp_path, *vllm, "torch", "hf")
     assert all(r["greedy_equal"] == 1 and r["tokens_per_second"]["median"] > 0 and r["length_max"] <= 24
                and r["samples"] == 12 for r in rows.values())
 
@@ -95,13 +94,15 @@ def test_graders_are_measured(tmp_path):
         theirs["false_positives"] + theirs["false_negatives"])
 
 
-def test_a_side_that_fails_costs_one_row():
-    rows = measure.rows_of({"a": [{"seconds": 2.0, "memory_mb": 5.0, "x": 1},
-                                  {"seconds": 4.0, "memory_mb": None, "x": 1}],
-                            "b": [{"error": "MemoryError: no"}]}, workload="w")
-    assert rows[0]["seconds"] == {"median": 3.0, "min": 2.0, "max": 4.0, "n": 2}
+def test_a_side_that_fails_costs_one_row_and_says_why():
+    rows = measure.rows_of({"ours": [{"seconds": 1.0, "memory_mb": 5.0, "x": 1},
+                                     {"seconds": 3.0, "memory_mb": None, "x": 1}],
+                            "trl": [{"error": "no room"}]}, workload="w")
+    assert rows[0]["seconds"] == {"median": 2.0, "min": 1.0, "max": 3.0, "n": 2}
     assert rows[0]["memory_mb"]["n"] == 1 and rows[0]["x"] == 1
-    assert rows[1] == {"side": "b", "workload": "w", "error": "MemoryError: no"}
+    assert rows[1] == {"side": "trl", "workload": "w", "error": "no room"}
+    lines = tables.table(rows, "seconds y").splitlines()[2:]
+    assert [line.replace(" ", "") for line in lines] == ["|**ours**|2(1-3)|-|", "|TRL|-|noroom|"]
 
 
 def test_turns_are_compared_with_their_neighbours():
@@ -125,10 +126,6 @@ def test_samples_are_what_they_say():
         group = rows[i:i + 8]
         assert len({tuple(r["prompt"]) for r in group}) == 1 and {r["reward"] for r in group} == {0.0, 1.0}
     assert all(len(s.logprobs) == len(s.response_ids) for s in measure.as_samples(rows))
-
-
-def test_doctests():
-    assert doctest.testmod(measure).failed == doctest.testmod(tables).failed == 0
 
 
 # ----- One GPU ----------------------------------------------------------------------------------------------
@@ -176,40 +173,35 @@ def report_of(check, folder, *more):
     args = SimpleNamespace(size=gpu.SIZES["tiny"], tiny=True, out=str(folder / "x.json"), device="cpu",
                            work=str(folder), engine="torch")
     report = gpu.Report("correctness", args)
-    check(args, report, torch.device("cpu"), *more)
+    check(args, report, *more)
     return {row["what"]: row["verdict"] for row in report.rows if "verdict" in row}
 
 
-def test_a_wrong_head_is_found(tmp_path, monkeypatch):
-    right = policy.token_logprobs
-    assert set(report_of(gpu.check_head, tmp_path, "float32").values()) == {"ok"}
-    monkeypatch.setattr(policy, "token_logprobs", lambda h, w, *more: right(h, w * 1.001, *more))
-    wrong = report_of(gpu.check_head, tmp_path, "float32")
-    assert wrong["head: log-probs"] == wrong["head: d weight"] == "WRONG"
-
-
-def test_documents_that_see_each_other_are_found(tmp_path, monkeypatch):
+def test_a_wrong_head_and_documents_that_see_each_other_are_found(tmp_path, monkeypatch):
     """As a wrong kernel would let them: only where the input is not float64."""
-    right = policy.document_attention
+    head, attention, where = policy.token_logprobs, policy.document_attention, (tmp_path, torch.device("cpu"))
 
     def leaky(q, k, v, cu_seqlens, scale, window=None):
         bounds = cu_seqlens if q.dtype == torch.float64 else cu_seqlens[[0, -1]]
-        return right(q, k, v, bounds, scale, window)
+        return attention(q, k, v, bounds, scale, window)
 
-    assert set(report_of(gpu.check_attention, tmp_path, "float32").values()) == {"ok"}
+    for check in (gpu.check_head, gpu.check_attention):
+        assert set(report_of(check, *where, "float32").values()) == {"ok"}, check
+    monkeypatch.setattr(policy, "token_logprobs", lambda h, w, *more: head(h, w * 1.001, *more))
+    wrong = report_of(gpu.check_head, *where, "float32")
+    assert wrong["head: log-probs"] == wrong["head: d weight"] == "WRONG"
     monkeypatch.setattr(policy, "document_attention", leaky)
-    assert set(report_of(gpu.check_attention, tmp_path, "float32").values()) == {"WRONG"}
+    assert set(report_of(gpu.check_attention, *where, "float32").values()) == {"WRONG"}
 
 
 def test_an_engine_that_keeps_old_weights_is_found(tmp_path, monkeypatch):
     """The torch engine loads the weights that the policy starts with, so the first push may do nothing."""
     monkeypatch.setattr(rollout.TorchEngine, "push", lambda *_: None)
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # a process group would stay for the next tests
     try:
-        said = report_of(lambda args, report, _: gpu.check_engine(args, report), tmp_path)
-    finally:  # programs of the tests behind this one make groups of their own
+        said = report_of(gpu.check_engine, tmp_path)
+    finally:
         torch.distributed.destroy_process_group()
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            os.environ.pop(name, None)
     assert said["KL(engine, trainer), first push"] == "ok"
     assert [what for what, verdict in said.items() if verdict == "WRONG"] == [
         f"KL, {name} changed{more}" for name in ("all weights", "the head")
@@ -219,52 +211,41 @@ def test_an_engine_that_keeps_old_weights_is_found(tmp_path, monkeypatch):
 def test_a_part_that_fails_says_so_and_the_next_one_runs(tmp_path, monkeypatch):
     def broken(args, report):
         report.add("first", 1.0, error=0.5)
+        report.add("second", 1.0, error=float("nan"))
         raise TypeError("varlen_attn() got an unexpected keyword argument")
 
     monkeypatch.setitem(gpu.PARTS, "update", broken)
-    monkeypatch.setitem(gpu.PARTS, "step", lambda _, report: report.add("second", 1.0, error=float("nan")))
     monkeypatch.setitem(gpu.PARTS, "learn", lambda _, report: report.add("third", 1.0, error=0.5))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     out = tmp_path / "x.json"
     words = ["--worker", "--device", "cpu", "--tiny", "--out", str(out), "--work", str(tmp_path)]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert gpu.main(["update", "step", "learn", *words]) == 1 and gpu.main(["learn", *words]) == 0
+    assert gpu.main(["update", "learn", *words]) == 1 and gpu.main(["learn", *words]) == 0
     parts = json.loads(out.read_text())
-    first, second, third = (parts[name]["rows"] for name in ("update", "step", "learn"))
-    assert "unexpected keyword" in first[1]["error_text"] and first[0]["verdict"] == "ok"
-    assert second[0]["verdict"] == "WRONG" and third[0]["verdict"] == "ok"
+    assert [row.get("verdict") for row in parts["update"]["rows"]] == ["ok", "WRONG", None]
+    assert "unexpected keyword" in parts["update"]["rows"][2]["error_text"]
+    assert [row["verdict"] for row in parts["learn"]["rows"]] == ["ok"]
 
 
-def test_the_big_model_has_the_shape_of_the_prediction():
+def test_model_and_operations_are_those_of_the_prediction():
+    """By hand: two layers of 100 weights and 8 query numbers, vocabulary 10, width 4; documents of 3 and 5
+    tokens, of which 6 are scored: 2 x (2 x 100 x 8 + 10 x 4 x 6) + 2 x 2 x 8 x (9 + 25)."""
     names = {"hidden_size": "hidden", "intermediate_size": "mlp", "num_hidden_layers": "layers",
              "vocab_size": "vocab", "max_position_embeddings": "positions"}
     assert {ours: gpu.R1[theirs] for theirs, ours in names.items()}.items() <= predict.SHAPE.items()
-
-
-def test_operations_of_a_forward_by_hand():
-    """Two layers of 100 weights and 8 query numbers, vocabulary 10, width 4; documents of 3 and 5 tokens, of
-    which 6 are scored: 2 x (2 x 100 x 8 + 10 x 4 x 6) + 2 x 2 x 8 x (9 + 25)."""
     m = {"layers": 2, "layer": 100, "q": 8, "vocab": 10, "hidden": 4}
     assert predict.forward_flops(m, 8, 9 + 25, 6) == 2 * (1600 + 240) + 32 * 34
 
 
 # ----- Tables -----------------------------------------------------------------------------------------------
 
-def test_tables_are_those_of_the_results(capsys):
+def test_tables_are_those_of_the_results(tmp_path, monkeypatch, capsys):
+    """What differs is found and written."""
     assert tables.main(["--check"]) == 0, capsys.readouterr().out
     assert tables.FILES[0][1] in (ROOT / "bench" / "README.md").read_text()
     assert 2 < len(tables.summary().splitlines()) <= 2 + 8
-
-
-def test_a_file_that_differs_is_found_and_written(tmp_path, monkeypatch):
     path = tmp_path / "README.md"
     path.write_text("a <!-- x --> 1 <!-- y --> b")
     monkeypatch.setattr(tables, "FILES", [(path, "<!-- x -->", "<!-- y -->", lambda: "2")])
     assert tables.main(["--check"]) == 1 and tables.main(["--write"]) == 0 and tables.main(["--check"]) == 0
     assert path.read_text() == "a <!-- x -->\n2\n<!-- y --> b"
-
-
-def test_a_side_that_failed_says_why_in_the_table():
-    rows = [{"side": "ours", "seconds": {"median": 2.0, "min": 1.0, "max": 3.0, "n": 3}},
-            {"side": "trl", "error": "no room"}]
-    lines = tables.table(rows, "seconds x").splitlines()[2:]
-    assert [line.replace(" ", "") for line in lines] == ["|**ours**|2(1-3)|-|", "|TRL|-|noroom|"]
+    assert doctest.testmod(measure).failed == doctest.testmod(tables).failed == 0
