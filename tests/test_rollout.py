@@ -3,6 +3,7 @@ import json
 import sys
 import time
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -213,17 +214,12 @@ def test_an_error_of_grade_or_engine_ends_the_rollout_at_once():
 def ranks(path, out):
     """Rollouts that end well or badly, of every rank."""
     rank, world, _ = join_processes()
-    result, tokenizer = {}, make_tokenizer()
-
-    def full(problem, sample):
-        if rank == world - 1:
-            raise OSError("no space left")
-        return 0.0, ""
+    last, result = rank == world - 1, {}
 
     def go(name, engine, grade=lambda problem, s: (len(s.text) / 7, problem.id), problems=PROBLEMS, **more):
         begin = time.time()
         try:
-            samples, _ = rollout(engine, tokenizer, problems, PROMPTS, sampling(n=2), 3, grade, **more)
+            samples, _ = rollout(engine, make_tokenizer(), problems, PROMPTS, sampling(n=2), 3, grade, **more)
             result[name] = samples and [[s.prompt_ids, s.response_ids.tolist(), s.finish_reason, s.text,
                                          s.reward, s.verdict] for s in samples]
             result[f"{name} logprobs"] = [x for s in samples or [] for x in s.logprobs.tolist()]
@@ -233,11 +229,11 @@ def ranks(path, out):
 
     go("samples", engine(path, max_seqs=4))
     go("one", engine(path), problems=PROBLEMS[:1], only=[(0, 1)])  # nothing to do on the other ranks
+    full = mock.Mock(side_effect=OSError("no space left") if last else None, return_value=(0.0, ""))
     go("grade", FakeEngine(1), full)
-    go("engine", FakeEngine(1, ValueError("no kernel") if rank == world - 1 else None))
-    go("stop", FakeEngine(1), stop=lambda: rank == world - 1)
-    with open(f"{out}{rank}", "w") as f:
-        json.dump(result, f)
+    go("engine", FakeEngine(1, ValueError("no kernel") if last else None))
+    go("stop", FakeEngine(1), stop=lambda: last)
+    (Path(out) / str(rank)).write_text(json.dumps(result))
 
 
 @pytest.mark.slow
@@ -246,10 +242,10 @@ def test_any_number_of_ranks_makes_the_same_samples_and_fails_together(tiny, tmp
     otherwise generate for 20 seconds more."""
     first = None
     for world in (1, 2, 3):
-        start(ranks, tiny, tmp_path / "out", ranks=world)
+        start(ranks, tiny, tmp_path, ranks=world)
         where = "" if world == 1 else f" (rank {world - 1})"
         for rank in range(world):
-            r = json.loads((tmp_path / f"out{rank}").read_text())
+            r = json.loads((tmp_path / str(rank)).read_text())
             first = first or r
             assert r["samples"] == first["samples"] and len(r["samples"]) == 20
             assert np.allclose(r["samples logprobs"], first["samples logprobs"], rtol=0, atol=1e-4)
