@@ -177,18 +177,15 @@ def test_budget_does_not_change_the_gradient():
 
 # ----- Models
 
-BREAKS = {
-    "does more to its logits": lambda m: m.lm_head.register_forward_hook(lambda _, inputs, out: out / 2),
-    "handed no `packing`": lambda m: m.model.register_forward_pre_hook(
-        lambda _, args, named: (args, {k: v for k, v in named.items() if k != "packing"}), with_kwargs=True),
-    "non-finite": lambda m: m.model.norm.weight.data.fill_(float("nan"))}
-
-
-@pytest.mark.parametrize("words", BREAKS)
-def test_a_model_that_computes_something_else_is_refused(words):
+@pytest.mark.parametrize("words, change", [
+    ("does more to its logits", lambda m: m.lm_head.register_forward_hook(lambda _, inputs, out: out / 2)),
+    ("handed no `packing`", lambda m: m.model.register_forward_pre_hook(
+        lambda _, args, named: (args, {k: v for k, v in named.items() if k != "packing"}), with_kwargs=True)),
+    ("non-finite", lambda m: m.model.norm.weight.data.fill_(float("nan")))])
+def test_a_model_that_computes_something_else_is_refused(words, change):
     """A head that does more, attention that is not handed our keywords, damaged weights."""
     model = make_model()
-    BREAKS[words](model)
+    change(model)
     with pytest.raises(ValueError, match=words):
         Policy(model)
 
@@ -349,17 +346,14 @@ def test_a_checkpoint_of_another_model_is_named_as_such(changes, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["trainer.json", ".metadata", "__0_0.distcp"])
-@pytest.mark.parametrize("damage", ["cut", "gone"])
-def test_a_damaged_file_is_named(file, damage, tmp_path):
+def test_a_damaged_file_is_named(file, tmp_path):
     save(tmp_path, 1)
     path = tmp_path / "000001" / file
-    if damage == "gone":
-        path.unlink()
-    else:
-        path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(RankError) as e:
-        load(tmp_path / "000001")
-    assert file in str(e.value) and "000001" in str(e.value) and "elete" not in str(e.value)
+    for damage in (lambda: path.write_bytes(path.read_bytes()[:-10]), path.unlink):  # cut short, then gone
+        damage()
+        with pytest.raises(RankError) as e:
+            load(tmp_path / "000001")
+        assert file in str(e.value) and "000001" in str(e.value) and "elete" not in str(e.value)
 
 
 # ----- Two ranks
