@@ -21,6 +21,7 @@ What is not compared, because the two differ from each other:
   - verl's dual clip (switched off by a huge clip_ratio_c; one test shows that verl's default would act).
 """
 import json
+import math
 from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 
@@ -47,32 +48,27 @@ def installed(peer):
         pytest.skip(f"{peer} is {found}: the calls were written for {peers.VERSIONS[peer]}")
 
 
-def ours(case, agg, advantages, dtype, sizes=None):
-    """grpo_loss on a case as a training step calls it: one call per micro-batch of `sizes` sequences, each
-    divided by the global total, gradients adding up. sizes None: one call that finds the total itself."""
+def ours(case, agg, advantages, dtype, size=0):
+    """grpo_loss on a case as a training step calls it: one call per micro-batch of `size` sequences, each
+    divided by the global total, gradients adding up. size 0: one call that finds the total itself."""
     batch, options = peers.CASES[case]
     on_policy, options = options.get("on_policy"), {k: v for k, v in options.items() if k != "on_policy"}
-    b = peers.tensors(GOLDEN["batches"][batch], dtype)
+    b, sums = peers.tensors(GOLDEN["batches"][batch], dtype), Counter()
     sequences, tokens = len(b.lengths), len(b.logp)
     total = {"token": tokens, "seq": sequences, "const": sequences * GOLDEN["max_len"]}[agg]
-    if sizes is None:
-        sizes, total = [sequences], total if agg == "const" else None
-    loss, sums, first = 0.0, Counter(), 0
-    for size in sizes:
-        rows = slice(first, min(first + size, sequences))
-        span = slice(int(b.lengths[:rows.start].sum()), int(b.lengths[:rows.stop].sum()))
+    for first in range(0, sequences, size or sequences):
+        rows = slice(first, first + (size or sequences))
+        span = slice(int(b.lengths[:first].sum()), int(b.lengths[:rows.stop].sum()))
         part, stats = grpo_loss(
             b.logp[span], None if on_policy else b.old_logp[span],
-            torch.tensor(advantages, dtype=dtype)[rows], b.lengths[rows], agg=agg, total=total,
-            ref_logp=b.ref_logp[span], engine_logp=b.engine_logp[span], entropy=b.entropy[span], **options)
+            torch.tensor(advantages, dtype=dtype)[rows], b.lengths[rows], agg=agg,
+            total=total if size or agg == "const" else None, ref_logp=b.ref_logp[span],
+            engine_logp=b.engine_logp[span], entropy=b.entropy[span], **options)
         part.backward()
-        loss += part.item()
-        sums.update({name: x.item() for name, x in stats.items()})
-        first += size
-        if first >= sequences:
-            break
-    assert first >= sequences and sums["tokens"] == tokens
-    return {"loss": loss, "grad": b.logp.grad.tolist(), "entropy_grad": b.entropy.grad.tolist(),
+        sums.update({"loss": part.item(), **{name: x.item() for name, x in stats.items()}})
+    assert sums["tokens"] == tokens and all(map(math.isfinite, sums.values()))
+    assert distance(sums["entropy"], b.entropy.sum().item()) <= TOLERANCE[dtype]
+    return {"loss": sums["loss"], "grad": b.logp.grad.tolist(), "entropy_grad": b.entropy.grad.tolist(),
             "clipped": sums["clip_fraction"] / tokens, "kl": sums["kl_ref"] / tokens}
 
 
@@ -95,26 +91,48 @@ def check(dtype, mine, theirs):
             assert distance(mine[name], theirs[name]) <= 1e-6
 
 
-@pytest.mark.parametrize("dtype, split", [(torch.float64, None), (torch.float32, None), (torch.float64, [20]),
-                                          (torch.float64, [1, 11, 3, 5]), (torch.float64, [1] * 20)])
+@pytest.mark.parametrize("source, dtype, size", [
+    ("file", torch.float64, 0), ("file", torch.float32, 0), ("file", torch.float64, 20),
+    ("file", torch.float64, 7), ("file", torch.float64, 1),
+    ("peer", torch.float64, 0), ("peer", torch.float32, 0)])
 @pytest.mark.parametrize("peer, case, agg", EVERY)
-def test_loss_and_gradient_equal_the_golden_file(peer, case, agg, dtype, split):
+def test_loss_and_gradient(peer, case, agg, source, dtype, size):
     """In one call, and in uneven micro-batches, of one sequence and of many: what is wrong with a mean of
     means shows there. The advantages are compared as well, from rewards to the loss."""
-    golden = GOLDEN["losses"][peer][f"{case}/{agg}"]
-    rewards = torch.tensor(GOLDEN["batches"][peers.CASES[case][0]]["rewards"], dtype=torch.float32)
+    batch, options = peers.CASES[case]
+    theirs = golden = GOLDEN["losses"][peer][f"{case}/{agg}"]
+    if source == "peer":
+        installed(peer)
+        theirs = peers.LOSS[peer](GOLDEN["batches"][batch], options, agg, dtype)
+        check(dtype, theirs, golden)
+        assert distance(theirs["advantages"], golden["advantages"]) <= 1e-6
+    rewards = torch.tensor(GOLDEN["batches"][batch]["rewards"], dtype=torch.float32)
     mine = group_advantages(rewards, "std", peers.EPS[peer]).flatten()
-    assert distance(mine.tolist(), golden["advantages"]) <= 1e-6
-    check(dtype, ours(case, agg, golden["advantages"], dtype, split), golden)
+    assert distance(mine.tolist(), theirs["advantages"]) <= 1e-6
+    check(dtype, ours(case, agg, theirs["advantages"], dtype, size), theirs)
 
 
+@pytest.mark.parametrize("source", ["file", "peer"])
 @pytest.mark.parametrize("normalize", ["std", "mean"])
 @pytest.mark.parametrize("peer", peers.VERSIONS)
-def test_advantages_equal_the_golden_file(peer, normalize):
+def test_advantages(peer, normalize, source):
     rewards = torch.tensor(GOLDEN["batches"]["usual"]["rewards"], dtype=torch.float32)
+    theirs = golden = GOLDEN["advantages"][peer][normalize]
+    if source == "peer":
+        installed(peer)
+        theirs = peers.ADVANTAGES[peer](rewards, normalize).tolist()
+        assert distance(theirs, golden) <= 1e-6
     mine = group_advantages(rewards, normalize, peers.EPS[peer])
-    assert distance(mine.tolist(), GOLDEN["advantages"][peer][normalize]) <= 1e-6
+    assert distance(mine.tolist(), theirs) <= 1e-6
     assert (mine[1] == 0).all() and (mine[3] == 0).all()  # all right, all wrong
+
+
+def test_verl_clips_twice_by_default_and_we_do_not():
+    """Where we differ from verl on purpose: it has to be switched off, or the wild case would not agree."""
+    installed("verl")
+    batch, options = peers.CASES["wild_ratio"]
+    live = peers.verl_loss(GOLDEN["batches"][batch], options, "token", torch.float64, clip_ratio_c=3.0)
+    assert live["loss"] < GOLDEN["losses"]["verl"]["wild_ratio/token"]["loss"] / 1000
 
 
 def test_the_cases_reach_every_branch():
@@ -136,38 +154,3 @@ def test_the_cases_reach_every_branch():
         d = (getattr(wild, a) - getattr(wild, c)).detach()
         assert (d > 20).sum() >= 3 and (d < -20).sum() >= 3 and (d > 89).any()  # exp(89) is inf in float32
         assert ((d > 3) & (d < 20)).any() and ((d > -8) & (d < 0)).any()  # k3 clamped at 10, and not
-
-
-# ----- with the peers themselves
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-@pytest.mark.parametrize("peer, case, agg", EVERY)
-def test_losses_of_the_peer_itself(peer, case, agg, dtype):
-    installed(peer)
-    batch, options = peers.CASES[case]
-    live = peers.LOSS[peer](GOLDEN["batches"][batch], options, agg, dtype)
-    golden = GOLDEN["losses"][peer][f"{case}/{agg}"]
-    check(dtype, live, golden)
-    assert distance(live["advantages"], golden["advantages"]) <= 1e-6
-    check(dtype, ours(case, agg, live["advantages"], dtype), live)
-
-
-@pytest.mark.parametrize("normalize", ["std", "mean"])
-@pytest.mark.parametrize("peer", peers.VERSIONS)
-def test_advantages_of_the_peer_itself(peer, normalize):
-    installed(peer)
-    rewards = torch.tensor(GOLDEN["batches"]["usual"]["rewards"], dtype=torch.float32)
-    live = peers.ADVANTAGES[peer](rewards, normalize)
-    assert distance(live.tolist(), GOLDEN["advantages"][peer][normalize]) <= 1e-6
-    assert distance(group_advantages(rewards, normalize, peers.EPS[peer]).tolist(), live.tolist()) <= 1e-6
-
-
-def test_verl_clips_twice_by_default_and_we_do_not():
-    """Where we differ from verl on purpose: it has to be switched off, or the wild case would not agree."""
-    installed("verl")
-    batch, options = peers.CASES["wild_ratio"]
-    live = peers.verl_loss(GOLDEN["batches"][batch], options, "token", torch.float64, clip_ratio_c=3.0)
-    golden = GOLDEN["losses"]["verl"]["wild_ratio/token"]
-    assert live["loss"] < golden["loss"] / 1000
-    mine = ours("wild_ratio", "token", live["advantages"], torch.float64)
-    assert distance(mine["loss"], golden["loss"]) <= 1e-8

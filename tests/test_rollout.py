@@ -1,9 +1,9 @@
 """The torch engine against transformers, vLLM (CPU) against torch, one rank against several, failures."""
 import json
-import pickle
 import sys
 import time
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -37,8 +37,7 @@ def responses(samples):
 
 def worst_error(model, samples, temperature):
     """Largest difference of the engine's log-probs from float64 ones, in units of the largest logit."""
-    model = model.double().eval()
-    worst = 0.0
+    model, worst = model.double().eval(), 0.0
     for s in samples:
         ids = torch.tensor([[*s.prompt_ids, *s.response_ids.tolist()]])
         with torch.no_grad():
@@ -65,15 +64,6 @@ def test_torch_equals_transformers(tmp_path, kind, tied):
         assert sample.finish_reason == ("stop" if out[-1] == 0 else "length")
     samples = e.generate(prompts, SEEDS, sampling(30, 0.6))
     assert worst_error(model, samples, 0.6) < 2e-5 and worst_error(model, samples, 1.0) > 1e-2
-
-
-def test_a_sample_depends_on_its_seed_alone(tiny):
-    """Not on the number of slots, on its neighbours, or on its place in the call."""
-    e = engine(tiny)
-    whole = responses(e.generate(PROMPTS, SEEDS, sampling(20)))
-    tight = responses(engine(tiny, max_seqs=2).generate(PROMPTS[::-1], SEEDS[::-1], sampling(20)))
-    assert whole == tight[::-1] and whole[:1] == responses(e.generate(PROMPTS[:1], SEEDS, sampling(20)))
-    assert whole != responses(e.generate(PROMPTS, [s + 1 for s in SEEDS], sampling(20)))
 
 
 @pytest.mark.parametrize("named, ends", [([8, 9], {0, 8, 9}), (None, {0}), ("no file", {0, 7})])
@@ -172,6 +162,7 @@ def fake_rollout(engine, grade, **more):
 
 
 def test_rollout_grades_in_order(tiny):
+    """And a sample depends on its seed alone: not on slots, neighbours or its place in the call."""
     e, tokenizer, made = engine(tiny), make_tokenizer(), sampling(n=3, seed=4)
     samples, seconds = rollout(e, tokenizer, PROBLEMS, PROMPTS, made, 7,
                                lambda problem, sample: (len(sample.text) / 2, f"of {problem.id}"))
@@ -181,7 +172,8 @@ def test_rollout_grades_in_order(tiny):
     assert any("<eos>" in s.text for s in samples)  # with its special tokens
     assert list(seconds) == ["generate", "reward", "idle"] and min(seconds.values()) >= 0
     seeds = [sample_seed(4, 7, f"p{i}", j) for i in range(10) for j in range(3)]
-    assert responses(samples) == responses(e.generate([p for p in PROMPTS for _ in range(3)], seeds, made))
+    alone = engine(tiny, max_seqs=4).generate([p for p in PROMPTS for _ in range(3)][::-1], seeds[::-1], made)
+    assert responses(samples) == responses(alone)[::-1] and len(set(map(str, responses(samples)))) > 10
     two, _ = rollout(e, tokenizer, PROBLEMS, PROMPTS, made, 7, lambda p, s: (1, p.id), only=[(9, 2), (0, 1)])
     assert responses(two) == responses([samples[29], samples[1]]) and [s.verdict for s in two] == ["p9", "p0"]
     assert rollout(e, tokenizer, [], [], made, 7, None)[0] == []
@@ -219,28 +211,15 @@ def test_an_error_of_grade_or_engine_ends_the_rollout_at_once():
     assert time.time() - begin < 8
 
 
-def test_samples_travel_as_arrays():
-    """Eight bytes a token, not the twenty of lists of numbers."""
-    g = np.random.default_rng(0)
-    samples = [Sample([1] * i, g.integers(0, 150_000, n, dtype=np.int32), g.normal(size=n).astype(np.float32),
-                      "length") for i, n in enumerate([3, 0, 4000, 1])]
-    assert len(pickle.dumps(samples)) < 8 * 4004 + 2000
-
-
 def ranks(path, out):
     """Rollouts that end well or badly, of every rank."""
     rank, world, _ = join_processes()
-    result, tokenizer = {}, make_tokenizer()
-
-    def full(problem, sample):
-        if rank == world - 1:
-            raise OSError("no space left")
-        return 0.0, ""
+    last, result = rank == world - 1, {}
 
     def go(name, engine, grade=lambda problem, s: (len(s.text) / 7, problem.id), problems=PROBLEMS, **more):
         begin = time.time()
         try:
-            samples, _ = rollout(engine, tokenizer, problems, PROMPTS, sampling(n=2), 3, grade, **more)
+            samples, _ = rollout(engine, make_tokenizer(), problems, PROMPTS, sampling(n=2), 3, grade, **more)
             result[name] = samples and [[s.prompt_ids, s.response_ids.tolist(), s.finish_reason, s.text,
                                          s.reward, s.verdict] for s in samples]
             result[f"{name} logprobs"] = [x for s in samples or [] for x in s.logprobs.tolist()]
@@ -250,11 +229,11 @@ def ranks(path, out):
 
     go("samples", engine(path, max_seqs=4))
     go("one", engine(path), problems=PROBLEMS[:1], only=[(0, 1)])  # nothing to do on the other ranks
+    full = mock.Mock(side_effect=OSError("no space left") if last else None, return_value=(0.0, ""))
     go("grade", FakeEngine(1), full)
-    go("engine", FakeEngine(1, ValueError("no kernel") if rank == world - 1 else None))
-    go("stop", FakeEngine(1), stop=lambda: rank == world - 1)
-    with open(f"{out}{rank}", "w") as f:
-        json.dump(result, f)
+    go("engine", FakeEngine(1, ValueError("no kernel") if last else None))
+    go("stop", FakeEngine(1), stop=lambda: last)
+    (Path(out) / str(rank)).write_text(json.dumps(result))
 
 
 @pytest.mark.slow
@@ -263,10 +242,10 @@ def test_any_number_of_ranks_makes_the_same_samples_and_fails_together(tiny, tmp
     otherwise generate for 20 seconds more."""
     first = None
     for world in (1, 2, 3):
-        start(ranks, tiny, tmp_path / "out", ranks=world)
+        start(ranks, tiny, tmp_path, ranks=world)
         where = "" if world == 1 else f" (rank {world - 1})"
         for rank in range(world):
-            r = json.loads((tmp_path / f"out{rank}").read_text())
+            r = json.loads((tmp_path / str(rank)).read_text())
             first = first or r
             assert r["samples"] == first["samples"] and len(r["samples"]) == 20
             assert np.allclose(r["samples logprobs"], first["samples logprobs"], rtol=0, atol=1e-4)
@@ -290,11 +269,11 @@ def byte_level(eos_token=None, **parts):
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=eos_token)
 
 
-def check(tokenizer, texts=TEXTS, prompts=None, vocabulary=1000):
-    module.check_tokenizer(tokenizer, texts, prompts or [tokenizer.encode(t) for t in texts], vocabulary)
+def check(tokenizer, texts=TEXTS, prompts=None):
+    module.check_tokenizer(tokenizer, texts, prompts or [tokenizer.encode(t) for t in texts], 1000)
 
 
-def test_tokenizers_may_normalise_and_add():
+def test_tokenizers_and_templates_may_normalise_and_add():
     for normalizer in (normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace("  ", " "),
                        normalizers.Strip(), normalizers.Replace("\u200b", "")):
         check(byte_level(normalizer=normalizer), [*TEXTS, "a\u200b b"])
@@ -303,20 +282,12 @@ def test_tokenizers_may_normalise_and_add():
     core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     core.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", vocab["<s>"])])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", unk_token="<s>")
-    assert tokenizer.decode(tokenizer.encode(TEXTS[0])).startswith("<s>")
-    check(tokenizer)
-
-
-def test_the_problem_inside_a_template():
+    check(PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", unk_token="<s>"))
     tokenizer, texts = make_tokenizer(), ["What is 1 + 1?\nSay.", "  2 + 2?\n"]
     prompts = [tokenizer.encode(f"<user>{text.strip()}<bot>") for text in texts]
     check(tokenizer, texts, prompts)
-    check(tokenizer, [tokenizer.decode(p) for p in prompts], prompts)
     with pytest.raises(ValueError, match="or its template does not give text back"):
         check(tokenizer, texts, [prompts[0], prompts[0]])
-    with pytest.raises(ValueError, match="holds token 105, the model has 100 embeddings"):
-        check(tokenizer, ["ok"], [[3, 105]], vocabulary=100)
 
 
 def test_a_tokenizer_that_loses_text_is_refused():
@@ -406,8 +377,7 @@ def both(path, kind, tied):
         assert responses(samples) == responses(again)
         assert worst_error(model, samples, 0.6) < 2e-5 and worst_error(other, samples, 0.6) > 1e-2
         seen = []
-        ours = vllm.generate(PROMPTS, SEEDS, sampling(30, 0),
-                             on_sample=lambda i, s: seen.append(i))  # noqa: B023
+        ours = vllm.generate(PROMPTS, SEEDS, sampling(30, 0), lambda i, s: seen.append(i))  # noqa: B023
         theirs = plain.generate(PROMPTS, SEEDS, sampling(30, 0))
         assert responses(ours) == responses(theirs) and sorted(seen) == list(range(10))
         assert [s.finish_reason for s in ours] == [s.finish_reason for s in theirs]
@@ -419,9 +389,8 @@ def both(path, kind, tied):
     with pytest.raises(ZeroDivisionError):
         vllm.generate(PROMPTS, range(10), sampling(80), on_sample=lambda i, s: 1 / 0)
     assert len(vllm.generate(PROMPTS[:2], [1, 2], sampling(5))) == 2
-    for words, prompt in (("100 tokens", [1] * 100), ("106 embeddings", [106])):
-        with pytest.raises(ValueError, match=words):
-            vllm.generate([prompt], [0], sampling(30))
+    with pytest.raises(ValueError, match="106 embeddings"):
+        vllm.generate([[106]], [0], sampling(30))
     model.state_dict()["model.norm.weight"][0] = float("nan")
     vllm.push(model.float().state_dict().items())
     assert all(np.isnan(s.logprobs).all() for s in vllm.generate(PROMPTS, range(10), sampling(5)))
