@@ -37,7 +37,7 @@ def made_up(folder, steps=40, limit=64, eval_data="toy.jsonl", **changes):
             for t in range(steps + 1)]
     rows[0] = {"step": 0}
     for row in rows[::10]:
-        row |= {"eval_reward": 0.2 + row["step"] / 400, "eval_se": 0.03, "eval_truncated": 0.1}
+        row |= {"eval_reward": 0.2 + row["step"] / 400, "eval_se": 0.03}
     (folder / "metrics.jsonl").write_text(json_lines(row | changes for row in rows))
     return folder
 
