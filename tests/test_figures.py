@@ -37,7 +37,7 @@ def made_up(folder, steps=40, limit=64, eval_data="toy.jsonl", **changes):
             for t in range(steps + 1)]
     rows[0] = {"step": 0}
     for row in rows[::10]:
-        row |= {"eval_reward": 0.2 + row["step"] / 400, "eval_se": 0.03, "eval_truncated": 0.1}
+        row |= {"eval_reward": 0.2 + row["step"] / 400, "eval_se": 0.03}
     (folder / "metrics.jsonl").write_text(json_lines(row | changes for row in rows))
     return folder
 
@@ -232,18 +232,17 @@ def test_odd_values_are_left_out(tmp_path):
         row["reward"] = value
     rows += [{"reward": 1}, {"step": "3"}, {"step": -1}, {"step": 10 ** 400}, {"step": True}]
     (folder / "metrics.jsonl").write_text(json_lines(rows) + '{"step": 8, "rewa')
-    raw = make("length_and_reward", folder).axes[1].lines[0]
-    assert raw.get_xdata().tolist() == [1, 7] and np.isfinite(raw.get_ydata()).all()
-    for value in [None, 3, "$\\frac$\n\ud800" + "x" * 300, [], {}, [1], {"x": []}]:
+    for k, value in enumerate([None, 3, "$\\frac$\n\ud800" + "x" * 300, [], {}, [1], {"x": []}]):
         odd = {"a": value, "b": {"pass@1": value}, str(value): {"pass@1": 0.5, "se": value}}
         odd = dict.fromkeys(("name", "model", "parameters", "average"), value) | {"benchmarks": odd}
-        (folder / "odd.json").write_text(json.dumps(odd))
-        for name in NAMES:
-            make(name, folder)
+        (folder / f"odd{k}.json").write_text(json.dumps(odd))
         stages = [{"folder": "stage1", "max_len": value, "picked": value, "evidence": value}, value]
         (tmp_path / "run/plan.json").write_text(json.dumps({"stages": stages}))
         with pytest.raises(ValueError, match="plan.json or a config.json has another form"):
             make("truncation", tmp_path / "run")
+    axes = {name: make(name, folder).axes for name in NAMES}
+    raw = axes["length_and_reward"][1].lines[0]
+    assert raw.get_xdata().tolist() == [1, 7] and np.isfinite(raw.get_ydata()).all()
 
 
 def test_what_is_missing_is_said(tmp_path, capsys):
