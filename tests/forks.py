@@ -4,6 +4,7 @@ program is a fork of it. Several ranks are joined as torchrun would; a failure o
 `Fork` has as much of subprocess.Popen as the tests use. What is about starting itself (torchrun, a package
 that is missing, variables that count at import) is tested with real starts."""
 import atexit
+import gc
 import json
 import os
 import runpy
@@ -28,6 +29,7 @@ def serve(path):
     """Accept requests for ever. Returns in the forks alone -> (program, words)."""
     for name in PRELOAD:
         __import__(name)
+    gc.freeze()  # or each fork's collections would touch, and so copy, all that was imported
     listener = socket.socket(*PACKETS)
     listener.bind(path)
     listener.listen()
