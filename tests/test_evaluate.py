@@ -228,7 +228,8 @@ def test_a_run_leaves_scores_and_every_response(undisturbed):
 @pytest.mark.slow
 @pytest.mark.parametrize("how, code, words, again", [
     (signal.SIGKILL, -9, "", 2), (signal.SIGTERM, 143, "the same command goes on", 1),
-    (signal.SIGINT, 130, "the same command goes on", 3), ("full disk", 2, "cannot be written", 1)])
+    (signal.SIGINT, 130, "the same command goes on", 3), ("full disk", 2, "cannot be written", 1)],
+    ids=["kill", "sigterm", "ctrl-c", "full disk"])
 def test_stopped_runs_go_on_sample_by_sample(tiny, bench, undisturbed, tmp_path, how, code, words, again):
     """Stopped after a few samples, by a signal or at once by a full disk (a limit on the size of files stands
     for it), continued on another number of ranks: the rows of the undisturbed run, none generated twice."""
