@@ -176,7 +176,7 @@ def check_twin(report, what, dtype, names, ours, plain, inputs):
 
 
 def check_attention(args, report, device, dtype):
-    """policy.varlen_attention; in float64 it takes the plain path, which test_policy.py holds against eager attention."""
+    """policy.varlen_attention; in float64 it takes the plain path, see test_policy.py."""
     batch = policy_lib.pack_row(sequences(args), device=device)
     for hq, hkv, width, window in args.size["heads"]:
         def attention(q, k, v, width=width, window=window):
