@@ -143,9 +143,12 @@ def test_memory_is_predicted_as_written(row, capsys):
     assert round(float(re.search(r"total ([\d.,]+) hours", said)[1].replace(",", ""))) == int(hours)
 
 
-@pytest.mark.parametrize("options, size", zip(
-    (["--gpu_type", "RTX4090"], ["--gpu_memory_gib", "15", "--dtype", "float32"]),
-    re.search(r"One RTX 4090 trains models up to ([\d.]+) B .* T4 .* up to ([\d.]+) B", README).groups()))
+SMALL_CARDS = re.search(r"One RTX 4090 trains models up to ([\d.]+) B .* T4 .* up to ([\d.]+) B", README)
+
+
+@pytest.mark.parametrize("options, size", [
+    (["--gpu_type", "RTX4090"], SMALL_CARDS[1]),
+    (["--gpu_memory_gib", "15", "--dtype", "float32"], SMALL_CARDS[2])])
 def test_what_a_small_card_trains(options, size, capsys):
     assert schedule.main(["--dry_run", "--gpus", "1", *options]) == 2
     assert capsys.readouterr().err.count(f"--model to one of up to {size} B parameters") == 3
