@@ -1,4 +1,5 @@
 """Whole runs of grpo.py on a tiny model: ranks, crashes, signals, broken surroundings, what a run leaves."""
+import fcntl
 import gzip
 import importlib.util
 import json
@@ -237,6 +238,8 @@ def test_one_run_in_a_folder(start, tiny, problems):
     for worker in workers:
         os.kill(int(worker), signal.SIGKILL)
     p.stdout.close()
+    with open("r/lock") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # waits: a killed process lives on until the kernel has let it go
     start("--resume", "--steps", 1)
 
 
