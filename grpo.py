@@ -25,6 +25,7 @@ import shutil
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -155,7 +156,7 @@ def train(args, device):
     engine.push(learner.policy.full_weights())
     say(f"{model.parameters / 1e6:,.1f} M parameters, {len(task.problems):,} problems, {args.dtype}, "
         f"engine {engine.name}, {dist.get_world_size()} x {device.type}\n{HEADER}")
-    signals = common.catch_signals()
+    signals, writer = common.catch_signals(), ThreadPoolExecutor(1)
     training = Sampling(n=args.group, temperature=args.temperature, max_tokens=args.max_len, seed=args.seed)
     validation = Sampling(n=args.eval_n, temperature=args.eval_temperature, top_p=args.eval_top_p,
                           max_tokens=args.eval_max_len or args.max_len, seed=args.eval_seed)
@@ -192,7 +193,7 @@ def train(args, device):
             raise FloatingPointError(f"after step {step} the engine's log-probs are not finite")
         rewards = torch.tensor([s.reward for s in samples]).view(args.prompts, args.group)          # [P, G]
         advantages = group_advantages(rewards, args.advantage)                                      # [P, G]
-
+        saving = writer.submit(log.save_samples, step + 1, samples, problems, advantages)  # beside the update
         rows = torch.arange(args.prompts).chunk(args.updates)
         minibatches = [learner.pack(samples, advantages, prompts) for prompts in rows]
         lap("pack")
@@ -209,7 +210,8 @@ def train(args, device):
 
         step, generated = step + 1, generated + sum(len(s.response_ids) for s in samples)
         metrics = step_metrics(learner, samples, rewards, stats, began, seconds)
-        log.add({"step": step, "tokens_total": generated, **metrics}, samples, problems, advantages)
+        saving.result()
+        log.add({"step": step, "tokens_total": generated, **metrics})
         if step % args.save_every == 0 or step == args.steps:
             learner.save(step, generated, log.rows[log.written:])
     if learner.saved != step:
@@ -217,8 +219,7 @@ def train(args, device):
     engine.close()
     saved = f"{args.out}/checkpoints/{learner.saved:06d}"
     say(f"stopped after step {step}; --resume goes on from {saved}" if step < args.steps else
-        f"done. Next: python evaluate.py --model {saved}/hf\n            python figures.py {args.out}\n"
-        f"      or go on: --resume with a larger --steps")
+        f"done. Next: python evaluate.py --model {saved}/hf, or go on: --resume with a larger --steps")
     return signals[0] if signals else 0
 
 
@@ -243,8 +244,7 @@ class Task:
             *both, dropped = evaluate.load_prompts(path, args, model, self.tokenizer, style, room)
             sets += both
             if dropped:
-                total = dropped + len(both[0])
-                say(f"{path}: {dropped} of {total} prompts are longer than {room} tokens and were dropped")
+                say(f"{path}: {dropped} of {dropped + len(both[0])} prompts have over {room} tokens: dropped")
         self.problems, self.prompts, self.eval_problems, self.eval_prompts = [*sets, [], []][:4]
         data.batch_indices(len(self.problems), 0, args.prompts, args.seed)  # refuses a set that is too small
         self.longest = response + max(map(len, self.prompts + self.eval_prompts))  # tokens
@@ -308,14 +308,13 @@ class Learner:
         bar = tqdm(micro, desc="update", leave=False, disable=None if dist.get_rank() == 0 else True)
         for (m, advantages, engine_logp), old, ref in zip(bar, old_logp, ref_logp):
             logp, entropy = self.policy(m, args.temperature, entropy_grad=args.entropy_coef != 0)
-            old = logp.detach() if old is None else old
             loss, sums = grpo_loss(
                 logp, old, advantages, m.lengths, ref_logp=ref, engine_logp=engine_logp, entropy=entropy,
                 loss=args.loss, clip_low=args.clip_low, clip_high=args.clip_high, kl_coef=args.kl_coef,
                 entropy_coef=args.entropy_coef, tis_cap=args.tis_cap, agg=args.loss_agg, total=total)
             # FSDP averages gradients over ranks; the loss is divided by the global count already: undo that
             (loss * self.policy.grad_divisor).backward()
-            sums |= {**mismatch(old, engine_logp), "loss": loss.detach()}
+            sums |= {**mismatch(logp.detach() if old is None else old, engine_logp), "loss": loss.detach()}
             stats.update({name: x.double() for name, x in sums.items()})  # added on the device: nobody waits
         norm = torch.nn.utils.clip_grad_norm_(self.policy.parameters(), args.grad_clip or math.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -405,7 +404,6 @@ def open_tracker(args):
     if args.report_to == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
         writer = SummaryWriter(f"{path}/tensorboard")
-        writer.add_text("options", json.dumps(vars(args), indent=1))
         return lambda numbers, step: [writer.add_scalar(k, v, step) for k, v in numbers.items()]
     if args.report_to != "none":
         tracker = importlib.import_module(args.report_to)
@@ -450,12 +448,14 @@ class Log:
         except OSError as e:
             say(f"ALARM {e}: {len(rows) - self.written} line(s) are kept and written later")
 
-    def add(self, line, samples, problems, advantages):
-        """The numbers of a step, finished by `write`, and its samples, in rollouts/000STEP.jsonl.gz."""
-        step, rows, self.unfinished = line["step"], [], True
-        self.rows.append(line)
+    def add(self, line):
+        """The numbers of a step, finished by `write`."""
+        self.rows, self.unfinished = [*self.rows, line], True
+
+    def save_samples(self, step, samples, problems, advantages):
+        """All samples of a step to rollouts/000STEP.jsonl.gz."""
         # not their verdicts: a response without a box is graded before its gold is read
-        self.unreadable = [] if self.args.reward else [p.answer for p, _ in data.unreadable_golds(problems)]
+        rows, self.unreadable = [], [] if self.args.reward else data.unreadable_golds(problems)
         for i, (s, advantage) in enumerate(zip(samples, advantages.flatten().tolist())):
             p, j = problems[i // self.args.group], i % self.args.group
             rows.append({"step": step, "id": p.id, "sample": j, "problem": p.problem, "answer": p.answer,
@@ -488,8 +488,8 @@ class Log:
 
     def alarms(self, m):
         """Signs of a run that looks healthy and is not: (name, how bad it is or 0, words and cure)."""
-        golds, cut, kl, mult = self.unreadable, m["truncated"], m["mismatch_kl"], m["mismatch_mult"]
-        most_kl, most_mult = MISMATCH[self.args.dtype]
+        golds, cut = [p.answer for p, _ in self.unreadable], m["truncated"]
+        kl, mult, most_kl, most_mult = m["mismatch_kl"], m["mismatch_mult"], *MISMATCH[self.args.dtype]
         self.unpaid = 0 if m["reward"] else self.unpaid + 1
         yield "gold", len(golds), f"the grader cannot read {len(golds)} of the right answers: {golds[:2]}"
         yield "reward", 0 if golds else self.unpaid, (

@@ -140,7 +140,8 @@ KINDS = {
     "two schedules": lambda d: [schedule(d / "a"), schedule(d / "b", "aime24", (60, 50, 8), (50, 44, None))]}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [
+    pytest.param(kind, marks=[pytest.mark.slow] * (kind != "stages just begun")) for kind in KINDS])
 def test_no_text_outside_the_picture_or_on_another(kind, tmp_path, monkeypatch):
     shown = {}
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: shown.update(
