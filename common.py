@@ -86,7 +86,7 @@ def together(what, work):
 def say(text):
     """One line on the console, from rank 0 alone, above any progress bar."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        tqdm.write(text, file=sys.stdout)
+        tqdm.write(text.encode(errors="backslashreplace").decode(), file=sys.stdout)
         sys.stdout.flush()
 
 
@@ -147,7 +147,7 @@ def write_atomic(path, content):
     partial = f"{path}.{os.getpid()}.tmp"
     try:
         with open(partial, "wb") as f:
-            f.write(content.encode() if isinstance(content, str) else content)
+            f.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
@@ -199,7 +199,7 @@ def provenance():
 
 def table(head, rows):
     """An aligned Markdown table of a list of titles and a list of rows."""
-    cells = [[str(c) for c in row] for row in [head, *rows]]
+    cells = [[" ".join(str(c).replace("|", "\\|").split()) for c in row] for row in [head, *rows]]
     width = [max(len(row[i]) for row in cells) for i in range(len(head))]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, width)) + " |" for row in cells]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in width) + "|")

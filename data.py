@@ -5,10 +5,9 @@
 
 A trainer imports the first half: load_problems, check_golds, encode_problems, batch_indices. `build` is
 DeepScaleR's curation with its flaws repaired: collect, read answers out of solutions, merge duplicates,
-remove benchmark problems, keep what can be graded, write the datasheet. Beside --out it writes
-dropped.jsonl.gz (each dropped row, why, what it matched) and DATASHEET.md. Embedding takes minutes and is
-kept in .embeddings.npz, so that a killed build goes on. `select` filters: by length, or by the solve rates
-that evaluate.py has counted.
+remove benchmark problems, keep what can be graded, write DATASHEET.md beside --out, and dropped.jsonl.gz:
+each dropped row, why, what it matched. Embedding takes minutes and is kept in .embeddings.npz, so that a
+killed build goes on. `select` filters: by length, or by the solve rates that evaluate.py has counted.
 
 Left out on purpose: rewriting problems or reading answers with a paid model (the original used Gemini),
 guessing difficulty, approximate nearest neighbours (exact search takes seconds; see bench/README.md).
@@ -29,6 +28,7 @@ import os
 import re
 import sys
 import unicodedata
+import zipfile
 import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
@@ -79,10 +79,9 @@ class Problem:
 def read_rows(path):
     """Yield (place, row or DataError) of a file, by its name: .json .jsonl .csv (each also .gz) .parquet.
 
-    An archive is unpacked within a bound. Bytes that are no UTF-8 become surrogates: see clean_text.
-    """
+    An archive is unpacked within a bound. Bytes that are no UTF become surrogates: see clean_text."""
     path = Path(path)
-    name, packed = path.name.lower().removesuffix(".gz"), path.suffix == ".gz"
+    name, packed = path.name.lower().removesuffix(".gz"), path.suffix.lower() == ".gz"
     try:
         if name.endswith(".parquet"):
             import pyarrow.parquet  # only here: the recipe's own files are JSON
@@ -95,14 +94,19 @@ def read_rows(path):
             content = file.read(limit + 1 if packed else -1)
         if packed and len(content) > limit:
             raise OSError(f"it unpacks to more than {limit >> 20} MB; if you trust it, unpack it yourself")
-        text = content.decode("utf-8-sig", errors="surrogateescape")
+        encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        text = content.decode(encoding, errors="surrogateescape")
         if name.endswith(".csv"):
             csv.field_size_limit(sys.maxsize)  # clean_text sees to it
-            reader = csv.DictReader(io.StringIO(text, newline=""))
+            reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)  # no quote swallows the rest
+            named = Counter(filter(None, reader.fieldnames or ()))
+            if max(named.values(), default=1) > 1:
+                raise OSError(f"its header names a field twice: {', '.join(reader.fieldnames)[:300]}")
             too_many = DataError("more fields than the header names")
             yield from ((f"line {reader.line_num}", too_many if None in row else row) for row in reader)
-        elif text.lstrip().startswith("[") and not name.endswith(".jsonl"):
-            yield from ((f"row {n}", row) for n, row in enumerate(json.loads(text)))
+        elif re.match(r"\s*(?:\[|\{\s*\n)", text) and not name.endswith(".jsonl"):
+            found = json.loads(text)
+            yield from ((f"row {n}", row) for n, row in enumerate(found if type(found) is list else [found]))
         else:  # a .json file is often JSON lines under the wrong name
             for number, line in enumerate(text.split("\n"), 1):
                 try:
@@ -197,9 +201,11 @@ def decoded(value):
         if re.fullmatch(rf"(?s)\s*\[\s*{QUOTED}(?:\s*,\s*{QUOTED})*\s*\]\s*", value):
             # The backslash of a TeX command stands alone or doubled, depending on how the list was written.
             return [re.sub(r"\\([\\\"'])", r"\1", item[1:-1]) for item in re.findall(f"(?s){QUOTED}", value)]
-        for read in (json.loads, ast.literal_eval) if re.match(rf"[\s\[]*\{{\s*{QUOTED}\s*:", value) else ():
-            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-                return read(value)
+        if re.match(rf"[\s\[]*\{{\s*{QUOTED}\s*:", value):
+            array = re.sub(r"\}\s+(?=\{['\"])", "}, ", value)  # as pandas writes one, without commas
+            for read, text in (json.loads, value), (ast.literal_eval, value), (ast.literal_eval, array):
+                with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                    return read(text)
     return value
 
 
@@ -208,8 +214,9 @@ def read_chat(turns, notes):
     names = {"human": "user", "developer": "system", "gpt": "assistant", "model": "assistant"}
     said = {"system": [], "user": [], "assistant": []}
     for turn in turns:
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        role = names.get(str(role).lower(), str(role).lower())
+        role = str(turn.get("role", turn.get("from"))).lower()
+        role = names.get(role, role)
+        content = turn.get("content", turn.get("value", "" if "ground_truth" in turn else None))
         if role not in said:
             raise DataError(f"a turn has the role {role!r}; known are {', '.join(said)}")
         if role == "user":
@@ -217,8 +224,8 @@ def read_chat(turns, notes):
         parts = content if isinstance(content, list) else [content]  # one without text, an image, is refused
         texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
         said[role].append("\n".join(clean_text(text, "turn") for text in texts))
-    if not said["user"]:
-        raise DataError("a chat without a user turn")
+    if not any(said["user"][-1:]):
+        raise DataError("a chat without a user turn, or with an empty one")
     notes["have a system turn, which is put above the problem"] += any(said["system"])
     notes["have several user turns, of which the last is the problem"] += len(said["user"]) > 1
     return "\n\n".join(filter(None, [*said["system"], said["user"][-1]])), "\n".join(said["assistant"])
@@ -284,7 +291,7 @@ def read_gold(value, problem=""):
     ('142', ['1', 'one'], '1', '2')
     """
     value = decoded(value)
-    if isinstance(value, dict):
+    while isinstance(value, dict):
         value = pick(value, "record")
     if isinstance(value, str):
         text = clean_text(value, "answer")
@@ -308,45 +315,55 @@ def pick(row, field, name=None, kinds=object):
         value = row
         for key in [known] if known in row else known.split("."):
             value = decoded(value.get(key)) if isinstance(value, dict) else None
-        if value not in (None, "", []) and isinstance(value, kinds):
+        is_nan = isinstance(value, float) and math.isnan(value)  # how joined tables write a missing field
+        if value not in (None, "", [], "[]") and isinstance(value, kinds) and not is_nan:
             return value
     return None
 
 
 def parse_row(row, problem_field=None, answer_field=None, need_answer=True, notes=None):
     """One row of any known source as a Problem, with "" for an id it lacks; notes: Counter of what to tell.
-
-    Raises DataError that says what is missing or of the wrong type.
+    A DataError says what is missing or of the wrong type.
 
     >>> parse_row({"Question": "1+1?", "Answer": 2}).answer
     '2'
     """
     if isinstance(row, DataError):
         raise row
+    if isinstance(row, list) and all(isinstance(turn, dict) and "from" in turn for turn in row):
+        row = {"conversations": row}
     if not isinstance(row, dict):
         raise DataError(f"row is a {type(row).__name__}, expected an object with fields")
     row = {str(key).strip().lower(): value for key, value in row.items()}
     advice = f"the row has the fields {', '.join(row)[:300]}; name the right one with "
-    text, said = pick(row, "problem", problem_field), ""
+    text, said, notes = pick(row, "problem", problem_field), "", Counter() if notes is None else notes
     if text is None:
         raise DataError(f"no problem text: {advice}--problem_field")
     text = [text] if isinstance(text, dict) else text
     while isinstance(text, list) and len(text) == 1 and not isinstance(text[0], dict):
         text = text[0]
     if isinstance(text, list) and all(isinstance(turn, dict) for turn in text):
-        text, said = read_chat(text, Counter() if notes is None else notes)
+        row = {key: turn[key] for turn in text for key in turn if key == "ground_truth"} | row
+        text, said = read_chat(text, notes)
     text = clean_text(text, "problem")
+    if re.match(rf"\[\s*\{{\s*{QUOTED}\s*:", text):
+        raise DataError(f"the problem is a chat as text that cannot be read: {text!r:.60}")
     if not problem_field and row.get("input") and text == str(row.get("instruction")).strip():
         text = f"{text}\n{clean_text(row['input'], 'input')}"  # "Solve this." and what to solve
     text = text.removesuffix(INSTRUCTION).rstrip()
     if not text:
         raise DataError("empty problem text")
-    gold, found = pick(row, "answer", answer_field), pick(row, "solution")
-    found = found if isinstance(found, list) else [found, said]
-    solutions = [clean_text(solution, "solution") for solution in found if solution]
-    answer = read_gold(gold, text) or vote(map(read_answer, solutions)) or ""
+    for field in ("image", "images", "choices", "options", "context"):
+        notes[f"have a field {field!r}, which is not put to the problem"] += bool(row.get(field))
+    gold, found, solutions = pick(row, "answer", answer_field), pick(row, "solution"), []
+    fields = [answer_field.lower().split(".")[0]] if answer_field else FIELDS["answer"]
+    answer, known = read_gold(gold, text), any(field in row for field in fields)
+    if not answer and (known or not answer_field):  # what is not needed is not read
+        found = found if isinstance(found, list) else [found, said]
+        solutions = [clean_text(solution, "solution") for solution in found if solution]
+        answer = vote(map(read_answer, solutions)) or ""
     if need_answer and not answer:
-        why = "it is empty" if set(row) & set(FIELDS["answer"]) else f"{advice}--answer_field"
+        why = "it is empty" if known else f"{advice}--answer_field"
         why = "none can be read out of the solution" if solutions else why
         raise DataError("no answer: " + (why if gold is None else f"{gold!r:.60} is none"))
     name, source = pick(row, "id", kinds=(int, str)), pick(row, "source", kinds=str)
@@ -374,11 +391,9 @@ def text_id(text):
 def load_problems(path, limit=None, problem_field=None, answer_field=None, need_answer=True, on_bad=None):
     """Read a data set into a list of Problem, in file order; limit: only the first so many.
 
-    path: .json (a list), .jsonl or .csv, each also .gz, or .parquet, or a hub name; see parse_source. Ids are
-    the rows' own or a hash of the text, so they do not depend on the order. need_answer=False: for rewards of
-    one's own. A bad row is a DataError with file, line and cause: training on a file with holes should be
-    somebody's decision. on_bad(text), if given, is called instead.
-    """
+    path: see parse_source and read_rows. Ids are the rows' own or a hash of the text, whatever the order.
+    need_answer=False: for rewards of one's own. A bad row is a DataError with file, line and cause, since
+    training on a file with holes should be somebody's decision; on_bad(text), if given, is called instead."""
     problems, places, notes = [], {}, Counter()
     for file, place, _, _, item in parse_rows(path, problem_field, answer_field, need_answer, notes):
         if isinstance(item, Problem) and item.id in places:
@@ -421,9 +436,7 @@ def unreadable_golds(problems):
 
 def check_golds(problems, allow=False):
     """Read all golds once, before anything is spent on them: a message about the unreadable ones, or None.
-
-    Raises DataError where they are more than 3 %, unless `allow`.
-    """
+    Raises DataError where they are more than 3 %, unless `allow`."""
     found = unreadable_golds(problems)
     if not found:
         return None
@@ -453,8 +466,7 @@ def encode_prompt(tokenizer, text, instruction=INSTRUCTION, chat=True, examples=
     """Token ids [T] of one prompt: problem, one space, instruction, in the model's chat format.
 
     The template writes the special tokens itself, so none are added a second time. chat=False: plain text,
-    for base models. examples: Problems shown before it as finished turns (the recipe uses none).
-    """
+    for base models. examples: Problems shown before it as finished turns (the recipe uses none)."""
     turns, end = [], f" {instruction}" if instruction else ""
     for item in examples:
         turns += [item.problem + end, f"\\boxed{{{reward.gold_texts(item.answer)[0]}}}"]
@@ -493,12 +505,7 @@ def batch_indices(n, step, batch, seed):
     """Indices [batch] of the problems of optimisation step `step` (counted from 0).
 
     Every epoch is shuffled anew and its incomplete last batch left out. A pure function of the step: a run
-    that resumes at step k sees exactly the batches it would have seen, on any number of GPUs.
-
-    >>> first, second = batch_indices(5, 0, 2, seed=0), batch_indices(5, 1, 2, seed=0)
-    >>> len(set(first) | set(second)), batch_indices(5, 0, 2, seed=0) == first
-    (4, True)
-    """
+    that resumes at step k sees exactly the batches it would have seen, on any number of GPUs."""
     if batch < 1 or step < 0 or n < batch:
         raise DataError(f"{n} problems cannot fill step {step} with {batch} prompts: take fewer prompts")
     epoch, k = divmod(step, n // batch)
@@ -614,9 +621,9 @@ def load_embedder(name):
 def embed(texts, name, cache, batch=32, save_every=64):
     """Embeddings of texts, float32 [N, D], by "minilm" or a model folder. The file `cache` keeps them all."""
     store = {}
-    if cache.exists():
-        with np.load(cache) as saved:
-            store = dict(zip(saved["ids"].tolist(), saved["vectors"]))
+    damage = OSError, EOFError, ValueError, LookupError, zlib.error, zipfile.BadZipFile
+    with contextlib.suppress(*damage), np.load(cache) as saved:
+        store = dict(zip(saved["ids"].tolist(), saved["vectors"]))
     ids = {text: text_id(f"{name}\n{text}") for text in texts}
     todo = sorted((text for text in ids if ids[text] not in store), key=lambda text: (len(text), text))
     encode = load_embedder(name) if todo else None
@@ -634,11 +641,7 @@ def keep_first(vectors, threshold, block=256):
     """Which rows to keep so that no two kept ones have a cosine of `threshold` or more, earlier rows first.
 
     vectors [N, D] -> (match [N], cosine [N]): match is -1 for a row that is kept, else the nearest row kept
-    before it. One block of cosines exists at a time, so memory grows with N alone.
-
-    >>> keep_first(np.eye(3, dtype=np.float32)[[0, 1, 0, 2]], 0.9)[0].tolist()
-    [-1, -1, 0, -1]
-    """
+    before it. One block of cosines exists at a time, so memory grows with N alone."""
     match, cosine = np.full(len(vectors), -1), np.zeros(len(vectors), np.float32)
     for start in range(0, len(vectors), block):
         near = vectors[start:start + block] @ vectors[:start + block].T
@@ -655,9 +658,7 @@ def merge_duplicates(rows, rank, embed=None, threshold=THRESHOLD):
     """Step 3: keep one row of each text, and of those the ones unlike every row that was kept before.
 
     rank: {source: place}, 0 most trusted. If two answers differ, the more trusted source decides; at equal
-    trust nobody can know, and all go. Texts with other numbers do not contradict each other.
-    embed: texts [N] -> vectors [N, D].
-    """
+    trust nobody can know, and all go. Texts with other numbers do not contradict each other."""
     def trust(row):
         return row["bad"], rank[row["source"]]
 
@@ -692,8 +693,7 @@ def overlaps(rows, tests, share=0.5, n=10):
     """For each row (share, index) of the benchmark problem whose 10-grams it holds most of, else (0, -1).
 
     With 5 or more in common the share may be of the row's: it may be a benchmark problem cut short. Words are
-    cut in two ways: formulas taken apart (other spacing is found), and at spaces (short formulas weigh less).
-    """
+    cut in two ways: formulas taken apart (for other spacing), and at spaces (short formulas weigh less)."""
     def grams(text, word):
         words = re.findall(word, unicodedata.normalize("NFKC", text).lower())
         return {" ".join(words[i:i + n]) for i in range(max(1, len(words) - n + 1))} if words else set()
@@ -805,7 +805,11 @@ def build(sources, out, against=(), corrections=None, strict=False, priority=PRI
     """All steps from source files to a training set; returns its rows. For the arguments see main."""
     out = Path(out)
     tests = [replace(test, source=Path(b).name.split(".")[0]) for b in against for test in load_problems(b)]
-    mends = {row["id"]: row for _, row in read_rows(corrections)} if corrections else {}
+    mends, notes = {}, "\n" + Path(notes).read_text("utf-8", "replace") if notes else ""
+    for place, row in read_rows(corrections) if corrections else ():
+        if not isinstance(row, dict) or not {"id", "was", "answer", "why"} <= row.keys():
+            raise DataError(f"{corrections}, {place}: expected an object with id, was, answer (or null), why")
+        mends[row["id"]] = row
     vectors = functools.partial(embed, name=embedder, cache=out.with_name(".embeddings.npz"))
     vectors = vectors if embedder != "none" else None
     rows, dropped = collect(sources, strict)
@@ -832,8 +836,7 @@ def build(sources, out, against=(), corrections=None, strict=False, priority=PRI
                     "embedder": embedder, "priority": " > ".join(rank)}
         sheet = describe(result, dropped, counts, settings, mends)
         write_rows(out.with_name("dropped.jsonl.gz"), dropped)
-        sheet += "\n" + Path(notes).read_text() if notes else ""
-        write_atomic(out.with_name("DATASHEET.md"), sheet)
+        write_atomic(out.with_name("DATASHEET.md"), sheet + notes)
     write_rows(out, result)  # last: if it is there, the build is complete
     say(f"{out}: {len(result):,d} problems, {len(dropped):,d} rows dropped")
     return result
@@ -846,9 +849,12 @@ def load_solve_rates(path):
     """{id: solve rate 0..1} out of a result file of evaluate.py."""
     try:
         benchmarks = read_json(path)["benchmarks"].values()
-        return {name: right / b["n"] for b in benchmarks for name, right in b["per_problem"].items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        found = {(name, right / b["n"]) for b in benchmarks for name, right in b["per_problem"].items()}
+    except (OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is no result of evaluate.py, such as eval/NAME.json ({error!r})") from None
+    if len(dict(found)) < len(found):
+        raise DataError(f"{path}: two benchmarks in it rate problems of the same id; evaluate the file alone")
+    return dict(found)
 
 
 def select_problems(problems, rates=None, min_rate=0.0, max_rate=1.0, min_chars=0, max_chars=None,
@@ -857,12 +863,7 @@ def select_problems(problems, rates=None, min_rate=0.0, max_rate=1.0, min_chars=
 
     A problem that is never or always solved costs a group of samples and teaches nothing, so both ends of the
     range of solve rates are excluded; a problem without a rate is kept. min_chars, max_chars: length, both
-    included (FastCuRL's short half: 247). exact: no rounded golds.
-
-    >>> items = [Problem("a", "1+1?", "2", solve_rate=1.0), Problem("b", "7*8?", "56", solve_rate=0.5)]
-    >>> [p.id for p in select_problems(items)[0]]
-    ['b']
-    """
+    included (FastCuRL's short half: 247). exact: no rounded golds."""
     kept, left = [], Counter()
     for item in problems:
         rate = (rates or {}).get(item.id, item.solve_rate)
@@ -896,7 +897,6 @@ def select(source, out, rates=None, skip_bad=False, problem_field=None, answer_f
 
 
 def main(argv=None):
-    """Command line; `python data.py COMMAND --help` explains the options."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("build", help="curate sources", formatter_class=Help).add_argument
@@ -925,7 +925,7 @@ def main(argv=None):
     command = args.pop("command")
     try:
         {"build": build, "select": select}[command](**args)
-    except DataError as error:
+    except (DataError, OSError) as error:
         print(f"data.py {command}: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -7,9 +7,8 @@
     python evaluate.py --table eval/*.json --published    # models x benchmarks, as in DeepScaleR's blog
 
 The same weights were published with 37.0 and with 43.1 on AIME 2024: prompts, samples, limits and graders
-differ. So every result (OUT/NAME.json) carries its protocol, every score its standard error, and every
-response is kept (OUT/NAME.responses.jsonl.gz). Until both are written each rank has its samples in a part
-file: stopped at any time, the same command goes on with the missing ones, on any number of ranks.
+differ. So every result (OUT/NAME.json) carries its protocol and standard errors, and all responses are kept
+(OUT/NAME.responses.jsonl.gz), until then in part files: what was stopped goes on, on any number of ranks.
 Left out on purpose: judges that are models, answers that are programs, votes, prompts tuned by benchmark.
 """
 import glob
@@ -25,7 +24,7 @@ from collections import Counter, namedtuple
 from contextlib import closing, suppress
 from dataclasses import asdict, fields, replace
 from functools import partial
-from itertools import groupby, product
+from itertools import chain, groupby, product
 from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
@@ -156,10 +155,8 @@ def curve_point(samples, problems, n):
 
 def mean_and_se(values):
     """[P] means of the problems -> (their mean, its standard error; None of one problem).
-
-    Samples of one problem are alike, so P x n verdicts are not P x n independent ones: the spread of problem
-    means covers the choice of problems and the luck of sampling (Miller 2411.00640, clustered). A mean of 0
-    or 1 has no spread; there the error is half the rule of three: 95 % sure within 3 / P."""
+    Samples of one problem are alike: the spread of problem means covers choice of problems and luck of draws
+    (Miller 2411.00640). A mean of 0 or 1 has none: half the rule of three then, 95 % sure within 3 / P."""
     mean, spread = float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
     if not spread and mean in (0, 1):
         return mean, min(0.5, 1.5 / len(values))
@@ -174,7 +171,6 @@ def pass_at_k(right, n):
 
 def summarize(rows, n):
     """Scores of one benchmark. rows: n of each problem, one after another.
-
     "pass@1" is the mean reward as it is; "pass@k" and "per_problem" count samples with a reward of RIGHT or
     more. "rewards" are the means by problem, for --compare. Tokens are means a response."""
     ids = [row["id"] for row in rows[::n]]
@@ -202,13 +198,12 @@ def average(benchmarks):
 
 def paired_bootstrap(a, b, draws=10_000, seed=0):
     """Is b better than a on the same problems? a, b: lists (one entry a benchmark) of [P] problem means.
-
     Problems are drawn with replacement, the same for both, within each benchmark; the statistic is the
     unweighted mean of the benchmarks' differences. -> difference, its se, 95 % interval, two-sided p-value
     (Efron and Tibshirani 1993, ch. 16: twice the smaller tail beyond 0, never below 1 / draws)."""
     rng = np.random.default_rng(seed)
     gains = [np.subtract(y, x) for x, y in zip(a, b)]
-    boot = np.mean([g[rng.integers(len(g), size=(draws, len(g)))].mean(1) for g in gains], axis=0)
+    boot = np.mean([[rng.choice(g, len(g)).mean() for _ in range(draws)] for g in gains], axis=0)
     low, high = np.quantile(boot, (0.025, 0.975)).tolist()
     tail = int(min((boot <= 0).sum(), (boot >= 0).sum()))
     return {"difference": float(np.mean([g.mean() for g in gains])), "se": float(boot.std(ddof=1)),
@@ -232,7 +227,7 @@ def report(results, published=False):
     models = [(f"{model} (published)", {name: {"pass@1": x / 100, "se": None} for name, x in row.items()})
               for model, row in known.items()]
     for model, found in models + [(r["name"], r["benchmarks"]) for r in results]:
-        if all(name in found for name in names):
+        if names and all(name in found for name in names):
             found = found | {"average": average([found[name] for name in names])}
         cells = [percent(found[name]["pass@1"], found[name]["se"]) if name in found else "-" for name in head]
         scores.append([model, *cells])
@@ -317,8 +312,9 @@ def read_result(path):
         itemgetter("name", "protocol", "benchmarks")(result)
         itemgetter("template", "think", "stop", "n", "versions")(result["protocol"])
         for b in result["benchmarks"].values():
-            itemgetter("n", "problems", "per_problem", "verdicts", "tokens", "rewards")(b)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+            sum(b["per_problem"].values()) + sum(b["rewards"].values())
+        report([result])  # what cannot be shown is no result
+    except (OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as e:
         raise ValueError(f"{path} is no result of evaluate.py, or of an old one ({e!r})") from e
     return result
 
@@ -338,10 +334,15 @@ def regrade(path):
     """Grade the responses behind a result again with today's grader -> the new result."""
     result, base = read_result(path), path.removesuffix(".json")
     p, changed = result["protocol"], 0
-    style = Style(p["template"], p["think"], p["stop"])
-    grade = load_reward(p.get("reward"), style)
+    grade = load_reward(p.get("reward"), Style(p["template"], p["think"], p["stop"]))
     with common.lock(base + ".lock"):
         rows = list(common.read_lines(base + ".responses.jsonl.gz"))
+        need = "benchmark", "id", "response", "reward", "response_tokens", "finish_reason"
+        have = [tuple(row.get(key) for key in need) for row in rows]
+        asked = [(name, i) for name, b in result["benchmarks"].items() for i in b["rewards"]]
+        lost = asked and [key[:2] for key in have] != [key for key in asked for _ in range(p["n"])]
+        if lost or not have or None in chain.from_iterable(have):
+            raise ValueError(f"{base}.responses.jsonl.gz: not {p['n']} whole responses to each problem")
         for row in rows:
             problem = data.Problem(**{f.name: row.get(f.name) for f in fields(data.Problem)})
             value, row["reason"] = grade(problem, rollout.Sample([], [], [], "", row["response"]))
@@ -396,8 +397,7 @@ class Evaluation:
             lines = common.read_lines(path)
             first = read_result(self.base + ".json") if path.endswith(".gz") else next(lines, {})
             old = first.get("protocol", self.protocol)  # none: killed before its first line was whole
-            changed = differences(old, self.protocol, free)
-            if changed:
+            if changed := differences(old, self.protocol, free):
                 raise ValueError(f"{path}: other settings ({changed}). Take those, or another --name")
             self.protocol["engine"] = old["engine"]
             rows |= {(row["benchmark"], row["id"], row["sample"]): row for row in lines}
@@ -464,7 +464,7 @@ class Evaluation:
 
 def curve_note(args, protocol):
     """Whether this score is a point of the validation curve of the run that made the model, in a sentence."""
-    with suppress(OSError, ValueError, LookupError, TypeError):  # the model is of no run of grpo.py
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # of no run of grpo.py
         o = common.read_json(os.path.join(args.model, "../../../config.json"))["options"]
         there = {name: o.get(f"eval_{name}", o.get(name)) for name in SAME}
         there |= {"max_tokens": o["eval_max_len"] or o["max_len"], "limit": 0}

@@ -5,8 +5,7 @@
     python figures.py RUN --transcripts  # RUN/transcripts.html as well: one file, no script, works offline
 
 RUN is a run of schedule.py or grpo.py, or holds results of evaluate.py; a published score may stand in a file
-RUN/NAME.json with just name, parameters and benchmarks. Stages are laid end to end: each begins at the
-checkpoint handed on by the one before. Damaged files are named on stderr, and the rest is drawn.
+RUN/NAME.json with name, parameters and benchmarks. Stages are laid end to end; damage is named on stderr.
 Left out on purpose: interactive plots, a live server, TeX that latex2mathml does not read.
 """
 import glob
@@ -55,8 +54,9 @@ def number(value):
 
 def visible(text, most=None):
     """Control and direction characters and lone surrogates are shown by their numbers, like [U+202E]."""
-    return re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]",
-                  lambda c: f"[U+{ord(c[0]):04X}]", str(text).replace("\r\n", "\n"))[:most]
+    text = re.sub("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]",
+                  lambda c: f"[U+{ord(c[0]):04X}]", str(text).replace("\r\n", "\n"))
+    return text if most is None or len(text) <= most else text[:most] + "…"
 
 
 def read_run(folder, window, prefix):
@@ -71,8 +71,8 @@ def read_run(folder, window, prefix):
             options = dict(next(objects(path), {}).get("options") or {}) if os.path.exists(path) else {}
             path = os.path.join(folder, stage["folder"], "metrics.jsonl")
             for row in objects(path) if stage.get("picked") or os.path.exists(path) else ():
-                if type(row.get("step")) is int and 0 <= row["step"] < 1e9:
-                    rows[row["step"]] = row  # what was done twice, after a crash, counts as it was done last
+                if type(row.get("step")) in (int, float) and 0 <= row["step"] < 1e9:
+                    rows[int(row["step"])] = row  # what was done twice counts as it was done last
             end = start + int(stage.get("picked") or max(rows, default=0))
             stages.append(SimpleNamespace(
                 name=visible(stage["folder"], 16), limit=number(stage.get("max_len")), start=start, end=end,
@@ -92,7 +92,7 @@ def read_scores(folder, file, stages):
     """Yield the scores of one result of evaluate.py, in per cent. The step is that of the whole run whose
     checkpoint was evaluated, or None for a model from elsewhere."""
     row = next(objects(os.path.join(folder, file)), {})
-    name, found = visible(row.get("name") or os.path.basename(file)[:-5], 24), row.get("benchmarks")
+    name, found = visible(row.get("name") or os.path.basename(file)[:-5])[-24:], row.get("benchmarks")
     steps = {"base": 0} | {stage.name: stage.end for stage in stages} if stages else {}
     model = {"name": name, "step": steps.get(name), "size": number(row.get("parameters"))}
     for bench, score in found.items() if isinstance(found, dict) else ():
@@ -180,9 +180,9 @@ def pass_at_1(runs):
             x, y, se = np.array(sorted((s.step, s.mean, s.se) for s in dated if s.bench == bench)).T
             axis.errorbar(x, y, se, capsize=3, label=run.prefix + bench)
     main = "aime24" if "aime24" in benchmarks else "".join(benchmarks[:1])
-    lines = {s.name: s.mean for run in runs for s in run.scores if s.step is None and s.bench == main}
-    lines |= AIME24 if main == "aime24" else {}
-    for i, (name, value) in enumerate(sorted(lines.items(), key=lambda line: line[1])):
+    lines = {(s.mean, s.name) for run in runs for s in run.scores if s.step is None and s.bench == main}
+    lines |= {(value, name) for name, value in AIME24.items() if main == "aime24"}
+    for i, (value, name) in enumerate(sorted(lines)):
         axis.axhline(value, color="grey", lw=1.2, ls=(0, (2 * i + 1, 2)), label=f"{name} {value:.3g}")
     return figure
 
@@ -205,7 +205,7 @@ def time_per_step(runs):
     for axis, run in zip(axes.flat, runs):
         axis.set_ylabel("seconds")
         table = columns(run.stages, "seconds", *(f"seconds_{phase}" for phase in PHASES[:-1]))
-        if table.size:
+        if np.nansum(table[1]) > 0:
             step, whole, *spent = np.nan_to_num(table)
             spent = np.array([*spent, np.maximum(whole - sum(spent), 0)])
             names = [f"{run.prefix}{key} {part:.0%}" for key, part in zip(PHASES, spent.sum(1) / spent.sum())]
@@ -226,7 +226,7 @@ FIGURES = {  # {name: (how it is made, what is said where it has nothing to show
 def draw(run, run_b=None, *, window=100):
     """Write every picture, with means of `window` steps -> (paths, {what is not drawn: why})."""
     folders, written, missing = [run, run_b] if run_b else [run], [], {}
-    runs = [read_run(folder, window, f"{visible(folder)[-24:]}, " if run_b else "") for folder in folders]
+    runs = [read_run(f, window, f"{a} {visible(f)[-22:]}, " if run_b else "") for a, f in zip("AB", folders)]
     out = os.path.join(run, f"figures-{os.path.basename(os.path.abspath(run_b))}" if run_b else "figures")
     with matplotlib.rc_context(STYLE):
         for name, (make, reason) in FIGURES.items():
@@ -246,7 +246,6 @@ def draw(run, run_b=None, *, window=100):
 
 
 # --- Transcripts: one page without a script, of whole groups, since a group is what GRPO compares -----------
-
 PAGE_CHARS, MATH_CHARS = 20_000_000, 2_000_000  # shared by the answers; a long one loses its beginning
 TAGS = re.compile("math|mrow|mi|mn|mo|mtext|mspace|msup|msub|msubsup|mfrac|msqrt|mroot|munder|mover|"
                   "munderover|mtable|mtr|mtd|mstyle|menclose")
@@ -309,7 +308,7 @@ def typeset(text, room):
 
 def group_html(source, rows, most, room):
     """A group: the problem once, then its answers: how each was graded, its thought in a box, the rest."""
-    name, problem, gold = (visible(rows[0].get(key)) for key in ("id", "problem", "answer"))
+    name, problem, gold = (visible(rows[0].get(key), most) for key in ("id", "problem", "answer"))
     right = [number(row.get("reward")) > 0 for row in rows]
     head = html.escape(f"{source} · {name[:60]} · {sum(right)} of {len(rows)} right · {problem[:100]}")
     gold = typeset(f"${gold}$" if re.search(r"[\\^_]", gold) else gold, room)
@@ -320,10 +319,10 @@ def group_html(source, rows, most, room):
             text = f"[{len(text) - most:,} characters left out]\n{text[-most:]}"
         thought, close, rest = text.rpartition("</think>")
         facts = ["✓ right" if good else "✗ wrong", f"reward {row.get('reward')}",
-                 f"advantage {number(row['advantage']):+.2f}" if "advantage" in row else "",
+                 f"advantage {number(row['advantage']):+.2f}" if row.get("advantage") is not None else "",
                  f"{row.get('response_tokens')} tokens", row.get("verdict") or row.get("reason"),
                  "✂ cut off" if row.get("finish_reason") == "length" else ""]
-        facts = html.escape(visible(" · ".join(str(fact) for fact in facts if fact)))
+        facts = html.escape(visible(" · ".join(str(fact) for fact in facts if fact), 300))
         parts.append(f'<article class="{"right" if good else "wrong"}"><b>{facts}</b><pre class="thought">'
                      f"{typeset(thought + close, room)}</pre><pre>{typeset(rest, room)}</pre></article>")
     return f"<details>{''.join(parts)}</details>"
@@ -338,8 +337,9 @@ def transcripts(run, most=2000):
         share = most / len(folders)
         files = files[::math.ceil(16 * len(files) / share)]
         for path in files:
-            rows = itertools.groupby(objects(path), key=lambda row: (row.get("benchmark"), row.get("id")))
-            found = [(os.path.relpath(path, run)[:-9], list(group)) for _, group in rows]
+            rows = [row for row in objects(path) if "response" in row]  # not those of a data set
+            rows = itertools.groupby(rows, key=lambda row: (row.get("benchmark"), row.get("id")))
+            found = [(visible(os.path.relpath(path, run)[:-9]), list(group)) for _, group in rows]
             groups += found[::math.ceil(sum(len(group) for _, group in found) * len(files) / share) or 1]
     if not groups:
         raise ValueError(f"{run} holds no samples: neither rollouts of grpo.py nor responses of evaluate.py")

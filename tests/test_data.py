@@ -47,17 +47,18 @@ LINES = "\r\n".join(map(json.dumps, ROWS)).encode() + b"\r\n\r\n"
 FORMATS = {"a.json": json.dumps(ROWS, indent=1).encode(), "oneline.json": json.dumps(ROWS).encode(),
            "lines.json": LINES, "a.jsonl": LINES, "windows.jsonl": b"\xef\xbb\xbf" + LINES,
            "a.csv": b"problem,answer\r\n1+1?,2\r\n2+2 = ?,4\r\n"}
+FORMATS |= {f"utf16{name[-6:]}": FORMATS[name].decode().encode("utf-16") for name in ("a.jsonl", "a.csv")}
 
 
-@pytest.mark.parametrize("name", [*FORMATS, "a.json.gz", "a.jsonl.gz", "a.csv.gz", "a.parquet"])
+@pytest.mark.parametrize("name", [*FORMATS, "a.json.gz", "A.JSONL.GZ", "a.csv.gz", "a.parquet"])
 def test_every_format_gives_the_same_problems(tmp_path, name):
     path = tmp_path / name
     if name == "a.parquet":
         table = pytest.importorskip("pyarrow").Table.from_pylist(ROWS)
         pytest.importorskip("pyarrow.parquet").write_table(table, path)
     else:
-        content = FORMATS[name.removesuffix(".gz")]
-        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+        content = FORMATS[name.lower().removesuffix(".gz")]
+        path.write_bytes(gzip.compress(content) if name.lower().endswith(".gz") else content)
     problems = data.load_problems(path)
     assert [(p.problem, p.answer) for p in problems] == [("1+1?", "2"), ("2+2 = ?", "4")]
     assert [p.id for p in problems] == [data.text_id("1+1?"), data.text_id("2+2 = ?")]
@@ -73,6 +74,10 @@ REFUSED = {  # file: (what is in it, what is said)
     "e.jsonl": (b"", "empty"), "e.json": (b"[]", "empty"), "p.parquet": (NOISE, "cannot be read"),
     "z.jsonl.gz": (gzip.compress((A + b"\n") * 5000)[:-20], "cannot be read"),
     "cut.json": (b"[" + A + b',\n {"pro', "cannot be read"),
+    "open.csv": (b'problem,answer\na,"1\nb,2\nc,3\n', "cannot be read .unexpected end"),
+    "twice.csv": (b"problem,answer,,answer,\na,1,,2,\n", "names a field twice: problem, answer, , answer"),
+    "columns.json": (b'{\n "problem": ["a", "b"],\n "answer": ["1", "2"]\n}', "row 0: problem is a list"),
+    "inner.json": (b'{\n "data": [{"problem": "a", "answer": "1"}]}', "fields data; .*--problem_field"),
     "d.jsonl": (b'{"id": 1, "problem": "a", "answer": "1"}\n{"id": "1", "problem": "b", "answer": "2"}',
                 "line 2: duplicate id '1', first on line 1")}
 PASSED_OVER = {  # file: (what stands in it with A and B, what is said of that); HUGE becomes 100 MB
@@ -110,7 +115,11 @@ def test_broken_and_endless_rows_are_reported_and_passed_over(tmp_path, name):
     ({"problem": " ", "answer": "1"}, "empty problem"), ({"problem": 5, "answer": "1"}, "problem is a int"),
     ({"problem": ["a", "b"], "answer": 1}, "problem is a list"), ("7", "row is a int"), ("{", "not JSON"),
     ({"problem": "x \ud800", "answer": "1"}, "not UTF-8"), ({"problem": "x \0", "answer": "1"}, "not UTF-8"),
-    ("\x00\x01\x02", "not JSON"), ("[" * 100_000, "not JSON"),
+    ("\x00\x01\x02", "not JSON"), ("[" * 100_000, "not JSON"), ([{"problem": "a"}], "row is a list"),
+    ('{"problem": "x", "answer": NaN}', "it is empty"), ({"problem": "x", "answer": "[]"}, "it is empty"),
+    ({"problem": "[{'role': 'user', 'content': 1?}]", "answer": "1"}, "a chat as text that cannot be read"),
+    ({"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": " "}], "answer": "1"},
+     "a chat without a user turn"),
     ('{"problem": "x", "answer": ' + "9" * 5000 + "}", "not JSON"),
     *(({"prompt": [turn], "answer": "2"}, words) for turn, words in [
         ({"role": "assistant", "content": "p"}, "a chat without a user turn"),
@@ -174,6 +183,7 @@ def test_hub_names_work_in_training_and_in_a_build(tmp_path, monkeypatch):
 # --- Rows of other people's data --------------------------------------------------------------------------
 
 CHAT = [{"role": "user", "content": "p"}]
+ORZ = [{"from": "human", "value": "p"}, {"from": "assistant", "ground_truth": {"value": "7"}}]
 SHAPES = {  # whose: (a row, the answer that is read out of it)
     "AIME": ({"problem": "p", "solution": "s", "answer": "60", "year": "1983", "difficulty": "4.0"}, "60"),
     "AIME as CSV": ({"ID": "2020-I-1", "Question": "p", "Answer": 547}, "547"),
@@ -197,7 +207,11 @@ SHAPES = {  # whose: (a row, the answer that is read out of it)
     "messages": ({"messages": [*CHAT, {"role": "assistant", "content": "It is \\boxed{7}."}]}, "7"),
     "ShareGPT": ({"conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "Answer: 7"}]},
                  "7"),
-    "list of a chat": ({"prompt": [CHAT], "answer": "7"}, "7"),
+    "list of a chat": ({"prompt": [CHAT], "answer": "7"}, "7"), "ORZ": (ORZ, "7"),
+    "ORZ in a field": ({"conversations": ORZ}, "7"),
+    "array of pandas": ({"prompt": f"[{CHAT[0] | {'content': 'no'}}\n {CHAT[0]}]", "answer": "7"}, "7"),
+    "joined tables": ({"problem": math.nan, "question": "p", "answer": math.nan, "target": "7"}, "7"),
+    "a solution that is not needed": ({"problem": "p", "answer": "7", "solution": {"steps": ["\0"]}}, "7"),
     "chat in a record": ({"prompt": {"messages": CHAT}, "answer": "7"}, "7"),
     "parts": ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "p"}]}], "answer": "7"}, "7")}
 GOLDS = {  # what stands in an answer: the gold
@@ -241,6 +255,9 @@ def test_what_else_stands_in_a_row_is_put_to_the_problem_told_or_left_alone(tmp_
     assert (item.problem, item.answer) == ("Rules.\n\n2?", "2")
     said = capsys.readouterr().out
     assert "1 rows have a system turn" in said and "1 rows have several user turns" in said
+    load_one(tmp_path, {"problem": "p", "answer": "1", "choices": ["1", "2"], "image": None})
+    said = capsys.readouterr().out
+    assert "1 rows have a field 'choices', which is not put to the problem" in said and "image" not in said
     odd = {"source": {"a": 1}, "difficulty": 1500, "solve_rate": "?", "id": [1]}
     item = load_one(tmp_path, {"problem": "p", "answer": "1", **odd})
     assert (item.source, item.difficulty, item.solve_rate, item.id) == ("", 1500, None, data.text_id("p"))
@@ -254,6 +271,8 @@ def test_unknown_fields_can_be_named_and_answers_be_absent(tmp_path):
         load_one(tmp_path, strange)
     with pytest.raises(DataError, match="has the fields task, extra_info; .*--answer_field"):
         load_one(tmp_path, strange, problem_field="Task")
+    with pytest.raises(DataError, match="has the fields problem, solution; .*--answer_field"):
+        load_one(tmp_path, {"problem": "p", "solution": "\\boxed{1}"}, answer_field="anser")
     assert load_one(tmp_path, strange, problem_field="task", answer_field="extra_info.result").answer == "2"
     assert load_one(tmp_path, {"task": "p"}, problem_field="task", need_answer=False).answer == ""
     assert load_one(tmp_path, {"problem": "p", "answer": "N/A"}, need_answer=False).answer == ""
@@ -526,10 +545,19 @@ def test_build_is_resumed_after_a_kill(tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
 
 
+def test_a_build_with_characters_that_cannot_be_written_and_a_damaged_cache(tmp_path, monkeypatch):
+    rows = [{"problem": "p", "answer": "1", "source": "x\ud800|\ny"}, {"\ud800": 1}]
+    (tmp_path / ".embeddings.npz").write_bytes(b"PK half")
+    monkeypatch.setattr(data, "load_embedder", lambda name: lambda texts: np.eye(len(texts), dtype="f"))
+    data.build([write_jsonl(tmp_path / "f.jsonl", rows)], tmp_path / "o.jsonl", embedder="x")
+    assert "| x\\ud800\\| y " in (tmp_path / "DATASHEET.md").read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("words, said", [
     (["aime.jsonl", "still.json", "--strict"], "still.json, row 23"), (["none.json"], "no such file"),
-    (["holes.jsonl"], "no row is left")])
+    (["holes.jsonl"], "no row is left"), (["aime.jsonl", "--notes", "no.md"], "no.md"),
+    (["aime.jsonl", "--corrections", "aime.jsonl"], "aime.jsonl, line 1: expected an object with id, was")])
 def test_builds_that_cannot_be(tmp_path, words, said):
     small_world(tmp_path)
     told = build_in(tmp_path, *words, check=False)
@@ -555,9 +583,14 @@ def test_select_by_solve_rates_of_an_evaluation(tmp_path, capsys):
     assert [p.difficulty for p in data.load_problems(out)] == [0, 0, 0]  # known, though it is 0
     told = capsys.readouterr().out
     assert "3 of 7" in told and "without a solve rate: 1" in told and "'nan' is none" in told
-    rates.write_text('{"benchmarks": 1}')
-    with pytest.raises(DataError, match="no result of evaluate.py"):
-        data.load_solve_rates(rates)
+    some, none = {"n": 4, "per_problem": right}, {"n": 0, "per_problem": right}
+    for broken, says in ((1, "no result of evaluate.py"), ({"p": none}, "no result of evaluate.py"),
+                         ({"p": some, "q": some | {"n": 8}}, "problems of the same id")):
+        rates.write_text(json.dumps({"benchmarks": broken}))
+        with pytest.raises(DataError, match=says):
+            data.load_solve_rates(rates)
+    with pytest.raises(SystemExit, match="2"):
+        data.main(["select", out, "--out", str(tmp_path)])  # which is a folder
 
 
 def test_select_by_length_and_without_rounded_golds():

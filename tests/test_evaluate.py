@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import time
+import tracemalloc
 from types import SimpleNamespace
 from unittest import mock
 
@@ -99,6 +100,10 @@ def test_bootstrap_agrees_with_theory_and_is_calibrated():
     ps = [evaluate.paired_bootstrap([x := rng.random(40)], [x + rng.normal(size=40)], draws=400)["p"]
           for _ in range(300)]
     assert 0.01 < np.mean(np.array(ps) < 0.05) < 0.12  # no difference: p < 0.05 in about 5 %
+    tracemalloc.start()
+    evaluate.paired_bootstrap([rng.random(20_000)], [rng.random(20_000)], draws=500)
+    assert tracemalloc.get_traced_memory()[1] < 20e6  # however many problems
+    tracemalloc.stop()
     two = evaluate.paired_bootstrap([[0.0] * 30, [0.5] * 500], [[1.0] * 30, [0.5] * 500])
     assert two["difference"] == pytest.approx(0.5)  # benchmarks weigh the same, not problems
 
@@ -121,6 +126,11 @@ def test_hand_checked_transcripts(tmp_path, here):
     assert b["truncated"] == 2 / 8 and b["verdicts"]["no_close"] + b["verdicts"].get("no_box", 0) == 2
     assert b["tokens"] == pytest.approx(np.mean([10, 30, 20, 100, 12, 14, 16, 100]))
     assert b["tokens_right"] == pytest.approx((10 + 30 + 12) / 3) and b["tokens_wrong"] == pytest.approx(50)
+    no_text = [{k: v for k, v in again[0].items() if k != "response"}, *again[1:]]
+    for lost in (again[:4], again[:-1], [*again[4:], *again[:4]], again[::2] + again[1::2], no_text, []):
+        (tmp_path / "x.responses.jsonl.gz").write_bytes(gzip.compress(common.json_lines(lost).encode()))
+        assert "not 4 whole responses to each problem" in here("--regrade", tmp_path / "x.json", code=2)
+        assert common.read_json(tmp_path / "x.json") == result
 
 
 # ----- Styles and rewards ----------------------------------------------------------------------------------
@@ -396,7 +406,9 @@ def test_the_shipped_benchmarks():
 @pytest.mark.parametrize("content, says", [
     ("", "not JSON"), ([1], "TypeError"), ({"name": "x"}, "protocol"),
     ({"name": "x", "benchmarks": {}, "protocol": {}}, "template"),
-    ({"name": "x", "benchmarks": {"a": {"n": 1, "problems": 1}}, "protocol": PROTOCOL}, "per_problem")])
+    *(({"name": "x", "benchmarks": {"a": b}, "protocol": PROTOCOL}, says) for b, says in [
+        ({"n": 1, "problems": 1}, "per_problem"), ({"per_problem": {}, "rewards": {"p": None}}, "NoneType"),
+        ({"per_problem": {}, "rewards": {}}, "pass@1")])])
 def test_broken_result_files(tmp_path, content, says, here):
     (tmp_path / "x.json").write_text(content and json.dumps(content))
     for option in ("--table", "--regrade"):

@@ -137,7 +137,8 @@ KINDS = {
     "one step": lambda d: [made_up(d, steps=1)],
     "long": lambda d: [made_up(d, steps=700, limit=24576)],
     "nothing earned, nothing cut": lambda d: [made_up(d, reward=0.0, truncated=0.0, eval_reward=0.0)],
-    "two schedules": lambda d: [schedule(d / "a"), schedule(d / "b", "aime24", (60, 50, 8), (50, 44, None))]}
+    "two schedules": lambda d: [schedule(d / "a/a name that is just as long"), schedule(
+        d / "b/a name that is just as long", "aime24", (60, 50, 8), (50, 44, None))]}
 
 
 @pytest.mark.parametrize("kind", [
@@ -151,6 +152,8 @@ def test_no_text_outside_the_picture_or_on_another(kind, tmp_path, monkeypatch):
         result(folders[0] / f"m{i}.json", f"model {i}", size, math500=0.4, aime24=0.5)
     figures.draw(*map(str, folders))
     assert len(shown) == 5 + (folders[0] / "plan.json").exists()
+    named = [text.get_text() for text in shown["Length and reward"].legends[0].get_texts()]
+    assert len({name.rpartition("mean")[0] for name in named}) == len(folders)
     for title, figure in shown.items():
         ticks = [(tick, one.get_view_interval()) for a in figure.axes for one in (a.xaxis, a.yaxis)
                  for tick in one.get_major_ticks()]
@@ -193,10 +196,17 @@ def test_evaluations_and_other_models(tmp_path):
     result(staged / "other.json", "other $x$", 9e9, aime24=0.5)
     points = labelled(make("accuracy_vs_size", staged).axes[0])
     assert np.allclose(points["other $x$"], [(9, 50)]) and np.allclose(points["stage2"], [(1.777088, 38.8)])
+    for k in (1, 2):  # long names that differ in their last letter
+        result(staged / f"long{k}.json", f"a name of more than 24 letters {k}", k * 1e9, aime24=k / 9)
+    for name in ("pass_at_1", "accuracy_vs_size"):
+        named = make(name, staged).axes[0].get_legend_handles_labels()[1]
+        assert len({label for label in named if "letters" in label}) == 2
     result(plain / "eval/base.json", "base", toy=0.1)
+    result(plain / "eval/rival.json", "rival", toy=0.4)  # another of the same name
     result(plain / "rival.json", "rival", toy=0.44)
     lines = labelled(make("pass_at_1", plain).axes[0])
     assert np.allclose(lines["toy"], [(0, 10)]) and np.allclose(lines["rival 44"][0][:, 1], 44)
+    assert np.allclose(lines["rival 40"][0][:, 1], 40)
     published = {"o1-preview 40", "DeepScaleR-1.5B 43.1", "R1-Distill-Qwen-1.5B 28.8"}  # on AIME 2024 only
     for bench, shown in (("aime24", published), ("toy_aime24", set())):
         one = made_up(tmp_path / bench, eval_data=f"x/{bench}.jsonl")
@@ -244,6 +254,10 @@ def test_odd_values_are_left_out(tmp_path):
     axes = {name: make(name, folder).axes for name in NAMES}
     raw = axes["length_and_reward"][1].lines[0]
     assert raw.get_xdata().tolist() == [1, 7] and np.isfinite(raw.get_ydata()).all()
+    rows = [row | {"step": float(row["step"]), "seconds": 0.0, "seconds_generate": 0.0} for row in rows[1:8]]
+    (folder / "metrics.jsonl").write_text(json_lines(rows))  # a table program made floats of the steps
+    assert len(make("truncation", folder).axes[0].lines[0].get_xdata()) == 7
+    assert not make("time_per_step", folder).axes[0].collections
 
 
 def test_what_is_missing_is_said(tmp_path, capsys):
@@ -307,6 +321,8 @@ def test_hostile_text_stays_text(tmp_path):
     for i, text in enumerate(HOSTILE):
         row = dict.fromkeys(sample(i, 0), text) | {"step": i, "verdict": text}
         write_gz(tmp_path / f"run/rollouts/{i:06d}.jsonl.gz", [row])
+    rows = [{"id": "no sample"}, sample(0, 0, advantage=None)]
+    write_gz(tmp_path / "run/\udce9\u202e<b>/data.jsonl.gz", rows)
     start = time.process_time()
     page = page_of(tmp_path / "run")
     assert time.process_time() - start < 20  # half a second on an idle core
@@ -318,7 +334,8 @@ def test_hostile_text_stays_text(tmp_path):
     for text in ("<script>document.title='OWNED'</script>", "[U+D800] lone [U+DFFF] [U+0000] nul [U+001B]",
                  "[U+202E] rev", "&lt;b&gt; &amp; &#x3c;", "${1} {run} {css} %s", "</details></article>"):
         assert text in page.text
-    assert len(page.answers) == len(HOSTILE) and "characters left out" not in page.text
+    assert "[U+DCE9][U+202E]<b>/data" in page.text and "nan" not in page.text and "no sample" not in page.text
+    assert len(page.answers) == len(HOSTILE) + 1 and "characters left out" not in page.text
     assert not re.search("[\0-\x08\x0b-\x1f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", page.source)
 
 
@@ -407,3 +424,5 @@ def test_a_page_has_room_for_so_much(tmp_path, monkeypatch):
     assert sum(map(len, re.findall("<math.*?</math>", source))) < 30_000
     assert len(re.findall("</pre><pre><math[^/]*<mfrac", source)) == 40  # answers come before thoughts
     assert source.count("characters left out") == 40 and len(source) < 300_000
+    huge = [row | {"problem": "x" * 10**6, "answer": "x" * 10**6, "verdict": "x" * 10**6} for row in rows[:4]]
+    assert len(page_of(tmp_path, huge).source) < 300_000
