@@ -323,6 +323,7 @@ def pick(row, field, name=None, kinds=object):
 
 def parse_row(row, problem_field=None, answer_field=None, need_answer=True, notes=None):
     """One row of any known source as a Problem, with "" for an id it lacks; notes: Counter of what to tell.
+
     A DataError says what is missing or of the wrong type.
 
     >>> parse_row({"Question": "1+1?", "Answer": 2}).answer
@@ -436,6 +437,7 @@ def unreadable_golds(problems):
 
 def check_golds(problems, allow=False):
     """Read all golds once, before anything is spent on them: a message about the unreadable ones, or None.
+
     Raises DataError where they are more than 3 %, unless `allow`."""
     found = unreadable_golds(problems)
     if not found:
@@ -505,7 +507,12 @@ def batch_indices(n, step, batch, seed):
     """Indices [batch] of the problems of optimisation step `step` (counted from 0).
 
     Every epoch is shuffled anew and its incomplete last batch left out. A pure function of the step: a run
-    that resumes at step k sees exactly the batches it would have seen, on any number of GPUs."""
+    that resumes at step k sees exactly the batches it would have seen, on any number of GPUs.
+
+    >>> first, second = batch_indices(5, 0, 2, seed=0), batch_indices(5, 1, 2, seed=0)
+    >>> len(set(first) | set(second)), batch_indices(5, 0, 2, seed=0) == first
+    (4, True)
+    """
     if batch < 1 or step < 0 or n < batch:
         raise DataError(f"{n} problems cannot fill step {step} with {batch} prompts: take fewer prompts")
     epoch, k = divmod(step, n // batch)
@@ -641,7 +648,11 @@ def keep_first(vectors, threshold, block=256):
     """Which rows to keep so that no two kept ones have a cosine of `threshold` or more, earlier rows first.
 
     vectors [N, D] -> (match [N], cosine [N]): match is -1 for a row that is kept, else the nearest row kept
-    before it. One block of cosines exists at a time, so memory grows with N alone."""
+    before it. One block of cosines exists at a time, so memory grows with N alone.
+
+    >>> keep_first(np.eye(3, dtype=np.float32)[[0, 1, 0, 2]], 0.9)[0].tolist()
+    [-1, -1, 0, -1]
+    """
     match, cosine = np.full(len(vectors), -1), np.zeros(len(vectors), np.float32)
     for start in range(0, len(vectors), block):
         near = vectors[start:start + block] @ vectors[:start + block].T
@@ -863,7 +874,12 @@ def select_problems(problems, rates=None, min_rate=0.0, max_rate=1.0, min_chars=
 
     A problem that is never or always solved costs a group of samples and teaches nothing, so both ends of the
     range of solve rates are excluded; a problem without a rate is kept. min_chars, max_chars: length, both
-    included (FastCuRL's short half: 247). exact: no rounded golds."""
+    included (FastCuRL's short half: 247). exact: no rounded golds.
+
+    >>> items = [Problem("a", "1+1?", "2", solve_rate=1.0), Problem("b", "7*8?", "56", solve_rate=0.5)]
+    >>> [p.id for p in select_problems(items)[0]]
+    ['b']
+    """
     kept, left = [], Counter()
     for item in problems:
         rate = (rates or {}).get(item.id, item.solve_rate)
@@ -897,6 +913,7 @@ def select(source, out, rates=None, skip_bad=False, problem_field=None, answer_f
 
 
 def main(argv=None):
+    """Command line; `python data.py COMMAND --help` explains the options."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("build", help="curate sources", formatter_class=Help).add_argument

@@ -155,8 +155,10 @@ def curve_point(samples, problems, n):
 
 def mean_and_se(values):
     """[P] means of the problems -> (their mean, its standard error; None of one problem).
-    Samples of one problem are alike: the spread of problem means covers choice of problems and luck of draws
-    (Miller 2411.00640). A mean of 0 or 1 has none: half the rule of three then, 95 % sure within 3 / P."""
+
+    Samples of one problem are alike, so P x n verdicts are not P x n independent ones: the spread of problem
+    means covers the choice of problems and the luck of sampling (Miller 2411.00640, clustered). A mean of 0
+    or 1 has no spread; there the error is half the rule of three: 95 % sure within 3 / P."""
     mean, spread = float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
     if not spread and mean in (0, 1):
         return mean, min(0.5, 1.5 / len(values))
@@ -171,6 +173,7 @@ def pass_at_k(right, n):
 
 def summarize(rows, n):
     """Scores of one benchmark. rows: n of each problem, one after another.
+
     "pass@1" is the mean reward as it is; "pass@k" and "per_problem" count samples with a reward of RIGHT or
     more. "rewards" are the means by problem, for --compare. Tokens are means a response."""
     ids = [row["id"] for row in rows[::n]]
@@ -198,6 +201,7 @@ def average(benchmarks):
 
 def paired_bootstrap(a, b, draws=10_000, seed=0):
     """Is b better than a on the same problems? a, b: lists (one entry a benchmark) of [P] problem means.
+
     Problems are drawn with replacement, the same for both, within each benchmark; the statistic is the
     unweighted mean of the benchmarks' differences. -> difference, its se, 95 % interval, two-sided p-value
     (Efron and Tibshirani 1993, ch. 16: twice the smaller tail beyond 0, never below 1 / draws)."""
