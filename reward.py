@@ -1296,7 +1296,7 @@ def bare(tokens):
 @functools.lru_cache(maxsize=256)
 def formulas(problem):
     """The problem's tokens in one string, and every tree that stands in one of its formulas."""
-    problem = problem[:MAX_CHARS]
+    problem = problem[:MAX_CHARS].replace("\\boxed", "")         # "put your answer within \boxed{}"
     found = [read(next(filter(None, m.groups()))).tree for m in FORMULA.finditer(problem)]
     return bare(tokenize(problem)), {t for tree in found if tree for t in nodes(tree) if is_operation(t)}
 
@@ -1305,7 +1305,7 @@ def is_operation(tree):
     """Is there something to calculate: more than a number, a name, or a number times a name?"""
     if is_literal(tree) or tree[0] in STRUCTURES | {"var", "const", "num", "deg"}:
         return False
-    scaled = tree[0] == "*" and is_literal(tree[1]) and tree[2][0] in ("var", "const", "num")
+    scaled = tree[0] == "*" and is_literal(tree[1]) and tree[2][0] in ("var", "const")
     return not scaled and (tree[0] != "*" or not is_name(tree))
 
 
@@ -1318,8 +1318,9 @@ def restates(a, b, problem):
     run, trees = formulas(problem)
     values, own = {x[2] if x[0] == "assign" else x for x in items(a.tree)}, {*nodes(b.tree)}
     text, gold = bare(a.tokens), bare(b.tokens)
-    in_gold = text in gold or text.endswith(gold)        # x^2 for f(x) = x^2, AB = 5 for 5
-    return not trees.isdisjoint(values - own) or not in_gold and text in run and any(
+    in_gold = a.tree == b.tree or text in gold or text.endswith(gold)    # x^2 for f(x) = x^2, AB = 5 for 5
+    inner = (text.rpartition(" = ")[2] if a.tree[0] == "assign" else text).strip("( )")
+    return not trees.isdisjoint(values - own) or not in_gold and f" {inner} " in run and any(
         map(is_operation, nodes(a.tree)))
 
 
