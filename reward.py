@@ -251,8 +251,8 @@ REWRITES = [(re.compile(pattern), new, frozenset(needs)) for pattern, new, needs
     (ORDINAL, "", "hds"),
     (r"(?<=[0-9])\s+([kc]?m/(?:s|h|min|hr)(?:\^2|\^\{2\})?)(?=\W*$)", r'"\1"', "m"),                # 6 m/s
     (r"\^\s*\{((?:\s*(?:'|\\prime))+)\s*\}|\^\s*(?='|\\prime)", r"\1", "'p"),                  # y^{\prime}
-    (r"(?<![A-Za-z_^0-9.])([0-9]{1,99}(?:\.[0-9]{1,99})?)\s*'{1,2}(?![A-Za-z'0-9])", r"\1", "'"),  # minutes
-    (r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})", r"\\degree ", "i"),
+    (r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})\s*", r"\\degree ", "i"),     # 5' is 5, not behind degrees
+    (r"(?<![A-Za-z_^0-9.])(?<!ee )([0-9]{1,99}(?:\.[0-9]{1,99})?)\s*'{1,2}(?![A-Za-z'0-9])", r"\1", "'"),
     (r"\(\s*\"?\s*\\?[pb]?mod\s*\"?\s*\{?([^{}()\"]{1,40})\}?\s*\"?\s*\)", r"\\pmod{\1}", "m"),
     (r"<\s*=", r"\\le ", "<"), (r">\s*=", r"\\ge ", ">"), (r"(?:!|\\not)\s*=", r"\\ne ", "="),
     (r"\\?((?:sin|cos|tan|cot|sec|csc)h?)\s*\^\s*(?:\{\s*-\s*1\s*\}|-\s*1)", r"\\arc\1 ", "nocs"),
@@ -275,16 +275,16 @@ REWRITES = [(re.compile(pattern), new, frozenset(needs)) for pattern, new, needs
 )]
 # 1e-5 and 3.61e-10 are numbers, 24e-32 is 24e - 32.
 SCIENTIFIC = r"(?:(?<![0-9.(a-zA-Z])[0-9]|[0-9]+\.[0-9]+)[eE][+-][0-9]{1,4}(?![0-9.])"
-GREEK_NAMES = "(?:" + "|".join(t[1:] for t in GREEK) + ")"
+GREEKS = "(?:" + "|".join(t[1:] for t in GREEK) + ")"
 SUBSCRIPT = r"\s*_\s*(?:\{[^{}]*\}|\([0-9]+\)|[0-9]+|[A-Za-z]|\\[a-z]+)"
-TOKEN = re.compile(rf"(?P<name>(?:[0-9]+|\([0-9]+\)|[A-Za-z]|\\(?:var)?{GREEK_NAMES}){SUBSCRIPT})"
+NAME = r"[0-9A-F]{2,20}(?=\s*_[\s{(]*1[1-6])|[0-9]+|\([0-9]+\)|[A-Za-z]"                # AB3_{16}, 52_8, x_1
+TOKEN = re.compile(rf"(?P<name>(?:{NAME}|\\(?:var)?{GREEKS}){SUBSCRIPT})"
                    rf"|(?P<num>{SCIENTIFIC}|[0-9]+(?:\.[0-9]+)?(?:[eE][0-9]{{1,4}}(?![0-9.]))?)"
                    r'|(?P<cmd>\\(?:(?:begin|end)\{[A-Za-z]+\}|[A-Za-z]+|.))|"(?P<text>[^"]*)"'
                    r"|(?P<run>log(?=\s*_)|[A-Za-z]+(?:(?![A-Za-z]|\s*_)|(?=[A-Za-z]\s*_)))"
                    r"|(?P<cjk>[\u4e00-\u9fff]+)|\s+|(?P<op>.)", re.DOTALL)
 # y' and f(2), a value of a function and not f times 2, on tokens joined by blanks.
-CALL = re.compile(rf"(?<!\S)(?:\\(?={GREEK_NAMES} )|(?![ei] )(?=[A-Za-z]))(\S+) "
-                  rf"\( (\w+|\\{GREEK_NAMES}) \)(?!\S)")
+CALL = re.compile(rf"(?<!\S)(?:\\(?={GREEKS} )|(?![ei] )(?=[A-Za-z]))(\S+) \( (\w+|\\{GREEKS}) \)(?!\S)")
 INNER_FUNCTION = re.compile("(arcsin|arccos|arctan|sqrt|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|pi)")
 EXCEPT = '(?:"except|"excluding|"but "not|"other "than)'
 UNIT = f'"(?:{"|".join(UNITS - {"C", "F"})})' + r'(?: \^ (?:\{ -? ?[0-9]+ \}|-? ?[0-9]+))?(?!\S)'
@@ -471,8 +471,8 @@ class Parser:
             refuse(factor is None, "a word that changes the value")
             return ("num", left[1] * factor) if left[0] == "num" else times(left, ("num", factor))
         if t not in INFIX:
-            power = (left[-1] if left[0] == "*" else left)[0] == "^"             # 2^6 3^5
-            refuse(t[0] in DIGITS and self.peek(-1)[0] in DIGITS and not power, "two numbers side by side")
+            number = is_literal(left[-1] if left[0] == "*" else left)    # not 2 3, 30^\circ 15; but 2^6 3^5
+            refuse(t[0] in DIGITS and number and self.peek(1) != "^", "two numbers side by side")
             return times(left, self.tree(POWER))
         if t in RELATIONS:
             ops, sides = [], [left]
@@ -503,7 +503,7 @@ class Parser:
     def group(self, opening):
         """What stands in brackets, whose opening token was just taken: a group, tuple or set."""
         outer, self.inside = self.inside, opening
-        tree = ("set",) if opening == "\\{" and self.peek() == "\\}" else self.tree()
+        tree = ("list",) if opening == "\\{" and self.peek() == "\\}" else self.tree()
         if opening == "{" and self.peek() in ("\\choose", "\\over"):
             tree = ("binom" if self.take() == "\\choose" else "/", tree, self.tree())
         if opening == "\\{" and self.accept("|", ":"):
@@ -516,7 +516,7 @@ class Parser:
         if opening in ("(", "[") and closing in (")", "]") and tree[0] == "list":
             return ("tuple", opening + closing, *tree[1:])
         refuse(closing != OPEN[opening], "brackets")
-        if opening == "\\{" and tree[0] not in ("rel", "builder", "set", "or", "steps"):
+        if opening == "\\{" and tree[0] not in ("rel", "builder", "or", "steps"):
             return ("set", *(tree[1:] if tree[0] == "list" else [tree]))
         return {"|": ("abs", tree), "\\lfloor": ("floor", tree), "\\lceil": ("ceil", tree)}.get(opening, tree)
 
@@ -976,7 +976,7 @@ def is_literal(tree):
     """7, -7, 7/2: what a plain number looks like."""
     while tree[0] == "*" and tree[1] == MINUS_ONE or tree[0] == "deg":
         tree = tree[-1]
-    return tree[0] == "num" or tree[0] == "/" and is_literal(tree[1]) and is_literal(tree[2])
+    return tree[0] == "num" or tree[0] == "/" and tree[1][0] == tree[2][0] == "num"
 
 
 def is_finished(tree, rational, depth=0):
@@ -992,7 +992,7 @@ def is_finished(tree, rational, depth=0):
         t = stack.pop()
         if is_literal(t):
             literals += t not in (ONE, MINUS_ONE)
-        elif t[0] in "*/" or t[0] == "deg":
+        elif t[0] in ("*", "deg") or t[0] == "/" and "/" not in (t[1][0], t[2][0]):
             stack += [t[1]] if t[0] == "/" and is_literal(t[2]) else t[1:]
         elif t[0] in ("^", "!", "binom") and not depth and all(is_finished(p, rational, 1) for p in t[1:]):
             counts += t[0] != "^"
@@ -1003,12 +1003,12 @@ def is_finished(tree, rational, depth=0):
 
 
 def items(tree):
-    """The elements of a list or set, and of the lists in it; x = 1, 2 or x in {1, 2} as 1, 2."""
-    if tree[0] == "assign" and tree[2][0] in LISTS:
-        tree = tree[2]
-    elif tree[0] in LISTS and all(t[0] == "assign" and t[2][0] in LISTS for t in tree[1:]):
-        tree = ("list", *(t[2] for t in tree[1:]))
-    return [x for part in tree[1:] for x in items(part)] if tree[0] in LISTS else [tree]
+    """The elements of a list or set and of the lists in it (not of sets); x = 1, 2 or x in {1, 2} as 1, 2."""
+    tree = tree[2] if tree[0] == "assign" and tree[2][0] in LISTS else tree
+    if tree[0] not in LISTS:
+        return [tree]
+    named = len({t[1] for t in tree[1:] if t[0] == "assign"}) > 1        # A = {1}, B = {2, 3}
+    return [x for t in tree[1:] for x in ([t] if t[0] == "set" or named else items(t))]
 
 
 def equal_lists(a, b):
@@ -1111,7 +1111,8 @@ def contains(tree, x):
     tick()
     kind, *parts = tree
     if kind in LISTS or kind == "cup":               # x > 2, x < 5: both, unless nothing is left
-        together = kind == "list" and all(part[0] == "rel" for part in parts) and any(
+        refuse(kind == "list" and {"rel"} < {part[0] for part in parts}, "a relation and a number")
+        together = kind == "list" and parts[0][0] == "rel" and any(
             all(contains(part, y) for part in parts) for y in places(tree))
         return (all if together else any)(contains(part, x) for part in parts)
     if kind in ("cap", "setminus"):
