@@ -126,30 +126,31 @@ def words(text, plural=False):
     return frozenset(text.split()) | {word + "s" for word in text.split() if plural and len(word) > 2}
 
 
-UNICODE = {ord(c): t + " " * t.startswith("\\") for c, t in table(r"""
-    −=- –=- —=- ×=\times ·=\cdot ⋅=\cdot ∙=\cdot ÷=/ ⁄=/ π=\pi °=\degree √=\sqrt
-    ∞=\infty ∪=\cup ∩=\cap ∈=\in ≤=\le ≥=\ge ≠=\ne ≈=\approx ±=\pm ∓=\mp
-    ∅=\emptyset ≡=\equiv ℝ=\mathbb{R} ℤ=\mathbb{Z} ℕ=\mathbb{N} ²=^2 ³=^3 ′=' ’='
-    ，=, 、=, ；=; ：=: （=( ）=) 。=. θ=\theta α=\alpha β=\beta γ=\gamma λ=\lambda
-    φ=\phi ω=\omega …=\ldots ㎝=\text{cm} ㎜=\text{mm} ㎞=\text{km} ㎏=\text{kg}
-    ㎎=\text{mg} ㎖=\text{ml} ㏄=\text{ml} ㎡=\text{m}^2 ㎠=\text{cm}^2 ㎢=\text{km}^2
-    ㎥=\text{m}^3 ㎤=\text{cm}^3 ℃=\degree ℉=\degree""").items()}
-UNICODE |= dict.fromkeys(map(ord, "\u00a0\u2009\u202f\u3000€£¥￥"), " ")
-UNICODE |= {0xfee0 + ord(c): c for c in string.ascii_letters}          # full width
+UNICODE = {ord(c): t + " " * t.startswith("\\") for c, t in table(r"""−=- –=- —=- ‐=- ‑=- ∗=* ∶=: ×=\times
+    ·=\cdot ⋅=\cdot ∙=\cdot ÷=/ ⁄=/ π=\pi °=\degree √=\sqrt ∞=\infty ∪=\cup ∩=\cap ∈=\in ≤=\le ≥=\ge ≦=\le
+    ≧=\ge ⩽=\le ⩾=\ge ≠=\ne ≈=\approx ±=\pm ∓=\mp ∅=\emptyset ≡=\equiv ℝ=\mathbb{R} ℤ=\mathbb{Z} ℕ=\mathbb{N}
+    ′=' ’=' 、=, 。=. θ=\theta α=\alpha β=\beta γ=\gamma λ=\lambda φ=\phi ω=\omega …=\ldots ㎝=\text{cm}
+    ㎜=\text{mm} ㎞=\text{km} ㎏=\text{kg} ㎎=\text{mg} ㎖=\text{ml} ㏄=\text{ml} ㎡=\text{m}^2 ㎠=\text{cm}^2
+    ㎢=\text{km}^2 ㎥=\text{m}^3 ㎤=\text{cm}^3 ℃=\degree ℉=\degree""").items()}
+UNICODE |= dict.fromkeys(map(ord, "\u00a0\u2009\u202f\u3000€£¥￥¢₹₩₽"), " ")
+UNICODE |= {0xfee0 + ord(c): c for c in string.ascii_letters + "()[]{}|<>=+-/.,:;%"}          # full width
+RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ", "0123456789-n"))
 ALIAS = table(r"""\dfrac=\frac \tfrac=\frac \cfrac=\frac \dbinom=\binom \tbinom=\binom \leq=\le \leqslant=\le
     \geq=\ge \geqslant=\ge \lt=< \gt=> \neq=\ne \cdot=* \times=* \ast=* \div=/ \colon=: \land=\and \wedge=\and
     \lor=\or \vee=\or \varnothing=\emptyset \lvert=| \rvert=| \vert=| \mid=| \lbrace=\{ \rbrace=\} \prime='
     \varphi=\phi \backslash=\setminus \langle=( \rangle=) \lbrack=[ \rbrack=] \lparen=( \rparen=) \dots=\ldots
-    \cdots=\ldots \textdegree=\degree \varepsilon=\epsilon \arcsinh=\asinh \arccosh=\acosh \arctanh=\atanh
-    \rightarrow== \to== \equiv== \bmod=\pmod \mod=\pmod""")
+    \cdots=\ldots \textdegree=\degree \varepsilon=\epsilon \rightarrow== \to== \equiv== \bmod=\pmod \mod=\pmod
+    \sfrac=\frac \nicefrac=\frac \leqq=\le \geqq=\ge \tg=\tan \ctg=\cot \begin{aligned}=\begin{cases}
+    \end{aligned}=\end{cases} \begin{dcases}=\begin{cases} \end{dcases}=\end{cases}""")
 ALIAS |= dict.fromkeys(words(r"""\left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \middle \limits
-    \displaystyle \textstyle \quad \qquad \, \! \; \: \> \( \) \[ \] \$ \% $ % ~ " \rm \bf \it \bm \boldsymbol
-    \hline \angle \triangle \vec \phantom \mathrm \mathbf \text""") | {"\\ ", "\\\n"}, "")
+    \biggl \biggr \Biggl \Biggr \displaystyle \textstyle \quad \qquad \, \! \; \: \> \( \) \[ \] \$ \% $ % ~ "
+    \rm \bf \it \bm \boldsymbol \hline \angle \triangle \vec \phantom \mathrm \mathbf \text \pounds
+    \ensuremath \fbox \large \Large""") | {"\\ ", "\\\n"}, "")
 TRIG = words("sin cos tan cot sec csc")
-FUNCTIONS = frozenset("\\" + name for name in TRIG | words("""sinh cosh tanh coth sech csch arcsin arccos
-    arctan arccot arcsec arccsc asinh acosh atanh ln log lg exp gcd lcm max min"""))
+FUNCTIONS = {"\\" + arc + name + h for arc in ("", "arc") for name in TRIG for h in ("", "h")} | words(
+    r"\asin \acos \atan \asinh \acosh \atanh \ln \log \lg \exp \gcd \lcm \max \min")
 NAMED = {c[1:]: c for c in FUNCTIONS | words(r"\sqrt \pi \infty \frac \binom \theta \alpha \beta \and \or")}
-NAMED |= table(r"asin=\arcsin acos=\arccos atan=\arctan tg=\tan ctg=\cot infinity=\infty times=*")
+NAMED |= table(r"tg=\tan ctg=\cot arctg=\arctan cosec=\csc infinity=\infty Infinity=\infty times=*")
 GREEK = words(r"""\alpha \beta \gamma \delta \epsilon \zeta \eta \theta \vartheta \iota \kappa \lambda \mu \nu
     \xi \rho \sigma \tau \upsilon \phi \chi \psi \omega \Gamma \Delta \Theta \Lambda \Xi \Pi \Sigma \Phi \Psi
     \Omega \ell \hbar \mho \odot \partial \nabla""")
@@ -166,10 +167,10 @@ UNITS = words("""degree deg percent pct cent dollar usd yuan euro pound rupee ye
     vertices face diagonal line region pair set subset group game trip car bus buses box boxes bag bottle
     chair table tile tree flower cat dog animal pen pencil candies cookie stamp block cube dice match matches
     element term factor divisor multiple function permutation combination arrangement distinct different total
-    each apiece step move turn lap row column seat room house question problem 平方厘米 立方厘米
-    平方米 立方米 平方千米 平方公里 平方分米 立方分米 厘米 毫米 分米 千米
-    公里 米 元 角 分 美元 个 人 名 位 只 本 张 次 种 台 辆 条 件 块 棵 天 日 周
-    月 年 岁 小时 分钟 秒 时 度 千克 公斤 克 吨 升 毫升 支""", plural=True)
+    each apiece step move turn lap row column seat room house question problem decade century pint cup knot
+    lbs hrs yds metric light amp ampere coulomb tesla pascal kwh penny pennies 平方厘米 立方厘米 平方米 立方米
+    平方千米 平方公里 平方分米 立方分米 厘米 毫米 分米 千米 公里 米 元 角 分 美元 个 人 名 位 只 本 张 次 种
+    台 辆 条 件 块 棵 天 日 周 月 年 岁 小时 分钟 秒 时 度 千克 公斤 克 吨 升 毫升 支""", plural=True)
 # Units of two or three letters that need neither \text nor a blank; other letters are a product.
 SHORT_UNITS = words("cm mm km kg mg ml mL ft yd yds mi lb lbs oz hr hrs min sec mph kmh Hz kHz kJ kW pct")
 COUNTS = table("""zero=0 one=1 two=2 three=3 four=4 five=5 six=6 seven=7 eight=8 nine=9 ten=10 eleven=11
@@ -185,24 +186,22 @@ DOMAINS = words("""integer whole real natural rational complexe complex odd even
 QUALIFIERS = DOMAINS | {"\\" + word for word in DOMAINS} | {*string.ascii_letters} | words(r"""where for with
     is are being any all every each some an the arbitrary constant constants number numbers value values of in
     fixed \in \forall \and , ( )""")
-PROSE = words("""all any every real reals number numbers except excluding there solution solutions roots exist
-    exists answer final option choice where for only the about approximately roughly empty set integer
-    integers constant""")
+PROSE = words("""all any every real number except excluding there solution root exist answer final option
+    choice where for only the about approximately roughly empty set integer constant""", plural=True)
 VOCABULARY = PROSE | QUALIFIERS | UNITS | FACTORS.keys() | COUNTS.keys() | {"no", "if", "other", "than"}
 DIGITS = tuple("0123456789")                     # not str.isdigit: that is true of a superscript two
-CLOCK = (r"(?<![0-9:.])(?<!: )([01]?[0-9]|2[0-4])"
-         r"(?:\s*:\s*([0-5][0-9](?![0-9.]|\\[dtc]?frac))(:[0-5][0-9])?)?"
+CLOCK = (r"(?<![\d:.])(?<!: )([01]?[0-9]|2[0-4])(?:\s*:\s*([0-5][0-9](?![0-9.]|\\[dtc]?frac))(:[0-5][0-9])?)?"
          r"(?!\s*[:.0-9])(?:(?:[\s\"(~]|\\[ ,;:!])*([aApP][mM])(?![A-Za-z])[\")]*)?")
 TEXT = r"\\(text[a-z]*|math(?:rm|bf|it|sf)|operatorname\*?|emph|mbox|hbox)\s*\{([^{}]*)\}"
-WORD = re.compile(r"[0-9]+:[0-9:]+[ap]?m?|[A-Za-z](?:[A-Za-z'-]|\.(?=[A-Za-z]))*|"
+WORD = re.compile(r"[0-9]+:[0-9:]+[ap]?m?|[A-Za-z](?:[A-Za-z'-]|\.(?= ?[A-Za-z]))*|"
                   r"[十百万亿]|千(?![米克])|[\u4e00-\u9fff]+|[0-9]+(?:\.[0-9]+)?|\.[0-9]+|[^\s~]")
 
 
 def quoted(m):
     r"""\text{...} as "..."; but \mathrm{e} is a letter, \operatorname{sin} a function, \text{12} a number."""
-    command, inner = m[1], m[2].replace('"', " ")
+    command, inner = m[1], re.sub('["$]', " ", m[2])
     bare = inner.strip(" ~")
-    name = bare.isalpha() and (len(bare) == 1 or bare.isupper()) and command[:2] in ("ma", "op")
+    name = bare in ("e", "i") or command[:2] in ("ma", "op") and re.fullmatch("[A-Z]+|[a-z]", bare)
     if (name or bare in NAMED) and not {bare, bare.lower()} & UNITS:
         return f" {NAMED.get(bare, bare)} "
     is_math = "\\" in inner or re.match(r"\s*[0-9]+:", inner) or not re.search(
@@ -229,26 +228,23 @@ def clock_time(m):
     return f'"{int(m[1])}:{m[2] or "00"}{m[3] or ""}{half}"' if m[2] or half else m[0]
 
 
-ORDINAL = (r"(?<=[0-9])(?:\s*\"\s*(?:st|nd|rd|th)\s*\"|(?:(?<=1)st|(?<=2)nd|(?<=3)rd|(?<=[04-9])th|"
-           r"(?<=1[1-3])th)(?![A-Za-z0-9]))")
 VECTOR = r"\\(?:vec|overrightarrow|mathbf)\s*\{?\s*([A-Za-z]{1,2})\s*\}?"
 INTEGER = r"(?:\{\s*([0-9]{1,9})\s*\}|([0-9]))"
-# Spellings of one number or sign, rewritten in the source text, in this order.  Every repetition is bounded
-# or begins where the one before cannot go on, so that no input makes these patterns backtrack for long.
-# The last text of a row saves time: without one of its characters there is nothing to rewrite.
+# Spellings of one number or sign, rewritten in the source text, in this order.  No input makes these patterns
+# backtrack for long.  The last text of a row saves time: without one of its characters nothing is to be done.
 REWRITES = [(re.compile(pattern), new, frozenset(needs)) for pattern, new, needs in (
-    (r"\\(?:mathrm|text)\s*\{\s*C\s*\}\s*_\s*\{?([0-9a-z]{1,9})\}?\s*\^\s*\{?([0-9a-z]{1,9})\}?",
-     r"\\binom{\1}{\2}", "C"),
+    (r"\\(?:[hv]?phantom|[hvm]space\*?|(?:text)?color|tag)\s*\{[^{}]*\}", "", "{"),
+    (r"\\(?:mathrm|text) ?\{ ?C ?\} ?_ ?\{?(\w{1,9})\}? ?\^ ?\{?(\w{1,9})\}?", r"\\binom{\1}{\2}", "C"),
     (r"\\mathbb\s*\{?\s*([RZNQC])\s*\}?|\\math(?:bf|rm)\s*\{\s*([RZNQ])\s*\}",
-     lambda m: {"R": "\\reals ", "Z": "\\integers ", "N": "\\naturals ", "Q": "\\rationals ",
-                "C": "\\complexes "}[m[1] or m[2]], "RZNQC"),
+     lambda m: f"\\{table('R=reals Z=integers N=naturals Q=rationals C=complexes')[m[1] or m[2]]} ", "RZNQC"),
     (rf"{VECTOR}\s*\\times\s*{VECTOR}",
      lambda m: f"\\hat{{{m[1]}{m[2]}}}" if m[1] < m[2] else f"(-\\hat{{{m[2]}{m[1]}}})", "vb"),
     *[(TEXT, quoted, "\\")] * 4,                                               # a \text in a \text: 4 levels
+    (r"[⁰¹²³⁴-⁹⁻ⁿ]+", lambda m: f"^{{{''.join(map(RAISED.get, m[0]))}}}", RAISED),
     (r"(?<=[0-9 \"(~])([aApP])\. ?[mM]\b\.?", r" \1m", "mM"),                                        # 5 p.m.
     (r"\{:\}|\\!:\\!|\":\"", ":", ":"), (CLOCK, clock_time, ":mM"),
-    (r"\^\s*\{?\s*\"?\s*(?:st|nd|rd|th)\s*\"?\s*\}?(?![A-Za-z])", "", "hds"),                    # 12^{th}
-    (ORDINAL, "", "hds"),
+    (r"(?:\^ ?(\{)?|(?<=[0-9])(?=\s*\"))\s*\"?\s*(?:st|nd|rd|th)\s*\"?(?(1)\s*\})(?![A-Za-z])", "", "hds"),
+    (r"((?<=1)st|(?<=2)nd|(?<=3)rd|(?<=[04-9])th|(?<=1[1-3])th)(?![A-Za-z0-9])", "", "hds"),            # 12th
     (r"(?<=[0-9])\s+([kc]?m/(?:s|h|min|hr)(?:\^2|\^\{2\})?)(?=\W*$)", r'"\1"', "m"),                # 6 m/s
     (r"\^\s*\{((?:\s*(?:'|\\prime))+)\s*\}|\^\s*(?='|\\prime)", r"\1", "'p"),                  # y^{\prime}
     (r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})\s*", r"\\degree ", "i"),     # 5' is 5, not behind degrees
@@ -257,19 +253,19 @@ REWRITES = [(re.compile(pattern), new, frozenset(needs)) for pattern, new, needs
     (r"<\s*=", r"\\le ", "<"), (r">\s*=", r"\\ge ", ">"), (r"(?:!|\\not)\s*=", r"\\ne ", "="),
     (r"\\?((?:sin|cos|tan|cot|sec|csc)h?)\s*\^\s*(?:\{\s*-\s*1\s*\}|-\s*1)", r"\\arc\1 ", "nocs"),
     (r"\*\*", "^", "*"), (r"\.\.\.", r"\\ldots ", "."), (r"^\s*\\approx", "", "x"),
-    (r"\\begin\{array\}\s*\{[^{}]*\}", r"\\begin{array}", "y"),
-    (r"(?<=[0-9])\s*x\s*10\s*(?=\^)", "*10", "x"),                                                # 8.7 x 10^8
+    (r"(\\begin\{array\})\s*\{[^{}]*\}|(\\\\)\s*\[-?[0-9.]+ ?[a-z]{2}\]", r"\1\2", "y["),            # \\[4pt]
+    (r"\\dot\s*\{?([0-9])\}?([0-9]*)\\dot\s*\{?([0-9])\}?", r"\\overline{\1\2\3}", "d"),     # 0.\dot12\dot3
+    (r"(?<=[0-9])\s*x\s*10\s*(?=\^)", "*10", "x"), (r"(?<![0-9.])\.(?=[0-9])", "0.", "."),    # 8.7 x 10^8, .5
     (r"([0-9]{0,200})\.([0-9]{0,200})(?:\\(?:overline|bar|dot)\s*\{?([0-9]{1,200})\}?|\(([0-9]{1,200})\))",
      repeating_decimal, "."),
-    (r"(?<![0-9.])\.(?=[0-9])", "0.", "."),                                                               # .5
     (r"(?<![0-9.,])([0-9]{1,200})\{,\}([0-9]{1,2}|[0-9]{4,200})(?![0-9{,])", r"\1.\2", ","),        # 0{,}5
     # 1\,000 and 1{,}000; then 1,000, but not in brackets: (100,200) is a point; then 1 4/5; then 1\frac{4}{5}
-    (r"(?<![0-9.,])[1-9][0-9]{0,2}(?:(?:\{,\}|,?\\[,!;: ]|,\\!\s+| )[0-9]{3})+(?![0-9])",
-     lambda m: re.sub(r"[^0-9]", "", m[0]), ",!;: "),
+    (r"(?<![0-9.,])[1-9][0-9]{0,2}(?:(?:\{,\}|,?\\[,!;: ]|,\\!\s+|[ ~])[0-9]{3})+(?![0-9])",
+     lambda m: re.sub(r"[^0-9]", "", m[0]), ",!;: ~"),
     (r"(?<![0-9.,}])[1-9][0-9]{0,2}(?:,[0-9]{3}){1,7}(?![0-9])(?!,[0-9])(?![^()\[\]{}]*(?:[)\]]|\\\}))",
      lambda m: m[0].replace(",", ""), ","),
     (r"(?<![0-9./^_a-zA-Z})])([0-9]{1,9}) +([0-9]{1,9})/([0-9]{1,9})(?![0-9./^])", mixed_number, "/"),
-    (r"(?<![0-9.^_])(?<![0-9] )(?<!frac)(?<!sqrt)(?<!binom)([0-9]{1,9})\s*\\?[dtc]?frac\s*"
+    (r"(?<![0-9.^_])(?<![0-9] )(?<!frac)(?<!sqrt)(?<!binom)([0-9]{1,9})(?:[ ~]|\\[,;: ])*\\?[dtc]?frac\s*"
      + INTEGER + r"\s*" + INTEGER + r"(?!\s*\^)", mixed_number, "f"),
     (r"(\([^(),]*,[^()]*\))(?=\s*(?:\\left\s*)?\([^(),]*,[^()]*\))", r"\1,", ","),             # (2,3)(2,7)
 )]
@@ -286,22 +282,23 @@ TOKEN = re.compile(rf"(?P<name>(?:{NAME}|\\(?:var)?{GREEKS}){SUBSCRIPT})"
 # y' and f(2), a value of a function and not f times 2, on tokens joined by blanks.
 CALL = re.compile(rf"(?<!\S)(?:\\(?={GREEKS} )|(?![ei] )(?=[A-Za-z]))(\S+) \( (\w+|\\{GREEKS}) \)(?!\S)")
 INNER_FUNCTION = re.compile("(arcsin|arccos|arctan|sqrt|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|pi)")
-EXCEPT = '(?:"except|"excluding|"but "not|"other "than)'
 UNIT = f'"(?:{"|".join(UNITS - {"C", "F"})})' + r'(?: \^ (?:\{ -? ?[0-9]+ \}|-? ?[0-9]+))?(?!\S)'
+UNIT = rf"(?:{UNIT}|\\frac \{{ {UNIT} \}} \{{ {UNIT} \}})"
 # What a phrase means, on tokens joined by blanks, in this order.  Units behind a value go, with their powers.
 PHRASES = [(re.compile(pattern), new) for pattern, new in (
     (r'^(?:"the )?(?:"final |"correct )?"(?:answer|ans|solution|value)s?(?: "is)?(?: :| =)? (?=.)', ""),
     (r'^"(?:option|choice) ', ""), (r'(?: ,)? "only$', ""), (r'^"the "empty "set$', r"\\emptyset"),
     (r'^(?:"for )?"(?:all|any|every) (?:"the )?"reals?(?: "numbers?| "values?)?(?: "of)?(?: "?[a-z](?= |$))?',
      r"\\reals"),
-    (rf'^(?:[a-z] \\in )?\\reals (?:, )?{EXCEPT}(?: "for| "when)?(?: [a-z] =)? (.*)$',
+    (r'^(?:[a-z] \\in )?\\reals ,? ?"(?:exc\S+|but "not|other "than)(?: "for| "when)?(?: [a-z] =)? (.*)$',
      r"\\reals \\setminus \\{ \1 \\}"),
     (r'^(?:"there )?(?:"is |"are |"exists? |"has )?"no (?:"real )?(?:"solutions?|"roots?)(?: "exists?)?$',
      r"\\emptyset"),
-    (r'^\\{ ([A-Za-z])(?: \\in \\reals)? [|:] ((?:.* )?\1(?: .*)?) \\}$', r"\2"),          # {x | x > 2}
+    (r'(?:^|(?<=\\cup ))\\{ ([A-Za-z])(?: \\in \\reals)? [|:] (?=.*\1)(.*?) \\}(?= \\cup|$)', r"{ \2 }"),
+    (r'\\{ \\begin{(?:array|cases)} (.*) \\end{(?:array|cases)}$', r"\\begin{cases} \1 \\end{cases}"),
     (r' \( (?:"about|"approximately|"roughly|"approx|\\approx) ([0-9.]+)(?: "[a-z]+)? \)$', r" \\approx \1"),
     (r' \( ((?:"[^ ]+ ?)+) \)$', r" \1"),                                                      # 5 (days)
-    (r'"(?:degrees?|deg)(?!\S)', r"\\degree"), (r'(?<=\\degree) "(?:C|c|F|f)(?!\S)', ""),
+    (r'"(?:degrees?|deg)(?!\S)', r"\\degree"), (r'(?<=\\degree) "?(?:C|c|F|f)(?!\S)', ""),
     (rf'(?<!\S)([^"\s]*[^"\s(\[{{,=<>+*/^_&:;\\-]|"(?:{"|".join(FACTORS)}))(?:(?: [/*])? {UNIT})+', r"\1"),
 )]
 
@@ -333,7 +330,7 @@ def tokenize(source):
         elif m.lastgroup and (t := ALIAS.get(m[0], m[0])):         # \\frac12 as TeX reads it
             tokens += t if t.isdigit() and tokens[-1:] in (["\\frac"], ["\\binom"]) else [t]
     joined = CALL.sub(r"\1(\2)", " ".join(tokens).rstrip(" .,;:\\").replace(" '", "'"))
-    for pattern, new in PHRASES if any(t in joined for t in ('"', "\\approx", "\\{")) else ():
+    for pattern, new in PHRASES if any(t in joined for t in ('"', "\\approx", "\\{", "\\degree")) else ():
         joined = pattern.sub(new, joined)
     return joined.split()
 
@@ -344,8 +341,8 @@ def spoken(word):
         return ['"' + word if ":" in word[1:] else word]
     word = word.replace(".", "").lower() if len(word) > 1 else word
     tens, _, ones = word.partition("-")
-    if tens in COUNTS and COUNTS.get(ones or "zero", "10") < "10":
-        return [str(int(COUNTS[tens]) + int(COUNTS.get(ones, 0)))]
+    if tens in COUNTS and (len(COUNTS.get(ones or "zero", "10")) == 1 or ones in FACTORS):   # two-thirds
+        return [str(int(COUNTS[tens]) + int(COUNTS.get(ones, 0))), *(['"' + ones] if ones in FACTORS else [])]
     return [("\\" if word in ("and", "or") else '"') + word]
 
 
@@ -389,15 +386,14 @@ CONSTANTS = {"i": ("const", "i"), "e": E, "\\pi": PI, "\\infty": INFINITY, "\\re
 CONSTANTS |= {name: ("word", name) for name in ("\\integers", "\\naturals", "\\rationals", "\\complexes")}
 BIG = table(r"\sum=sum \prod=prod \int=int")
 CASE = re.compile(r'&|(?:[,;]|(?="(?:if|for|when) ))(?!.*&)')       # between a value and its condition
-ENVIRONMENTS = words(r"""\begin{pmatrix} \begin{bmatrix} \begin{Bmatrix} \begin{matrix} \begin{smallmatrix}
-    \begin{array} \begin{cases}""")
+ENVIRONMENTS = {f"\\begin{{{t}}}" for t in words("pmatrix bmatrix Bmatrix matrix smallmatrix array cases")}
 ATOMS = (GREEK | FUNCTIONS | MARKS | CONSTANTS.keys() | OPEN.keys() | BIG.keys() | ENVIRONMENTS | words(
     r"\frac \binom \sqrt")) - {"|"}
 
 
 def times(a, b):
     if b[0] == "matrix" or b[0] == "tuple" and is_literal(a):
-        return (*b[:2], *(times(a, cell) for cell in b[2:]))
+        return (*b[:2], *(calculated(times(a, t)) if is_literal(t) else times(a, t) for t in b[2:]))
     return ("num", a[1] * b[1]) if a[0] == b[0] == "num" and MINUS_ONE in (a, b) else ("*", a, b)
 
 
@@ -492,6 +488,8 @@ class Parser:
             separator = self.accept("\\and", "\\or") or separator    # 1, 2, and 3
             kind = "or" if separator == "\\or" else kind
             items.append(self.tree(UNION))
+        if items[0][:2] == ("rel", "!="):                                               # x \ne 1, 2
+            items = [x if x[0] in STRUCTURES else (*items[0][:3], x) for x in items]
         if items[-1][0] == "mod":                                                   # n = 0, 2 (mod 6)
             items = [x if x[0] == "mod" else combined("\\pmod", x, items[-1][2]) for x in items]
         at = items.index(DOTS) if DOTS in items else 0
@@ -559,7 +557,7 @@ class Parser:
         for _ in range(2):                       # in either order
             base = self.tree(ATOM) if self.accept("_") else base
             power = self.tree(EXPONENT) if self.accept("^") else power
-        bracket = self.accept("(", "[", "{")
+        bracket = self.accept("(", "[", "{", "\\{")
         tree = self.group(bracket) if bracket else self.tree(POWER)
         while not bracket and (self.peek() in ATOMS - FUNCTIONS - OPEN.keys() or self.peek()[:1].isalnum()):
             tree = times(tree, self.tree(POWER))
@@ -568,7 +566,7 @@ class Parser:
             return ("^", E, tree)
         base = TEN if name == "lg" else base
         name = "ln" if name in ("lg", "log") else name
-        tree = (name, *(tree[2:] if tree[0] == "tuple" else [tree]))
+        tree = (name, *(tree[1 + (tree[0] == "tuple"):] if tree[0] in ("tuple", "list", "set") else [tree]))
         tree = ("/", tree, ("ln", base)) if base else tree
         return tree if power is None else ("^", tree, power)
 
@@ -593,7 +591,7 @@ class Parser:
     def environment(self, name):
         r"""\begin{xmatrix} or \begin{cases}; the bracket style does not matter, but \vmatrix is no matrix."""
         end = self.tokens.index(name.replace("begin", "end"), self.at)
-        inner, self.at = " ".join(self.tokens[self.at:end]), end + 1
+        inner, self.at = " ".join(self.tokens[self.at:end]).replace("& =", "="), end + 1
         rows = [CASE.split(row, 1) if "cases" in name else row.split("&")
                 for row in inner.split("\\\\") if row.strip()]
         rows = [[self.cell(part) for part in row] for row in rows]
@@ -951,9 +949,7 @@ def equal_values(a, b):
     unfinished = plain and not is_finished(a, is_literal(b) and not degrees[1])
     if unfinished or INFINITY in ours + theirs:          # of infinities, the same tree is equal
         return False
-    if not any(degrees):
-        return agree(a, b)
-    return agree(in_degrees(a), in_degrees(b)) or not all(degrees) and agree(
+    return agree(in_degrees(a), in_degrees(b)) or any(degrees) > all(degrees) and agree(
         in_degrees(a, RADIAN), in_degrees(b, RADIAN))
 
 
