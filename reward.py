@@ -126,30 +126,31 @@ def words(text, plural=False):
     return frozenset(text.split()) | {word + "s" for word in text.split() if plural and len(word) > 2}
 
 
-UNICODE = {ord(c): t + " " * t.startswith("\\") for c, t in table(r"""
-    −=- –=- —=- ×=\times ·=\cdot ⋅=\cdot ∙=\cdot ÷=/ ⁄=/ π=\pi °=\degree √=\sqrt
-    ∞=\infty ∪=\cup ∩=\cap ∈=\in ≤=\le ≥=\ge ≠=\ne ≈=\approx ±=\pm ∓=\mp
-    ∅=\emptyset ≡=\equiv ℝ=\mathbb{R} ℤ=\mathbb{Z} ℕ=\mathbb{N} ²=^2 ³=^3 ′=' ’='
-    ，=, 、=, ；=; ：=: （=( ）=) 。=. θ=\theta α=\alpha β=\beta γ=\gamma λ=\lambda
-    φ=\phi ω=\omega …=\ldots ㎝=\text{cm} ㎜=\text{mm} ㎞=\text{km} ㎏=\text{kg}
-    ㎎=\text{mg} ㎖=\text{ml} ㏄=\text{ml} ㎡=\text{m}^2 ㎠=\text{cm}^2 ㎢=\text{km}^2
-    ㎥=\text{m}^3 ㎤=\text{cm}^3 ℃=\degree ℉=\degree""").items()}
-UNICODE |= dict.fromkeys(map(ord, "\u00a0\u2009\u202f\u3000€£¥￥"), " ")
-UNICODE |= {0xfee0 + ord(c): c for c in string.ascii_letters}          # full width
+UNICODE = {ord(c): t + " " * t.startswith("\\") for c, t in table(r"""−=- –=- —=- ‐=- ‑=- ∗=* ∶=: ×=\times
+    ·=\cdot ⋅=\cdot ∙=\cdot ÷=/ ⁄=/ π=\pi °=\degree √=\sqrt ∞=\infty ∪=\cup ∩=\cap ∈=\in ≤=\le ≥=\ge ≦=\le
+    ≧=\ge ⩽=\le ⩾=\ge ≠=\ne ≈=\approx ±=\pm ∓=\mp ∅=\emptyset ≡=\equiv ℝ=\mathbb{R} ℤ=\mathbb{Z} ℕ=\mathbb{N}
+    ′=' ’=' 、=, 。=. θ=\theta α=\alpha β=\beta γ=\gamma λ=\lambda φ=\phi ω=\omega …=\ldots ㎝=\text{cm}
+    ㎜=\text{mm} ㎞=\text{km} ㎏=\text{kg} ㎎=\text{mg} ㎖=\text{ml} ㏄=\text{ml} ㎡=\text{m}^2 ㎠=\text{cm}^2
+    ㎢=\text{km}^2 ㎥=\text{m}^3 ㎤=\text{cm}^3 ℃=\degree ℉=\degree""").items()}
+UNICODE |= dict.fromkeys(map(ord, "\u00a0\u2009\u202f\u3000€£¥￥¢₹₩₽"), " ")
+UNICODE |= {0xfee0 + ord(c): c for c in string.ascii_letters + "()[]{}|<>=+-/.,:;%"}          # full width
+RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ", "0123456789-n"))
 ALIAS = table(r"""\dfrac=\frac \tfrac=\frac \cfrac=\frac \dbinom=\binom \tbinom=\binom \leq=\le \leqslant=\le
     \geq=\ge \geqslant=\ge \lt=< \gt=> \neq=\ne \cdot=* \times=* \ast=* \div=/ \colon=: \land=\and \wedge=\and
     \lor=\or \vee=\or \varnothing=\emptyset \lvert=| \rvert=| \vert=| \mid=| \lbrace=\{ \rbrace=\} \prime='
     \varphi=\phi \backslash=\setminus \langle=( \rangle=) \lbrack=[ \rbrack=] \lparen=( \rparen=) \dots=\ldots
-    \cdots=\ldots \textdegree=\degree \varepsilon=\epsilon \arcsinh=\asinh \arccosh=\acosh \arctanh=\atanh
-    \rightarrow== \to== \equiv== \bmod=\pmod \mod=\pmod""")
+    \cdots=\ldots \textdegree=\degree \varepsilon=\epsilon \rightarrow== \to== \equiv== \bmod=\pmod \mod=\pmod
+    \sfrac=\frac \nicefrac=\frac \leqq=\le \geqq=\ge \tg=\tan \ctg=\cot \begin{aligned}=\begin{cases}
+    \end{aligned}=\end{cases} \begin{dcases}=\begin{cases} \end{dcases}=\end{cases}""")
 ALIAS |= dict.fromkeys(words(r"""\left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \middle \limits
-    \displaystyle \textstyle \quad \qquad \, \! \; \: \> \( \) \[ \] \$ \% $ % ~ " \rm \bf \it \bm \boldsymbol
-    \hline \angle \triangle \vec \phantom \mathrm \mathbf \text""") | {"\\ ", "\\\n"}, "")
+    \biggl \biggr \Biggl \Biggr \displaystyle \textstyle \quad \qquad \, \! \; \: \> \( \) \[ \] \$ \% $ % ~ "
+    \rm \bf \it \bm \boldsymbol \hline \angle \triangle \vec \phantom \mathrm \mathbf \text \pounds
+    \ensuremath \fbox \large \Large""") | {"\\ ", "\\\n"}, "")
 TRIG = words("sin cos tan cot sec csc")
-FUNCTIONS = frozenset("\\" + name for name in TRIG | words("""sinh cosh tanh coth sech csch arcsin arccos
-    arctan arccot arcsec arccsc asinh acosh atanh ln log lg exp gcd lcm max min"""))
+FUNCTIONS = {"\\" + arc + name + h for arc in ("", "arc") for name in TRIG for h in ("", "h")} | words(
+    r"\asin \acos \atan \asinh \acosh \atanh \ln \log \lg \exp \gcd \lcm \max \min")
 NAMED = {c[1:]: c for c in FUNCTIONS | words(r"\sqrt \pi \infty \frac \binom \theta \alpha \beta \and \or")}
-NAMED |= table(r"asin=\arcsin acos=\arccos atan=\arctan tg=\tan ctg=\cot infinity=\infty times=*")
+NAMED |= table(r"tg=\tan ctg=\cot arctg=\arctan cosec=\csc infinity=\infty Infinity=\infty times=*")
 GREEK = words(r"""\alpha \beta \gamma \delta \epsilon \zeta \eta \theta \vartheta \iota \kappa \lambda \mu \nu
     \xi \rho \sigma \tau \upsilon \phi \chi \psi \omega \Gamma \Delta \Theta \Lambda \Xi \Pi \Sigma \Phi \Psi
     \Omega \ell \hbar \mho \odot \partial \nabla""")
@@ -166,10 +167,10 @@ UNITS = words("""degree deg percent pct cent dollar usd yuan euro pound rupee ye
     vertices face diagonal line region pair set subset group game trip car bus buses box boxes bag bottle
     chair table tile tree flower cat dog animal pen pencil candies cookie stamp block cube dice match matches
     element term factor divisor multiple function permutation combination arrangement distinct different total
-    each apiece step move turn lap row column seat room house question problem 平方厘米 立方厘米
-    平方米 立方米 平方千米 平方公里 平方分米 立方分米 厘米 毫米 分米 千米
-    公里 米 元 角 分 美元 个 人 名 位 只 本 张 次 种 台 辆 条 件 块 棵 天 日 周
-    月 年 岁 小时 分钟 秒 时 度 千克 公斤 克 吨 升 毫升 支""", plural=True)
+    each apiece step move turn lap row column seat room house question problem decade century pint cup knot
+    lbs hrs yds metric light amp ampere coulomb tesla pascal kwh penny pennies 平方厘米 立方厘米 平方米 立方米
+    平方千米 平方公里 平方分米 立方分米 厘米 毫米 分米 千米 公里 米 元 角 分 美元 个 人 名 位 只 本 张 次 种
+    台 辆 条 件 块 棵 天 日 周 月 年 岁 小时 分钟 秒 时 度 千克 公斤 克 吨 升 毫升 支""", plural=True)
 # Units of two or three letters that need neither \text nor a blank; other letters are a product.
 SHORT_UNITS = words("cm mm km kg mg ml mL ft yd yds mi lb lbs oz hr hrs min sec mph kmh Hz kHz kJ kW pct")
 COUNTS = table("""zero=0 one=1 two=2 three=3 four=4 five=5 six=6 seven=7 eight=8 nine=9 ten=10 eleven=11
@@ -185,24 +186,22 @@ DOMAINS = words("""integer whole real natural rational complexe complex odd even
 QUALIFIERS = DOMAINS | {"\\" + word for word in DOMAINS} | {*string.ascii_letters} | words(r"""where for with
     is are being any all every each some an the arbitrary constant constants number numbers value values of in
     fixed \in \forall \and , ( )""")
-PROSE = words("""all any every real reals number numbers except excluding there solution solutions roots exist
-    exists answer final option choice where for only the about approximately roughly empty set integer
-    integers constant""")
+PROSE = words("""all any every real number except excluding there solution root exist answer final option
+    choice where for only the about approximately roughly empty set integer constant""", plural=True)
 VOCABULARY = PROSE | QUALIFIERS | UNITS | FACTORS.keys() | COUNTS.keys() | {"no", "if", "other", "than"}
 DIGITS = tuple("0123456789")                     # not str.isdigit: that is true of a superscript two
-CLOCK = (r"(?<![0-9:.])(?<!: )([01]?[0-9]|2[0-4])"
-         r"(?:\s*:\s*([0-5][0-9](?![0-9.]|\\[dtc]?frac))(:[0-5][0-9])?)?"
+CLOCK = (r"(?<![\d:.])(?<!: )([01]?[0-9]|2[0-4])(?:\s*:\s*([0-5][0-9](?![0-9.]|\\[dtc]?frac))(:[0-5][0-9])?)?"
          r"(?!\s*[:.0-9])(?:(?:[\s\"(~]|\\[ ,;:!])*([aApP][mM])(?![A-Za-z])[\")]*)?")
 TEXT = r"\\(text[a-z]*|math(?:rm|bf|it|sf)|operatorname\*?|emph|mbox|hbox)\s*\{([^{}]*)\}"
-WORD = re.compile(r"[0-9]+:[0-9:]+[ap]?m?|[A-Za-z](?:[A-Za-z'-]|\.(?=[A-Za-z]))*|"
+WORD = re.compile(r"[0-9]+:[0-9:]+[ap]?m?|[A-Za-z](?:[A-Za-z'-]|\.(?= ?[A-Za-z]))*|"
                   r"[十百万亿]|千(?![米克])|[\u4e00-\u9fff]+|[0-9]+(?:\.[0-9]+)?|\.[0-9]+|[^\s~]")
 
 
 def quoted(m):
     r"""\text{...} as "..."; but \mathrm{e} is a letter, \operatorname{sin} a function, \text{12} a number."""
-    command, inner = m[1], m[2].replace('"', " ")
+    command, inner = m[1], re.sub('["$]', " ", m[2])
     bare = inner.strip(" ~")
-    name = bare.isalpha() and (len(bare) == 1 or bare.isupper()) and command[:2] in ("ma", "op")
+    name = bare in ("e", "i") or command[:2] in ("ma", "op") and re.fullmatch("[A-Z]+|[a-z]", bare)
     if (name or bare in NAMED) and not {bare, bare.lower()} & UNITS:
         return f" {NAMED.get(bare, bare)} "
     is_math = "\\" in inner or re.match(r"\s*[0-9]+:", inner) or not re.search(
@@ -229,79 +228,77 @@ def clock_time(m):
     return f'"{int(m[1])}:{m[2] or "00"}{m[3] or ""}{half}"' if m[2] or half else m[0]
 
 
-ORDINAL = (r"(?<=[0-9])(?:\s*\"\s*(?:st|nd|rd|th)\s*\"|(?:(?<=1)st|(?<=2)nd|(?<=3)rd|(?<=[04-9])th|"
-           r"(?<=1[1-3])th)(?![A-Za-z0-9]))")
 VECTOR = r"\\(?:vec|overrightarrow|mathbf)\s*\{?\s*([A-Za-z]{1,2})\s*\}?"
 INTEGER = r"(?:\{\s*([0-9]{1,9})\s*\}|([0-9]))"
-# Spellings of one number or sign, rewritten in the source text, in this order.  Every repetition is bounded
-# or begins where the one before cannot go on, so that no input makes these patterns backtrack for long.
-# The last text of a row saves time: without one of its characters there is nothing to rewrite.
+# Spellings of one number or sign, rewritten in the source text, in this order.  No input makes these patterns
+# backtrack for long.  The last text of a row saves time: without one of its characters nothing is to be done.
 REWRITES = [(re.compile(pattern), new, frozenset(needs)) for pattern, new, needs in (
-    (r"\\(?:mathrm|text)\s*\{\s*C\s*\}\s*_\s*\{?([0-9a-z]{1,9})\}?\s*\^\s*\{?([0-9a-z]{1,9})\}?",
-     r"\\binom{\1}{\2}", "C"),
+    (r"\\(?:[hv]?phantom|[hvm]space\*?|(?:text)?color|tag)\s*\{[^{}]*\}", "", "{"),
+    (r"\\(?:mathrm|text) ?\{ ?C ?\} ?_ ?\{?(\w{1,9})\}? ?\^ ?\{?(\w{1,9})\}?", r"\\binom{\1}{\2}", "C"),
     (r"\\mathbb\s*\{?\s*([RZNQC])\s*\}?|\\math(?:bf|rm)\s*\{\s*([RZNQ])\s*\}",
-     lambda m: {"R": "\\reals ", "Z": "\\integers ", "N": "\\naturals ", "Q": "\\rationals ",
-                "C": "\\complexes "}[m[1] or m[2]], "RZNQC"),
+     lambda m: f"\\{table('R=reals Z=integers N=naturals Q=rationals C=complexes')[m[1] or m[2]]} ", "RZNQC"),
     (rf"{VECTOR}\s*\\times\s*{VECTOR}",
      lambda m: f"\\hat{{{m[1]}{m[2]}}}" if m[1] < m[2] else f"(-\\hat{{{m[2]}{m[1]}}})", "vb"),
     *[(TEXT, quoted, "\\")] * 4,                                               # a \text in a \text: 4 levels
+    (r"[⁰¹²³⁴-⁹⁻ⁿ]+", lambda m: f"^{{{''.join(map(RAISED.get, m[0]))}}}", RAISED),
     (r"(?<=[0-9 \"(~])([aApP])\. ?[mM]\b\.?", r" \1m", "mM"),                                        # 5 p.m.
     (r"\{:\}|\\!:\\!|\":\"", ":", ":"), (CLOCK, clock_time, ":mM"),
-    (r"\^\s*\{?\s*\"?\s*(?:st|nd|rd|th)\s*\"?\s*\}?(?![A-Za-z])", "", "hds"),                    # 12^{th}
-    (ORDINAL, "", "hds"),
+    (r"(?:\^ ?(\{)?|(?<=[0-9])(?=\s*\"))\s*\"?\s*(?:st|nd|rd|th)\s*\"?(?(1)\s*\})(?![A-Za-z])", "", "hds"),
+    (r"((?<=1)st|(?<=2)nd|(?<=3)rd|(?<=[04-9])th|(?<=1[1-3])th)(?![A-Za-z0-9])", "", "hds"),            # 12th
     (r"(?<=[0-9])\s+([kc]?m/(?:s|h|min|hr)(?:\^2|\^\{2\})?)(?=\W*$)", r'"\1"', "m"),                # 6 m/s
     (r"\^\s*\{((?:\s*(?:'|\\prime))+)\s*\}|\^\s*(?='|\\prime)", r"\1", "'p"),                  # y^{\prime}
-    (r"(?<![A-Za-z_^0-9.])([0-9]{1,99}(?:\.[0-9]{1,99})?)\s*'{1,2}(?![A-Za-z'0-9])", r"\1", "'"),  # minutes
-    (r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})", r"\\degree ", "i"),
+    (r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\})\s*", r"\\degree ", "i"),     # 5' is 5, not behind degrees
+    (r"(?<![A-Za-z_^0-9.])(?<!ee )([0-9]{1,99}(?:\.[0-9]{1,99})?)\s*'{1,2}(?![A-Za-z'0-9])", r"\1", "'"),
     (r"\(\s*\"?\s*\\?[pb]?mod\s*\"?\s*\{?([^{}()\"]{1,40})\}?\s*\"?\s*\)", r"\\pmod{\1}", "m"),
     (r"<\s*=", r"\\le ", "<"), (r">\s*=", r"\\ge ", ">"), (r"(?:!|\\not)\s*=", r"\\ne ", "="),
     (r"\\?((?:sin|cos|tan|cot|sec|csc)h?)\s*\^\s*(?:\{\s*-\s*1\s*\}|-\s*1)", r"\\arc\1 ", "nocs"),
     (r"\*\*", "^", "*"), (r"\.\.\.", r"\\ldots ", "."), (r"^\s*\\approx", "", "x"),
-    (r"\\begin\{array\}\s*\{[^{}]*\}", r"\\begin{array}", "y"),
-    (r"(?<=[0-9])\s*x\s*10\s*(?=\^)", "*10", "x"),                                                # 8.7 x 10^8
+    (r"(\\begin\{array\})\s*\{[^{}]*\}|(\\\\)\s*\[-?[0-9.]+ ?[a-z]{2}\]", r"\1\2", "y["),            # \\[4pt]
+    (r"\\dot\s*\{?([0-9])\}?([0-9]*)\\dot\s*\{?([0-9])\}?", r"\\overline{\1\2\3}", "d"),     # 0.\dot12\dot3
+    (r"(?<=[0-9])\s*x\s*10\s*(?=\^)", "*10", "x"), (r"(?<![0-9.])\.(?=[0-9])", "0.", "."),    # 8.7 x 10^8, .5
     (r"([0-9]{0,200})\.([0-9]{0,200})(?:\\(?:overline|bar|dot)\s*\{?([0-9]{1,200})\}?|\(([0-9]{1,200})\))",
      repeating_decimal, "."),
-    (r"(?<![0-9.])\.(?=[0-9])", "0.", "."),                                                               # .5
     (r"(?<![0-9.,])([0-9]{1,200})\{,\}([0-9]{1,2}|[0-9]{4,200})(?![0-9{,])", r"\1.\2", ","),        # 0{,}5
     # 1\,000 and 1{,}000; then 1,000, but not in brackets: (100,200) is a point; then 1 4/5; then 1\frac{4}{5}
-    (r"(?<![0-9.,])[1-9][0-9]{0,2}(?:(?:\{,\}|,?\\[,!;: ]|,\\!\s+| )[0-9]{3})+(?![0-9])",
-     lambda m: re.sub(r"[^0-9]", "", m[0]), ",!;: "),
+    (r"(?<![0-9.,])[1-9][0-9]{0,2}(?:(?:\{,\}|,?\\[,!;: ]|,\\!\s+|[ ~])[0-9]{3})+(?![0-9])",
+     lambda m: re.sub(r"[^0-9]", "", m[0]), ",!;: ~"),
     (r"(?<![0-9.,}])[1-9][0-9]{0,2}(?:,[0-9]{3}){1,7}(?![0-9])(?!,[0-9])(?![^()\[\]{}]*(?:[)\]]|\\\}))",
      lambda m: m[0].replace(",", ""), ","),
     (r"(?<![0-9./^_a-zA-Z})])([0-9]{1,9}) +([0-9]{1,9})/([0-9]{1,9})(?![0-9./^])", mixed_number, "/"),
-    (r"(?<![0-9.^_])(?<![0-9] )(?<!frac)(?<!sqrt)(?<!binom)([0-9]{1,9})\s*\\?[dtc]?frac\s*"
+    (r"(?<![0-9.^_])(?<![0-9] )(?<!frac)(?<!sqrt)(?<!binom)([0-9]{1,9})(?:[ ~]|\\[,;: ])*\\?[dtc]?frac\s*"
      + INTEGER + r"\s*" + INTEGER + r"(?!\s*\^)", mixed_number, "f"),
     (r"(\([^(),]*,[^()]*\))(?=\s*(?:\\left\s*)?\([^(),]*,[^()]*\))", r"\1,", ","),             # (2,3)(2,7)
 )]
 # 1e-5 and 3.61e-10 are numbers, 24e-32 is 24e - 32.
 SCIENTIFIC = r"(?:(?<![0-9.(a-zA-Z])[0-9]|[0-9]+\.[0-9]+)[eE][+-][0-9]{1,4}(?![0-9.])"
-GREEK_NAMES = "(?:" + "|".join(t[1:] for t in GREEK) + ")"
+GREEKS = "(?:" + "|".join(t[1:] for t in GREEK) + ")"
 SUBSCRIPT = r"\s*_\s*(?:\{[^{}]*\}|\([0-9]+\)|[0-9]+|[A-Za-z]|\\[a-z]+)"
-TOKEN = re.compile(rf"(?P<name>(?:[0-9]+|\([0-9]+\)|[A-Za-z]|\\(?:var)?{GREEK_NAMES}){SUBSCRIPT})"
+NAME = r"[0-9A-F]{2,20}(?=\s*_[\s{(]*1[1-6])|[0-9]+|\([0-9]+\)|[A-Za-z]"                # AB3_{16}, 52_8, x_1
+TOKEN = re.compile(rf"(?P<name>(?:{NAME}|\\(?:var)?{GREEKS}){SUBSCRIPT})"
                    rf"|(?P<num>{SCIENTIFIC}|[0-9]+(?:\.[0-9]+)?(?:[eE][0-9]{{1,4}}(?![0-9.]))?)"
                    r'|(?P<cmd>\\(?:(?:begin|end)\{[A-Za-z]+\}|[A-Za-z]+|.))|"(?P<text>[^"]*)"'
                    r"|(?P<run>log(?=\s*_)|[A-Za-z]+(?:(?![A-Za-z]|\s*_)|(?=[A-Za-z]\s*_)))"
                    r"|(?P<cjk>[\u4e00-\u9fff]+)|\s+|(?P<op>.)", re.DOTALL)
 # y' and f(2), a value of a function and not f times 2, on tokens joined by blanks.
-CALL = re.compile(rf"(?<!\S)(?:\\(?={GREEK_NAMES} )|(?![ei] )(?=[A-Za-z]))(\S+) "
-                  rf"\( (\w+|\\{GREEK_NAMES}) \)(?!\S)")
+CALL = re.compile(rf"(?<!\S)(?:\\(?={GREEKS} )|(?![ei] )(?=[A-Za-z]))(\S+) \( (\w+|\\{GREEKS}) \)(?!\S)")
 INNER_FUNCTION = re.compile("(arcsin|arccos|arctan|sqrt|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|pi)")
-EXCEPT = '(?:"except|"excluding|"but "not|"other "than)'
 UNIT = f'"(?:{"|".join(UNITS - {"C", "F"})})' + r'(?: \^ (?:\{ -? ?[0-9]+ \}|-? ?[0-9]+))?(?!\S)'
+UNIT = rf"(?:{UNIT}|\\frac \{{ {UNIT} \}} \{{ {UNIT} \}})"
 # What a phrase means, on tokens joined by blanks, in this order.  Units behind a value go, with their powers.
 PHRASES = [(re.compile(pattern), new) for pattern, new in (
     (r'^(?:"the )?(?:"final |"correct )?"(?:answer|ans|solution|value)s?(?: "is)?(?: :| =)? (?=.)', ""),
     (r'^"(?:option|choice) ', ""), (r'(?: ,)? "only$', ""), (r'^"the "empty "set$', r"\\emptyset"),
     (r'^(?:"for )?"(?:all|any|every) (?:"the )?"reals?(?: "numbers?| "values?)?(?: "of)?(?: "?[a-z](?= |$))?',
      r"\\reals"),
-    (rf'^(?:[a-z] \\in )?\\reals (?:, )?{EXCEPT}(?: "for| "when)?(?: [a-z] =)? (.*)$',
+    (r'^(?:[a-z] \\in )?\\reals ,? ?"(?:exc\S+|but "not|other "than)(?: "for| "when)?(?: [a-z] =)? (.*)$',
      r"\\reals \\setminus \\{ \1 \\}"),
     (r'^(?:"there )?(?:"is |"are |"exists? |"has )?"no (?:"real )?(?:"solutions?|"roots?)(?: "exists?)?$',
      r"\\emptyset"),
-    (r'^\\{ ([A-Za-z])(?: \\in \\reals)? [|:] ((?:.* )?\1(?: .*)?) \\}$', r"\2"),          # {x | x > 2}
+    (r'(?:^|(?<=\\cup ))\\{ ([A-Za-z])(?: \\in \\reals)? [|:] (?=.*\1)(.*?) \\}(?= \\cup|$)', r"{ \2 }"),
+    (r'\\{ \\begin{(?:array|cases)} (.*) \\end{(?:array|cases)}$', r"\\begin{cases} \1 \\end{cases}"),
     (r' \( (?:"about|"approximately|"roughly|"approx|\\approx) ([0-9.]+)(?: "[a-z]+)? \)$', r" \\approx \1"),
     (r' \( ((?:"[^ ]+ ?)+) \)$', r" \1"),                                                      # 5 (days)
-    (r'"(?:degrees?|deg)(?!\S)', r"\\degree"), (r'(?<=\\degree) "(?:C|c|F|f)(?!\S)', ""),
+    (r'"(?:degrees?|deg)(?!\S)', r"\\degree"), (r'(?<=\\degree) "?(?:C|c|F|f)(?!\S)', ""),
     (rf'(?<!\S)([^"\s]*[^"\s(\[{{,=<>+*/^_&:;\\-]|"(?:{"|".join(FACTORS)}))(?:(?: [/*])? {UNIT})+', r"\1"),
 )]
 
@@ -313,8 +310,8 @@ def tokenize(source):
     ['(', '\\frac', '1', '2', ')', ',', '2', '\\cos', 'x']
     """
     refuse(len(source) > MAX_CHARS, "too long")
-    source = extract_answer(source, False) or "" if "\\boxed" in source else source.strip()
-    source = source.translate(UNICODE)
+    source = extract_answer(source, False) or "" if "\\boxed" in source else source
+    source = " ".join(source.translate(UNICODE).split())     # in runs of blanks patterns would backtrack
     if "\\begin" not in source:                          # elsewhere `\\frac` was escaped twice in the data
         source = re.sub(r"\\\\(?=[A-Za-z])", r"\\", source)
     for pattern, new, needs in REWRITES:
@@ -333,7 +330,7 @@ def tokenize(source):
         elif m.lastgroup and (t := ALIAS.get(m[0], m[0])):         # \\frac12 as TeX reads it
             tokens += t if t.isdigit() and tokens[-1:] in (["\\frac"], ["\\binom"]) else [t]
     joined = CALL.sub(r"\1(\2)", " ".join(tokens).rstrip(" .,;:\\").replace(" '", "'"))
-    for pattern, new in PHRASES if any(t in joined for t in ('"', "\\approx", "\\{")) else ():
+    for pattern, new in PHRASES if any(t in joined for t in ('"', "\\approx", "\\{", "\\degree")) else ():
         joined = pattern.sub(new, joined)
     return joined.split()
 
@@ -344,8 +341,8 @@ def spoken(word):
         return ['"' + word if ":" in word[1:] else word]
     word = word.replace(".", "").lower() if len(word) > 1 else word
     tens, _, ones = word.partition("-")
-    if tens in COUNTS and COUNTS.get(ones or "zero", "10") < "10":
-        return [str(int(COUNTS[tens]) + int(COUNTS.get(ones, 0)))]
+    if tens in COUNTS and (len(COUNTS.get(ones or "zero", "10")) == 1 or ones in FACTORS):   # two-thirds
+        return [str(int(COUNTS[tens]) + int(COUNTS.get(ones, 0))), *(['"' + ones] if ones in FACTORS else [])]
     return [("\\" if word in ("and", "or") else '"') + word]
 
 
@@ -389,15 +386,14 @@ CONSTANTS = {"i": ("const", "i"), "e": E, "\\pi": PI, "\\infty": INFINITY, "\\re
 CONSTANTS |= {name: ("word", name) for name in ("\\integers", "\\naturals", "\\rationals", "\\complexes")}
 BIG = table(r"\sum=sum \prod=prod \int=int")
 CASE = re.compile(r'&|(?:[,;]|(?="(?:if|for|when) ))(?!.*&)')       # between a value and its condition
-ENVIRONMENTS = words(r"""\begin{pmatrix} \begin{bmatrix} \begin{Bmatrix} \begin{matrix} \begin{smallmatrix}
-    \begin{array} \begin{cases}""")
+ENVIRONMENTS = {f"\\begin{{{t}}}" for t in words("pmatrix bmatrix Bmatrix matrix smallmatrix array cases")}
 ATOMS = (GREEK | FUNCTIONS | MARKS | CONSTANTS.keys() | OPEN.keys() | BIG.keys() | ENVIRONMENTS | words(
     r"\frac \binom \sqrt")) - {"|"}
 
 
 def times(a, b):
     if b[0] == "matrix" or b[0] == "tuple" and is_literal(a):
-        return (*b[:2], *(times(a, cell) for cell in b[2:]))
+        return (*b[:2], *(calculated(times(a, t)) if is_literal(t) else times(a, t) for t in b[2:]))
     return ("num", a[1] * b[1]) if a[0] == b[0] == "num" and MINUS_ONE in (a, b) else ("*", a, b)
 
 
@@ -471,8 +467,8 @@ class Parser:
             refuse(factor is None, "a word that changes the value")
             return ("num", left[1] * factor) if left[0] == "num" else times(left, ("num", factor))
         if t not in INFIX:
-            power = (left[-1] if left[0] == "*" else left)[0] == "^"             # 2^6 3^5
-            refuse(t[0] in DIGITS and self.peek(-1)[0] in DIGITS and not power, "two numbers side by side")
+            number = is_literal(left[-1] if left[0] == "*" else left)    # not 2 3, 30^\circ 15; but 2^6 3^5
+            refuse(t[0] in DIGITS and number and self.peek(1) != "^", "two numbers side by side")
             return times(left, self.tree(POWER))
         if t in RELATIONS:
             ops, sides = [], [left]
@@ -492,6 +488,8 @@ class Parser:
             separator = self.accept("\\and", "\\or") or separator    # 1, 2, and 3
             kind = "or" if separator == "\\or" else kind
             items.append(self.tree(UNION))
+        if items[0][:2] == ("rel", "!="):                                               # x \ne 1, 2
+            items = [x if x[0] in STRUCTURES else (*items[0][:3], x) for x in items]
         if items[-1][0] == "mod":                                                   # n = 0, 2 (mod 6)
             items = [x if x[0] == "mod" else combined("\\pmod", x, items[-1][2]) for x in items]
         at = items.index(DOTS) if DOTS in items else 0
@@ -503,7 +501,7 @@ class Parser:
     def group(self, opening):
         """What stands in brackets, whose opening token was just taken: a group, tuple or set."""
         outer, self.inside = self.inside, opening
-        tree = ("set",) if opening == "\\{" and self.peek() == "\\}" else self.tree()
+        tree = ("list",) if opening == "\\{" and self.peek() == "\\}" else self.tree()
         if opening == "{" and self.peek() in ("\\choose", "\\over"):
             tree = ("binom" if self.take() == "\\choose" else "/", tree, self.tree())
         if opening == "\\{" and self.accept("|", ":"):
@@ -516,7 +514,7 @@ class Parser:
         if opening in ("(", "[") and closing in (")", "]") and tree[0] == "list":
             return ("tuple", opening + closing, *tree[1:])
         refuse(closing != OPEN[opening], "brackets")
-        if opening == "\\{" and tree[0] not in ("rel", "builder", "set", "or", "steps"):
+        if opening == "\\{" and tree[0] not in ("rel", "builder", "or", "steps"):
             return ("set", *(tree[1:] if tree[0] == "list" else [tree]))
         return {"|": ("abs", tree), "\\lfloor": ("floor", tree), "\\lceil": ("ceil", tree)}.get(opening, tree)
 
@@ -559,7 +557,7 @@ class Parser:
         for _ in range(2):                       # in either order
             base = self.tree(ATOM) if self.accept("_") else base
             power = self.tree(EXPONENT) if self.accept("^") else power
-        bracket = self.accept("(", "[", "{")
+        bracket = self.accept("(", "[", "{", "\\{")
         tree = self.group(bracket) if bracket else self.tree(POWER)
         while not bracket and (self.peek() in ATOMS - FUNCTIONS - OPEN.keys() or self.peek()[:1].isalnum()):
             tree = times(tree, self.tree(POWER))
@@ -568,7 +566,7 @@ class Parser:
             return ("^", E, tree)
         base = TEN if name == "lg" else base
         name = "ln" if name in ("lg", "log") else name
-        tree = (name, *(tree[2:] if tree[0] == "tuple" else [tree]))
+        tree = (name, *(tree[1 + (tree[0] == "tuple"):] if tree[0] in ("tuple", "list", "set") else [tree]))
         tree = ("/", tree, ("ln", base)) if base else tree
         return tree if power is None else ("^", tree, power)
 
@@ -593,7 +591,7 @@ class Parser:
     def environment(self, name):
         r"""\begin{xmatrix} or \begin{cases}; the bracket style does not matter, but \vmatrix is no matrix."""
         end = self.tokens.index(name.replace("begin", "end"), self.at)
-        inner, self.at = " ".join(self.tokens[self.at:end]), end + 1
+        inner, self.at = " ".join(self.tokens[self.at:end]).replace("& =", "="), end + 1
         rows = [CASE.split(row, 1) if "cases" in name else row.split("&")
                 for row in inner.split("\\\\") if row.strip()]
         rows = [[self.cell(part) for part in row] for row in rows]
@@ -701,10 +699,10 @@ def mp():
     return context
 
 
-def tick():
+def tick(work=1):
     """Time is up only after some work: a busy machine may stall the first steps for a second."""
     global _ticks
-    _ticks += 1
+    _ticks += work
     refuse(_ticks > 300 and time.monotonic() > _deadline, "out of time", Undecided)
 
 
@@ -746,6 +744,7 @@ def binomial(n, k):
 def add(*terms):
     """A sum.  A term too small to be seen, or digits lost in a difference, decide nothing."""
     if exact(*terms):
+        refuse(sum(map(bits, terms)) > 4 * MAX_BITS, "sum", Undecided)
         return sum(terms)
     terms = [inexact(t) for t in terms if t]
     total, sizes = sum(terms), [mp().mag(t) for t in terms]
@@ -820,13 +819,14 @@ def value(tree, point):
     if kind not in OPERATIONS:
         refuse(kind == "big", "sum, product, integral or limit", Undecided)
         refuse("\\" + kind not in FUNCTIONS, "no value")
-    refuse(len(parts) > 1 and kind not in SEVERAL, "arguments")
+    refuse(len(parts) != 1 and kind not in SEVERAL, "arguments")
     values = [value(part, point) for part in parts]
     values = [inexact(v) for v in values] if kind in "*/" and not exact(*values) else values
     result = OPERATIONS[kind](*values) if kind in OPERATIONS else elementary(kind, *values)
     result = Fraction(result) if isinstance(result, int) else result
     if not isinstance(result, Fraction):
         return result if mp().isfinite(result) else 1 / 0
+    tick(bits(result) // 200)
     refuse(bits(result) > MAX_BITS, "number", Undecided)
     return result
 
@@ -949,9 +949,7 @@ def equal_values(a, b):
     unfinished = plain and not is_finished(a, is_literal(b) and not degrees[1])
     if unfinished or INFINITY in ours + theirs:          # of infinities, the same tree is equal
         return False
-    if not any(degrees):
-        return agree(a, b)
-    return agree(in_degrees(a), in_degrees(b)) or not all(degrees) and agree(
+    return agree(in_degrees(a), in_degrees(b)) or any(degrees) > all(degrees) and agree(
         in_degrees(a, RADIAN), in_degrees(b, RADIAN))
 
 
@@ -961,7 +959,7 @@ def agree(a, b):
         points = [] if a == b else sampled(b, a)
     except Undecided as error:                   # of a tower of powers sympy knows no more
         provable = str(error) in ("digits lost", "too many digits", "sum, product, integral or limit")
-        proved = _sympy.ask([a, b]) if provable else None
+        proved = _sympy.ask([a, b]) if provable and time.monotonic() < _deadline else None
         refuse(proved is None, "out of time" if provable else str(error), Undecided)
         return proved
     try:
@@ -974,7 +972,7 @@ def is_literal(tree):
     """7, -7, 7/2: what a plain number looks like."""
     while tree[0] == "*" and tree[1] == MINUS_ONE or tree[0] == "deg":
         tree = tree[-1]
-    return tree[0] == "num" or tree[0] == "/" and is_literal(tree[1]) and is_literal(tree[2])
+    return tree[0] == "num" or tree[0] == "/" and tree[1][0] == tree[2][0] == "num"
 
 
 def is_finished(tree, rational, depth=0):
@@ -990,7 +988,7 @@ def is_finished(tree, rational, depth=0):
         t = stack.pop()
         if is_literal(t):
             literals += t not in (ONE, MINUS_ONE)
-        elif t[0] in "*/" or t[0] == "deg":
+        elif t[0] in ("*", "deg") or t[0] == "/" and "/" not in (t[1][0], t[2][0]):
             stack += [t[1]] if t[0] == "/" and is_literal(t[2]) else t[1:]
         elif t[0] in ("^", "!", "binom") and not depth and all(is_finished(p, rational, 1) for p in t[1:]):
             counts += t[0] != "^"
@@ -1001,12 +999,12 @@ def is_finished(tree, rational, depth=0):
 
 
 def items(tree):
-    """The elements of a list or set, and of the lists in it; x = 1, 2 or x in {1, 2} as 1, 2."""
-    if tree[0] == "assign" and tree[2][0] in LISTS:
-        tree = tree[2]
-    elif tree[0] in LISTS and all(t[0] == "assign" and t[2][0] in LISTS for t in tree[1:]):
-        tree = ("list", *(t[2] for t in tree[1:]))
-    return [x for part in tree[1:] for x in items(part)] if tree[0] in LISTS else [tree]
+    """The elements of a list or set and of the lists in it (not of sets); x = 1, 2 or x in {1, 2} as 1, 2."""
+    tree = tree[2] if tree[0] == "assign" and tree[2][0] in LISTS else tree
+    if tree[0] not in LISTS:
+        return [tree]
+    named = len({t[1] for t in tree[1:] if t[0] == "assign"}) > 1        # A = {1}, B = {2, 3}
+    return [x for t in tree[1:] for x in ([t] if t[0] == "set" or named else items(t))]
 
 
 def equal_lists(a, b):
@@ -1109,7 +1107,8 @@ def contains(tree, x):
     tick()
     kind, *parts = tree
     if kind in LISTS or kind == "cup":               # x > 2, x < 5: both, unless nothing is left
-        together = kind == "list" and all(part[0] == "rel" for part in parts) and any(
+        refuse(kind == "list" and {"rel"} < {part[0] for part in parts}, "a relation and a number")
+        together = kind == "list" and parts[0][0] == "rel" and any(
             all(contains(part, y) for part in parts) for y in places(tree))
         return (all if together else any)(contains(part, x) for part in parts)
     if kind in ("cap", "setminus"):
@@ -1273,7 +1272,7 @@ def matches(a, b, answer, problem):
     (p,), (q,) = ours, theirs                        # f(z) = z for f(x) = x; k\pi, k \in \mathbb{Z} for n\pi
     turns = {p, q} <= set("jklmn") and re.search(rf"\\pi {q}\b|\b{q} \\pi", " ".join(b.tokens)) and not (
         problem and re.search(rf"(?<![A-Za-z\\]){q}(?![A-Za-z])", problem))
-    bound = any(t[0] in ("assign", "rel") and str(t[-2][1]).endswith(f"({p})") for t in nodes(x))
+    bound = any(t[0] in ("assign", "rel") and str(t[-2]).endswith(f"({p})')") for t in nodes(x))
     if not (turns or bound or p in a.said or q in b.said or {p, q} == {"c", "C"}):
         return False
     for name in variables(x):
@@ -1294,7 +1293,7 @@ def bare(tokens):
 @functools.lru_cache(maxsize=256)
 def formulas(problem):
     """The problem's tokens in one string, and every tree that stands in one of its formulas."""
-    problem = problem[:MAX_CHARS]
+    problem = problem[:MAX_CHARS].replace("\\boxed", "")         # "put your answer within \boxed{}"
     found = [read(next(filter(None, m.groups()))).tree for m in FORMULA.finditer(problem)]
     return bare(tokenize(problem)), {t for tree in found if tree for t in nodes(tree) if is_operation(t)}
 
@@ -1303,7 +1302,7 @@ def is_operation(tree):
     """Is there something to calculate: more than a number, a name, or a number times a name?"""
     if is_literal(tree) or tree[0] in STRUCTURES | {"var", "const", "num", "deg"}:
         return False
-    scaled = tree[0] == "*" and is_literal(tree[1]) and tree[2][0] in ("var", "const", "num")
+    scaled = tree[0] == "*" and is_literal(tree[1]) and tree[2][0] in ("var", "const")
     return not scaled and (tree[0] != "*" or not is_name(tree))
 
 
@@ -1316,8 +1315,9 @@ def restates(a, b, problem):
     run, trees = formulas(problem)
     values, own = {x[2] if x[0] == "assign" else x for x in items(a.tree)}, {*nodes(b.tree)}
     text, gold = bare(a.tokens), bare(b.tokens)
-    in_gold = text in gold or text.endswith(gold)        # x^2 for f(x) = x^2, AB = 5 for 5
-    return not trees.isdisjoint(values - own) or not in_gold and text in run and any(
+    in_gold = a.tree == b.tree or text in gold or text.endswith(gold)    # x^2 for f(x) = x^2, AB = 5 for 5
+    inner = (text.rpartition(" = ")[2] if a.tree[0] == "assign" else text).strip("( )")
+    return not trees.isdisjoint(values - own) or not in_gold and f" {inner} " in run and any(
         map(is_operation, nodes(a.tree)))
 
 
