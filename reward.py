@@ -949,8 +949,8 @@ def equal_values(a, b):
     unfinished = plain and not is_finished(a, is_literal(b) and not degrees[1])
     if unfinished or INFINITY in ours + theirs:          # of infinities, the same tree is equal
         return False
-    return agree(in_degrees(a), in_degrees(b)) or any(degrees) > all(degrees) and agree(
-        in_degrees(a, RADIAN), in_degrees(b, RADIAN))
+    return agree(a, b) if not any(degrees) else agree(in_degrees(a), in_degrees(b)) or (
+        not all(degrees) and agree(in_degrees(a, RADIAN), in_degrees(b, RADIAN)))
 
 
 def agree(a, b):
