@@ -239,7 +239,7 @@ REWRITES = [(re.compile(pattern), new, frozenset(needs)) for pattern, new, needs
      lambda m: f"\\{table('R=reals Z=integers N=naturals Q=rationals C=complexes')[m[1] or m[2]]} ", "RZNQC"),
     (rf"{VECTOR}\s*\\times\s*{VECTOR}",
      lambda m: f"\\hat{{{m[1]}{m[2]}}}" if m[1] < m[2] else f"(-\\hat{{{m[2]}{m[1]}}})", "vb"),
-    *[(TEXT, quoted, "\\")] * 4,                                               # a \text in a \text: 4 levels
+    *[(TEXT, quoted, "bhpx")] * 4,                                            # a \text in a \text: 4 levels
     (r"[⁰¹²³⁴-⁹⁻ⁿ]+", lambda m: f"^{{{''.join(map(RAISED.get, m[0]))}}}", RAISED),
     (r"(?<=[0-9 \"(~])([aApP])\. ?[mM]\b\.?", r" \1m", "mM"),                                        # 5 p.m.
     (r"\{:\}|\\!:\\!|\":\"", ":", ":"), (CLOCK, clock_time, ":mM"),
@@ -251,7 +251,7 @@ REWRITES = [(re.compile(pattern), new, frozenset(needs)) for pattern, new, needs
     (r"(?<![A-Za-z_^0-9.])(?<!ee )([0-9]{1,99}(?:\.[0-9]{1,99})?)\s*'{1,2}(?![A-Za-z'0-9])", r"\1", "'"),
     (r"\(\s*\"?\s*\\?[pb]?mod\s*\"?\s*\{?([^{}()\"]{1,40})\}?\s*\"?\s*\)", r"\\pmod{\1}", "m"),
     (r"<\s*=", r"\\le ", "<"), (r">\s*=", r"\\ge ", ">"), (r"(?:!|\\not)\s*=", r"\\ne ", "="),
-    (r"\\?((?:sin|cos|tan|cot|sec|csc)h?)\s*\^\s*(?:\{\s*-\s*1\s*\}|-\s*1)", r"\\arc\1 ", "nocs"),
+    (r"\\?((?:sin|cos|tan|cot|sec|csc)h?)\s*\^\s*(?:\{\s*-\s*1\s*\}|-\s*1)", r"\\arc\1 ", "^"),
     (r"\*\*", "^", "*"), (r"\.\.\.", r"\\ldots ", "."), (r"^\s*\\approx", "", "x"),
     (r"(\\begin\{array\})\s*\{[^{}]*\}|(\\\\)\s*\[-?[0-9.]+ ?[a-z]{2}\]", r"\1\2", "y["),            # \\[4pt]
     (r"\\dot\s*\{?([0-9])\}?([0-9]*)\\dot\s*\{?([0-9])\}?", r"\\overline{\1\2\3}", "d"),     # 0.\dot12\dot3
@@ -314,9 +314,11 @@ def tokenize(source):
     source = " ".join(source.translate(UNICODE).split())     # in runs of blanks patterns would backtrack
     if "\\begin" not in source:                          # elsewhere `\\frac` was escaped twice in the data
         source = re.sub(r"\\\\(?=[A-Za-z])", r"\\", source)
+    seen = {*source}
     for pattern, new, needs in REWRITES:
-        if not needs.isdisjoint(source):
+        if not seen.isdisjoint(needs):
             source = pattern.sub(new, source)
+            seen = {*source}
     wordy, tokens = not PROSE.isdisjoint(re.findall("[a-z]+", source.lower())), []
     for m in TOKEN.finditer(source):
         if m.lastgroup in ("text", "cjk"):
@@ -522,7 +524,7 @@ class Parser:
         """What needs no operator: a number, name, word, bracket, function, fraction, root or matrix."""
         t = self.take()
         if t[0] in DIGITS:
-            return ("base", t) if "_" in t else ("num", Fraction(t))
+            return ("base", t) if "_" in t else ("num", Fraction(int(t) if t.isdigit() else t))
         if t in CONSTANTS:
             return CONSTANTS[t]
         if t[0] == '"':
@@ -644,10 +646,10 @@ def relation(ops, sides):
 
 
 def nodes(tree):
-    stack = [tree]
-    while stack:
-        yield (node := stack.pop())
-        stack += [part for part in node[1:] if isinstance(part, tuple)]
+    found = [tree]
+    for node in found:                           # which grows
+        found += [part for part in node[1:] if type(part) is tuple]
+    return found
 
 
 def variables(tree):
@@ -863,7 +865,7 @@ def sample(names, kinds, constants):
 
 def sampled(b, a):
     """[(value of b, point)], where b is real first: elsewhere the branches of roots differ."""
-    parts = [*nodes(a), *nodes(b)]
+    parts = nodes(a) + nodes(b)
     names = tuple(sorted({t[1] for t in parts if t[0] == "var"}))
     if not names or len(names) > 40:
         return [(value(b, {}), {})]
@@ -943,9 +945,9 @@ def equal_words(a, b):
 
 def equal_values(a, b):
     r"""Two values, where 30^\circ is 30 and also \pi/6.  A plain gold wants a finished answer."""
-    ours, theirs = [*nodes(a)], [*nodes(b)]
-    degrees = ["deg" in {t[0] for t in parts} for parts in (ours, theirs)]
-    plain = not variables(b) and is_finished(b, False)
+    ours, theirs = nodes(a), nodes(b)
+    degrees = [any(t[0] == "deg" for t in parts) for parts in (ours, theirs)]
+    plain = is_finished(b, False) and not variables(b)
     unfinished = plain and not is_finished(a, is_literal(b) and not degrees[1])
     if unfinished or INFINITY in ours + theirs:          # of infinities, the same tree is equal
         return False
@@ -1295,15 +1297,31 @@ def formulas(problem):
     """The problem's tokens in one string, and every tree that stands in one of its formulas."""
     problem = problem[:MAX_CHARS].replace("\\boxed", "")         # "put your answer within \boxed{}"
     found = [read(next(filter(None, m.groups()))).tree for m in FORMULA.finditer(problem)]
-    return bare(tokenize(problem)), {t for tree in found if tree for t in nodes(tree) if is_operation(t)}
+    trees = {sorted_form(t) for tree in found if tree for t in nodes(tree) if is_operation(t)}
+    return bare(tokenize(problem)), {*filter(is_operation, trees)}
 
 
 def is_operation(tree):
     """Is there something to calculate: more than a number, a name, or a number times a name?"""
     if is_literal(tree) or tree[0] in STRUCTURES | {"var", "const", "num", "deg"}:
         return False
-    scaled = tree[0] == "*" and is_literal(tree[1]) and tree[2][0] in ("var", "const")
+    scaled = tree[0] == "*" and len(tree) == 3 and is_literal(tree[1]) and tree[2][0] in ("var", "const")
     return not scaled and (tree[0] != "*" or not is_name(tree))
+
+
+def sorted_form(tree):
+    r"""Terms and factors in one order, without 1 \cdot, + 0, / 1, ^ 1, so that these disguise no formula.
+
+    >>> sorted_form(read("1(x+2)+0").tree) == sorted_form(read("2+x").tree)
+    True
+    """
+    kind, *parts = mapped(sorted_form, tree)
+    if kind in ("+", "*"):
+        flat = itertools.chain(*(t[1:] if t[0] == kind else [t] for t in parts))
+        parts = sorted((t for t in flat if t != {"+": ZERO, "*": ONE}[kind]), key=str)
+    elif kind in ("/", "^") and parts[1] == ONE:
+        del parts[1]
+    return parts[0] if kind in ("+", "*", "/", "^") and len(parts) == 1 else (kind, *parts)
 
 
 def restates(a, b, problem):
@@ -1313,7 +1331,8 @@ def restates(a, b, problem):
     True
     """
     run, trees = formulas(problem)
-    values, own = {x[2] if x[0] == "assign" else x for x in items(a.tree)}, {*nodes(b.tree)}
+    values = {sorted_form(x[2] if x[0] == "assign" else x) for x in items(a.tree)}
+    own = {*map(sorted_form, nodes(b.tree))}
     text, gold = bare(a.tokens), bare(b.tokens)
     in_gold = a.tree == b.tree or text in gold or text.endswith(gold)    # x^2 for f(x) = x^2, AB = 5 for 5
     inner = (text.rpartition(" = ")[2] if a.tree[0] == "assign" else text).strip("( )")
