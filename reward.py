@@ -239,7 +239,7 @@ REWRITES = [(re.compile(pattern), new, frozenset(needs)) for pattern, new, needs
      lambda m: f"\\{table('R=reals Z=integers N=naturals Q=rationals C=complexes')[m[1] or m[2]]} ", "RZNQC"),
     (rf"{VECTOR}\s*\\times\s*{VECTOR}",
      lambda m: f"\\hat{{{m[1]}{m[2]}}}" if m[1] < m[2] else f"(-\\hat{{{m[2]}{m[1]}}})", "vb"),
-    (r"\{ ?\\(?:rm|bf|it|sf) ([^{}]*)\}|\\(?:rm|bf|it|sf) ?\{([^{}]*)\}", r"\\mathrm{\1\2}", "mbts"),   # {\rm cm}
+    (r"\{ ?\\(?:rm|bf|it|sf) ([^{}]*)\}|\\(?:rm|bf|it|sf) ?\{([^{}]*)\}", r"\\mathrm{\1\2}", "mbts"),
     *[(TEXT, quoted, "bhpx")] * 4,                                            # a \text in a \text: 4 levels
     (r"[⁰¹²³⁴-⁹⁻ⁿ]+", lambda m: f"^{{{''.join(map(RAISED.get, m[0]))}}}", RAISED),
     (r"[₀-₉]+", lambda m: f"_{{{''.join(chr(ord(c) - 0x2050) for c in m[0])}}}", "₀₁₂₃₄₅₆₇₈₉"),

@@ -2,10 +2,10 @@
 
     python bench/host.py          # samples of 4,500 tokens; a minute. With --quick 300 tokens, seconds
 
-Fake samples: text of training problems, lognormal lengths, a box. decode and grade are one rank's share,
-gather joins two processes over gloo (as many bytes come as with 8), pack is one rank's, write rank 0's. It
-goes on beside the update, so what counts is by how much it delays a thread that calls small operations, as
-the update does. Medians of three. The goal is 1 % of a step of 75 s.
+Fake samples: text of training problems, lognormal lengths, a box. gather joins two processes over gloo (as
+many bytes come as with 8), pack is one rank's. decode and grade (one rank's share) go on in a thread beside
+generation, write (rank 0's) beside the update: what counts is by how much they delay a thread that launches
+small operations. Medians of three. The goal is 1 % of a step of 75 s.
 """
 import argparse
 import multiprocessing
@@ -44,19 +44,21 @@ def seconds(work):
     return np.median(timeit.repeat(work, number=1, repeat=3))
 
 
-def delay(write):
-    """Seconds that a thread which launches operations needs more, while another writes."""
-    small = torch.ones(8)
+def delay(work):
+    """Seconds that a thread which launches operations needs more while another does the work."""
+    small, delays = torch.ones(8), []
 
     def launch():
         for _ in range(1_000_000):
             small.mul_(1.0)
 
-    with ThreadPoolExecutor(1) as writer:
-        writing = writer.submit(write)
-        beside = timeit.timeit(launch, number=1)
-        assert writing.done(), "more operations: the update of a step takes longer than writing"
-    return max(0.0, beside - timeit.timeit(launch, number=1))
+    for _ in range(3):
+        with ThreadPoolExecutor(1) as pool:
+            working = pool.submit(work)
+            beside = timeit.timeit(launch, number=1)
+            assert working.done(), "more operations: generation and update take longer than the work"
+        delays.append(max(0.0, beside - timeit.timeit(launch, number=1)))
+    return np.median(delays)
 
 
 def gather(rank, store, mine):  # in one process of two
@@ -79,14 +81,14 @@ def main(argv=None):
     grade = evaluate.load_reward(None, evaluate.load_style("r1"))
     log = argparse.Namespace(args=argparse.Namespace(reward=None, group=GROUP), first=True)
     parts = {
-        "decode": seconds(lambda: [core.decode(s.response_ids.tolist()) for _, s in mine]),
-        "grade": seconds(lambda: [grade(p, s) for p, s in mine]),
+        "decode": delay(lambda: [core.decode(s.response_ids.tolist()) for _, s in mine]),
+        "grade": delay(lambda: [grade(p, s) for p, s in mine]),
         "pack": seconds(lambda: [policy.pack([(s.prompt_ids, s.response_ids) for s in half],
                                              budget=32768, rank=0, world=RANKS)
                                  for half in (samples[:512], samples[512:])])}
     with tempfile.TemporaryDirectory() as log.args.out, multiprocessing.get_context("spawn").Pool(2) as pool:
-        parts["write"] = np.median([delay(lambda: grpo.Log.save_samples(
-            log, 1, samples, problems, np.ones(len(samples)))) for _ in range(3)])
+        parts["write"] = delay(lambda: grpo.Log.save_samples(
+            log, 1, samples, problems, np.ones(len(samples))))
         halves = [(rank, f"{log.args.out}/store", samples[rank::2]) for rank in (0, 1)]
         parts["gather"] = max(pool.starmap(gather, halves, chunksize=1))
     parts["sum"] = sum(parts.values())
