@@ -3,20 +3,18 @@
     python bench/host.py          # samples of 4,500 tokens; a minute. With --quick 300 tokens, seconds
 
 Fake samples: text of training problems, lognormal lengths, a box. gather joins two processes over gloo (as
-many bytes come as with 8), pack is one rank's. decode and grade (one rank's share) go on in a thread beside
-generation, write (rank 0's) beside the update: what counts is by how much they delay a thread that launches
-small operations. Medians of three. The goal is 1 % of a step of 75 s.
+many bytes come as with 8), pack is one rank's, and a step waits for both. decode and grade (one rank's
+share) go on in a thread beside generation, write (rank 0's) in one beside the update: they cost a step as
+much as they hold Python's lock, at most their seconds. Medians of three. The goal is 1 % of a step of 75 s.
 """
 import argparse
 import multiprocessing
 import tempfile
 import time
 import timeit
-from concurrent.futures import ThreadPoolExecutor
 
 import measure  # puts the project on the path
 import numpy as np
-import torch
 import torch.distributed as dist
 from tokenizers import ByteLevelBPETokenizer
 
@@ -44,23 +42,6 @@ def seconds(work):
     return np.median(timeit.repeat(work, number=1, repeat=3))
 
 
-def delay(work):
-    """Seconds that a thread which launches operations needs more while another does the work."""
-    small, delays = torch.ones(8), []
-
-    def launch():
-        for _ in range(1_000_000):
-            small.mul_(1.0)
-
-    for _ in range(3):
-        with ThreadPoolExecutor(1) as pool:
-            working = pool.submit(work)
-            beside = timeit.timeit(launch, number=1)
-            assert working.done(), "more operations: generation and update take longer than the work"
-        delays.append(max(0.0, beside - timeit.timeit(launch, number=1)))
-    return np.median(delays)
-
-
 def gather(rank, store, mine):  # in one process of two
     dist.init_process_group("gloo", rank=rank, world_size=2, store=dist.FileStore(store, 2))
     common.gather(0)  # connects
@@ -81,19 +62,18 @@ def main(argv=None):
     grade = evaluate.load_reward(None, evaluate.load_style("r1"))
     log = argparse.Namespace(args=argparse.Namespace(reward=None, group=GROUP), first=True)
     parts = {
-        "decode": delay(lambda: [core.decode(s.response_ids.tolist()) for _, s in mine]),
-        "grade": delay(lambda: [grade(p, s) for p, s in mine]),
+        "decode": seconds(lambda: [core.decode(s.response_ids.tolist()) for _, s in mine]),
+        "grade": seconds(lambda: [grade(p, s) for p, s in mine]),
         "pack": seconds(lambda: [policy.pack([(s.prompt_ids, s.response_ids) for s in half],
                                              budget=32768, rank=0, world=RANKS)
                                  for half in (samples[:512], samples[512:])])}
     with tempfile.TemporaryDirectory() as log.args.out, multiprocessing.get_context("spawn").Pool(2) as pool:
-        parts["write"] = delay(lambda: grpo.Log.save_samples(
-            log, 1, samples, problems, np.ones(len(samples))))
+        parts["write"] = seconds(lambda: grpo.Log.save_samples(log, 1, samples, problems, np.ones(1024)))
         halves = [(rank, f"{log.args.out}/store", samples[rank::2]) for rank in (0, 1)]
         parts["gather"] = max(pool.starmap(gather, halves, chunksize=1))
-    parts["sum"] = sum(parts.values())
+    parts["waited for"], parts["all"] = parts["pack"] + parts["gather"], sum(parts.values())
     rows = [{"part": part, "seconds": x, "share": x / STEP} for part, x in parts.items()]
-    print("\n".join("{part:7s} {seconds:8.3f} s {share:8.2%}".format(**row) for row in rows))
+    print("\n".join("{part:10s} {seconds:8.3f} s {share:8.2%}".format(**row) for row in rows))
     measure.write(args, "host work of a step on 8 ranks", rows, before)
 
 
