@@ -669,7 +669,8 @@ def merge_duplicates(rows, rank, embed=None, threshold=THRESHOLD):
     """Step 3: keep one row of each text, and of those the ones unlike every row that was kept before.
 
     rank: {source: place}, 0 most trusted. If two answers differ, the more trusted source decides; at equal
-    trust nobody can know, and all go. Texts with other numbers do not contradict each other."""
+    trust nobody can know, and all go. Texts with other numbers do not contradict each other.
+    embed: texts [N] -> vectors [N, D]."""
     def trust(row):
         return row["bad"], rank[row["source"]]
 

@@ -219,7 +219,7 @@ def train(args, device):
     engine.close()
     saved = f"{args.out}/checkpoints/{learner.saved:06d}"
     say(f"stopped after step {step}; --resume goes on from {saved}" if step < args.steps else
-        f"done. Next: python evaluate.py --model {saved}/hf, or go on: --resume with a larger --steps")
+        f"done. Next: evaluate.py --model {saved}/hf, figures.py {args.out}, or a larger --steps --resume")
     return signals[0] if signals else 0
 
 

@@ -126,15 +126,18 @@ def words(text, plural=False):
     return frozenset(text.split()) | {word + "s" for word in text.split() if plural and len(word) > 2}
 
 
-UNICODE = {ord(c): t + " " * t.startswith("\\") for c, t in table(r"""−=- –=- —=- ‐=- ‑=- ∗=* ∶=: ×=\times
-    ·=\cdot ⋅=\cdot ∙=\cdot ÷=/ ⁄=/ π=\pi °=\degree √=\sqrt ∞=\infty ∪=\cup ∩=\cap ∈=\in ≤=\le ≥=\ge ≦=\le
-    ≧=\ge ⩽=\le ⩾=\ge ≠=\ne ≈=\approx ±=\pm ∓=\mp ∅=\emptyset ≡=\equiv ℝ=\mathbb{R} ℤ=\mathbb{Z} ℕ=\mathbb{N}
-    ′=' ’=' 、=, 。=. θ=\theta α=\alpha β=\beta γ=\gamma λ=\lambda φ=\phi ω=\omega …=\ldots ㎝=\text{cm}
-    ㎜=\text{mm} ㎞=\text{km} ㎏=\text{kg} ㎎=\text{mg} ㎖=\text{ml} ㏄=\text{ml} ㎡=\text{m}^2 ㎠=\text{cm}^2
-    ㎢=\text{km}^2 ㎥=\text{m}^3 ㎤=\text{cm}^3 ℃=\degree ℉=\degree""").items()}
+UNICODE = {ord(c): t + " " * t.startswith("\\") for c, t in table(r"""
+    −=- –=- —=- ‐=- ‑=- ∗=* ∶=: ×=\times ·=\cdot ⋅=\cdot ∙=\cdot ÷=/ ⁄=/
+    π=\pi °=\degree √=\sqrt ∞=\infty ∪=\cup ∩=\cap ∈=\in ≤=\le ≥=\ge ≦=\le
+    ≧=\ge ⩽=\le ⩾=\ge ≠=\ne ≈=\approx ±=\pm ∓=\mp ∅=\emptyset ≡=\equiv
+    ℝ=\mathbb{R} ℤ=\mathbb{Z} ℕ=\mathbb{N} ′=' ’=' 、=, 。=. θ=\theta α=\alpha
+    β=\beta γ=\gamma λ=\lambda φ=\phi ω=\omega …=\ldots ㎝=\text{cm} ㎜=\text{mm}
+    ㎞=\text{km} ㎏=\text{kg} ㎎=\text{mg} ㎖=\text{ml} ㏄=\text{ml} ㎡=\text{m}^2
+    ㎠=\text{cm}^2 ㎢=\text{km}^2 ㎥=\text{m}^3 ㎤=\text{cm}^3 ℃=\degree ℉=\degree""").items()}
 UNICODE |= dict.fromkeys(map(ord, "\u00a0\u2009\u202f\u3000€£¥￥¢₹₩₽"), " ")
 UNICODE |= {0xfee0 + ord(c): c for c in string.ascii_letters + "()[]{}|<>=+-/.,:;%"}          # full width
 RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ", "0123456789-n"))
+LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789"))
 ALIAS = table(r"""\dfrac=\frac \tfrac=\frac \cfrac=\frac \dbinom=\binom \tbinom=\binom \leq=\le \leqslant=\le
     \geq=\ge \geqslant=\ge \lt=< \gt=> \neq=\ne \cdot=* \times=* \ast=* \div=/ \colon=: \land=\and \wedge=\and
     \lor=\or \vee=\or \varnothing=\emptyset \lvert=| \rvert=| \vert=| \mid=| \lbrace=\{ \rbrace=\} \prime='
@@ -168,9 +171,10 @@ UNITS = words("""degree deg percent pct cent dollar usd yuan euro pound rupee ye
     chair table tile tree flower cat dog animal pen pencil candies cookie stamp block cube dice match matches
     element term factor divisor multiple function permutation combination arrangement distinct different total
     each apiece step move turn lap row column seat room house question problem decade century pint cup knot
-    lbs hrs yds metric light amp ampere coulomb tesla pascal kwh penny pennies 平方厘米 立方厘米 平方米 立方米
-    平方千米 平方公里 平方分米 立方分米 厘米 毫米 分米 千米 公里 米 元 角 分 美元 个 人 名 位 只 本 张 次 种
-    台 辆 条 件 块 棵 天 日 周 月 年 岁 小时 分钟 秒 时 度 千克 公斤 克 吨 升 毫升 支""", plural=True)
+    lbs hrs yds metric light amp ampere coulomb tesla pascal kwh penny pennies 平方厘米 立方厘米
+    平方米 立方米 平方千米 平方公里 平方分米 立方分米 厘米 毫米 分米 千米
+    公里 米 元 角 分 美元 个 人 名 位 只 本 张 次 种 台 辆 条 件 块 棵 天 日 周
+    月 年 岁 小时 分钟 秒 时 度 千克 公斤 克 吨 升 毫升 支""", plural=True)
 # Units of two or three letters that need neither \text nor a blank; other letters are a product.
 SHORT_UNITS = words("cm mm km kg mg ml mL ft yd yds mi lb lbs oz hr hrs min sec mph kmh Hz kHz kJ kW pct")
 COUNTS = table("""zero=0 one=1 two=2 three=3 four=4 five=5 six=6 seven=7 eight=8 nine=9 ten=10 eleven=11
@@ -242,7 +246,7 @@ REWRITES = [(re.compile(pattern), new, frozenset(needs)) for pattern, new, needs
     (r"\{ ?\\(?:rm|bf|it|sf) ([^{}]*)\}|\\(?:rm|bf|it|sf) ?\{([^{}]*)\}", r"\\mathrm{\1\2}", "mbts"),
     *[(TEXT, quoted, "bhpx")] * 4,                                            # a \text in a \text: 4 levels
     (r"[⁰¹²³⁴-⁹⁻ⁿ]+", lambda m: f"^{{{''.join(map(RAISED.get, m[0]))}}}", RAISED),
-    (r"[₀-₉]+", lambda m: f"_{{{''.join(chr(ord(c) - 0x2050) for c in m[0])}}}", "₀₁₂₃₄₅₆₇₈₉"),
+    (r"[₀-₉]+", lambda m: f"_{{{''.join(map(LOWERED.get, m[0]))}}}", LOWERED),
     (r"(?<=[0-9 \"(~])([aApP])\. ?[mM]\b\.?", r" \1m", "mM"),                                        # 5 p.m.
     (r"\{:\}|\\!:\\!|\":\"", ":", ":"), (CLOCK, clock_time, ":mM"),
     (r"(?:\^ ?(\{)?|(?<=[0-9])(?=\s*\"))\s*\"?\s*(?:st|nd|rd|th)\s*\"?(?(1)\s*\})(?![A-Za-z])", "", "hds"),
@@ -1319,8 +1323,9 @@ def sorted_form(tree):
     """
     kind, *parts = mapped(sorted_form, tree)
     if kind in ("+", "*"):
+        neutral = ONE if kind == "*" else ZERO
         flat = itertools.chain(*(t[1:] if t[0] == kind else [t] for t in parts))
-        parts = sorted((t for t in flat if t != {"+": ZERO, "*": ONE}[kind]), key=str)
+        parts = sorted((t for t in flat if t != neutral), key=str) or [neutral]           # 1 \times 1
     elif kind in ("/", "^") and parts[1] == ONE:
         del parts[1]
     return parts[0] if kind in ("+", "*", "/", "^") and len(parts) == 1 else (kind, *parts)
@@ -1333,13 +1338,13 @@ def restates(a, b, problem):
     True
     """
     run, trees = formulas(problem)
-    values = {sorted_form(x[2] if x[0] == "assign" else x) for x in items(a.tree)}
-    own = {*map(sorted_form, nodes(b.tree))}
+    repeated = trees & {sorted_form(x[2] if x[0] == "assign" else x) for x in items(a.tree)}
+    if repeated and not repeated <= {*map(sorted_form, nodes(b.tree))}:
+        return True
     text, gold = bare(a.tokens), bare(b.tokens)
     in_gold = a.tree == b.tree or text in gold or text.endswith(gold)    # x^2 for f(x) = x^2, AB = 5 for 5
     inner = (text.rpartition(" = ")[2] if a.tree[0] == "assign" else text).strip("( )")
-    return not trees.isdisjoint(values - own) or not in_gold and f" {inner} " in run and any(
-        map(is_operation, nodes(a.tree)))
+    return not in_gold and f" {inner} " in run and any(map(is_operation, nodes(a.tree)))
 
 
 # ---- public interface

@@ -217,8 +217,8 @@ SHAPES = {  # whose: (a row, the answer that is read out of it)
 GOLDS = {  # what stands in an answer: the gold
     "so\n#### 1,080": "1,080", "#### The answer is 72": "72", "#### Final Answer\n5": "5", "['1']": "1",
     "The answer is 2.": "2", "The answer is 3.5. Nice.": "3.5", "answer: 5": "5", "**Answer:** 7": "7",
-    "So the final answer is: $\\frac{3}{4}$.": "\\frac{3}{4}", "\\text{Answer: } 13": "13", "答案：42": "42",
-    "Answer: x = 2, y = 3": "x = 2, y = 3", "The answer is $2$ and $3$.": "2 and 3",
+    "So the final answer is: $\\frac{3}{4}$.": "\\frac{3}{4}", "\\text{Answer: } 13": "13",
+    "答案：42": "42", "Answer: x = 2, y = 3": "x = 2, y = 3", "The answer is $2$ and $3$.": "2 and 3",
     "the answer is therefore 1,024 apples, as claimed. Bye.": "1,024 apples",
     "The answer is 0.333...": "0.333...", "Answer: 5\n\nWhy? Because.": "5", "<answer> 12 </answer>": "12",
     "Final Answer: The final answer is $5$. I hope it is correct.": "5", "\\[ \\boxed{n=3} \\]": "n=3",

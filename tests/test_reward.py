@@ -67,9 +67,10 @@ SHORT = r"""
     open('gradercanary','w') eval("open('gradercanary','w')") len('aaaaaaa') int('7') [7][0] {'a':7}['a'] 0x7
     0b111 7# 7==7 sum([3,4]) chr(55) 2^{2^{2^{2^{2^{2}}}}} 9^{9^{9^{9}}} ((10^{10})!)! 7^{10^{100}} 1e99999
     10^{-10^{10^{10}}} \sqrt[10^{9}]{2} \sin(10^{10^{10}}) \tan(10^{50}) \exp(10^{8}) \ln(10^{10^{7}})
-    (1+x)^{10^{9}} x^{x^{x^{x}}} \sinh(10^{9}) ² ٧ ７ Ⅶ ½ \ \\ }{ \boxed \boxed{ $ % () [] \{ , . = 7=8 =7=8
-    nan inf -inf None null True zoo 0/0 7/0 \frac{7}{0} 0^{0}+6+0/0 0^{-1} \log(-7)^{\infty} \infty-\infty 7,8
-    \{7,8\} [7,8] (7,) \overline{7}.8 0.7\overline 7\overline{0} 70\%8 7.8.9 7.. ..7 7e e7 1e-99999"""
+    (1+x)^{10^{9}} x^{x^{x^{x}}} \sinh(10^{9}) ² ٧ ７ Ⅶ ½ \ \\ }{ \boxed \boxed{ $ % () [] \{ , . = 7=8
+    =7=8 nan inf -inf None null True zoo 0/0 7/0 \frac{7}{0} 0^{0}+6+0/0 0^{-1} \log(-7)^{\infty}
+    \infty-\infty 7,8 \{7,8\} [7,8] (7,) \overline{7}.8 0.7\overline 7\overline{0} 70\%8 7.8.9 7.. ..7
+    7e e7 1e-99999"""
 ATTACKS = SHORT.split() + [
     "__import__('os').system('touch gradercanary')", r"\text{__import__('os').mkdir('gradercanary')}", "7 8",
     "(lambda: 7)()", "7 if 1 else 8", "7;import os", r"\binom{10^{9}}{5 \cdot 10^{8}}", r"\pm 7", r"7\ 8",
