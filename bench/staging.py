@@ -2,11 +2,13 @@
 
     python bench/staging.py     # half an hour a seed; keeps runs that are finished. --quick: two tiny stages
 
-"direct" trains at the last context until it has generated as many tokens as all stages together. Accuracy is
-the mean of three validations in a row, tokens are generated ones (those after a turning point count), seconds
-are of training steps. "reached": when direct first was as good as staged at its end.
+"direct" trains at the last context until it has generated as many tokens as all stages together. Both run at
+the same time, one process with one thread each, so that a machine that gets slower does so for both. Accuracy
+is the mean of three validations in a row, tokens are generated ones (those after a turning point count),
+seconds are of training steps. "reached": when direct first was as good as staged at its end.
 """
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -16,7 +18,7 @@ import measure  # puts the project on the path
 
 import schedule
 
-QUICK = "--stages 9:4:4,12:4:4 --switch steps --prompts 8 --gpus 1 --eval_every 1 --eval_n 1 --eval_max_len 8"
+QUICK = "--stages 9:4:4,12:4:4 --switch steps --prompts 8 --eval_every 1 --eval_n 1 --eval_max_len 8"
 
 
 def curve(run):
@@ -30,18 +32,28 @@ def curve(run):
     return points
 
 
-def train(run, words, budget=1e99):
-    """schedule.py from where it was to its end, or to the first validation after `budget` tokens -> curve."""
-    command = [sys.executable, str(measure.ROOT / "schedule.py"), "--preset", "toy", "--run", run, *words]
-    if curve(run)[-1][0] < budget:
-        with subprocess.Popen([*command, "--no_eval"]) as program:
-            while program.poll() is None and curve(run)[-1][0] < budget:
-                time.sleep(1)
-            if program.poll() is None:
-                Path(run, "stage1", "stop").touch()
-        if program.returncode and curve(run)[-1][0] < budget:
-            raise SystemExit(f"{run} ended with exit code {program.returncode}; the same command goes on")
-    return curve(run)[1:]
+def start(run, words):
+    """schedule.py from where a run was, in the background: one process with one thread."""
+    command = [sys.executable, str(measure.ROOT / "schedule.py"), "--preset", "toy", "--gpus", "1", "--no_eval"]
+    return subprocess.Popen([*command, "--run", run, *words], env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def train(staged, direct, words, long):
+    """Both runs side by side, `direct` until it has as many tokens as `staged` -> both curves."""
+    with start(staged, words) as program, start(direct, [*words, *long]) as other:
+        if program.wait():
+            other.terminate()
+            raise SystemExit(f"{staged} ended with exit code {program.returncode}; the same command goes on")
+        tokens = curve(staged)[-1][0]
+        while other.poll() is None and curve(direct)[-1][0] < tokens:
+            time.sleep(1)
+        if other.poll() is None:
+            Path(direct, "stage1", "stop").touch()
+    points = curve(direct)
+    if points[-1][0] < tokens:
+        raise SystemExit(f"{direct} ended with exit code {other.returncode}; the same command goes on")
+    last = next(i for i, point in enumerate(points) if point[0] >= tokens)
+    return curve(staged)[1:], points[1:last + 1]
 
 
 def state(points):
@@ -53,13 +65,13 @@ def state(points):
 def compare(folder, seed, words):
     """Both runs of a seed -> a row."""
     words = [*words, "--seed", str(seed)]
-    staged = state(train(f"{folder}/staged-{seed}", words))
     context, _, group = schedule.parse(["--preset", "toy", *words]).stages.split(",")[-1].split(":")[:3]
-    words += ["--stages", f"{context}:100000:{group}", "--switch", "steps"]
-    direct = train(f"{folder}/direct-{seed}", words, budget=staged["tokens"])
+    long = ["--stages", f"{context}:100000:{group}", "--switch", "steps"]
+    staged, direct = train(f"{folder}/staged-{seed}", f"{folder}/direct-{seed}", words, long)
     states = [state(direct[:i]) for i in range(3, len(direct) + 1)]
-    reached = next((s for s in states if s["accuracy"] >= staged["accuracy"]), None)
-    return {"seed": seed, "staged": staged, "direct": states[-1], "reached": reached}
+    goal = state(staged)
+    reached = next((s for s in states if s["accuracy"] >= goal["accuracy"]), None)
+    return {"seed": seed, "staged": goal, "direct": states[-1], "reached": reached}
 
 
 def main(argv=None):
