@@ -34,8 +34,9 @@ def curve(run):
 
 def start(run, words):
     """schedule.py from where a run was, in the background: one process with one thread."""
-    command = [sys.executable, str(measure.ROOT / "schedule.py"), "--preset", "toy", "--gpus", "1", "--no_eval"]
-    return subprocess.Popen([*command, "--run", run, *words], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    words = ["--preset", "toy", "--gpus", "1", "--no_eval", "--run", run, *words]
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, str(measure.ROOT / "schedule.py"), *words], env=one_thread)
 
 
 def train(staged, direct, words, long):
