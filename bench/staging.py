@@ -5,7 +5,8 @@
 "direct" trains at the last context until it has generated as many tokens as all stages together. Both run at
 the same time, one process with one thread each, so that a machine that gets slower does so for both. Accuracy
 is the mean of three validations in a row, tokens are generated ones (those after a turning point count),
-seconds are of training steps. "reached": when direct first was as good as staged at its end.
+seconds are of training steps. "reached": when direct first was as good as staged at its end, and the ratio of
+that to all stages.
 """
 import argparse
 import os
@@ -69,10 +70,14 @@ def compare(folder, seed, words):
     context, _, group = schedule.parse(["--preset", "toy", *words]).stages.split(",")[-1].split(":")[:3]
     long = ["--stages", f"{context}:100000:{group}", "--switch", "steps"]
     staged, direct = train(f"{folder}/staged-{seed}", f"{folder}/direct-{seed}", words, long)
-    states = [state(direct[:i]) for i in range(3, len(direct) + 1)]
-    goal = state(staged)
-    reached = next((s for s in states if s["accuracy"] >= goal["accuracy"]), None)
-    return {"seed": seed, "staged": goal, "direct": states[-1], "reached": reached}
+    goal, states = state(staged), [state(direct[:i]) for i in range(3, len(direct) + 1)]
+    reached = next((s for s in states if s["accuracy"] >= goal["accuracy"]), dict.fromkeys(goal))
+    row = {"seed": seed}
+    for name, found in {"staged": goal, "direct": states[-1], "reached": reached}.items():
+        row |= {f"{name}_{key}": value for key, value in found.items()}
+    for key in ("tokens", "seconds"):
+        row[f"{key}_ratio"] = reached[key] and reached[key] / goal[key]
+    return row
 
 
 def main(argv=None):
