@@ -154,7 +154,8 @@ def parse_source(spec):
 # --- Load: rows into problems ------------------------------------------------------------------------------
 
 NO_ANSWER = re.compile(  # what data sets write where they have no answer, without TeX and punctuation
-    r"(?:(?:answer |value )?not ?found|nan|n ?/ ?a|n\. ?a|null|unknown|missing|tbd|to ?do|[?.…]*|"
+    r"(?:(?:answer |value )?not ?found|nan|n ?/ ?a|n\. ?a|null|nil|unknown|missing|pending|"
+    r"unanswerable|tbd|to ?do|[?.…]*|"
     r"none given|(?:there is )?no (?:\w+ )?answer.*|(?:the )?solution|construction|"
     r".*\b(?:proof|proved?|q\.? ?e\.? ?d|omitted|see (?:the )?(?:solution|above|below|figure|explanation)|"
     r"not (?:provided|available|applicable|given|specified)|answers? (?:may |will )?var(?:y|ies)|"
@@ -181,6 +182,10 @@ EDGES = re.compile(  # what may stand around an answer: spaces, an arrow, a full
     r"\s*\\(?:Long)?[Rr]ightarrow(?:\W*(?:text\w*)?\W*[A-H]\W*)?$")
 WRAPPED = re.compile(  # $$...$$  $...$  \(...\)  \[...\]  and a dollar sign that was never opened
     r"(?s)\$\$((?:(?!\$\$).)+)\$\$|\$([^$]+)\$|\\\(((?:(?!\\\().)+)\\\)|\\\[((?:(?!\\\[).)+)\\\]|([^$]*)\$")
+MARK = (  # a choice letter as AoPS and NuminaMath print it: (A)  \textbf{(A) }  (\text{A})  A)
+    r"(?:\\(?:text|textbf|textrm|mathrm|mathbf|rm|bf)\s*\{?\s*)?"
+    r"(?:\(\s*(?:\\text(?:bf)?\s*\{)?[A-H]\}?\s*\)|(?<![A-Za-z\\(])[A-H][).](?=[\s\\$~]))"
+    r"(?:[\s~:.]|\\[ ,;:!])*\}?")
 QUOTED = r"(?:\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*')"
 
 
@@ -260,6 +265,7 @@ def stated_answer(text):
     ('72', '2', None)
     """
     text = text[-20_000:].replace("\\fbox", "\\boxed").replace("</think>", "")
+    text = re.sub(r"\\boxed\s+([^\s{}$]+?)(?=[.,;]?(?:[\s$]|$))", r"\\boxed{\1}", text)
     text = re.sub(r"(\}[\s$]*)or([\s$]*\\boxed)", r"\1and\2", text)  # both are the answer, as with "and"
     if boxes := reward.last_boxes(text, False):
         return ", ".join(dict.fromkeys(map(tidy, boxes)))
@@ -273,6 +279,13 @@ def stated_answer(text):
         return None
     formulas = re.findall(r"\$([^$]+)\$", re.sub(r"\\[()]", "$", said[-1]))
     return tidy(formulas[0] if len(formulas) == 1 else said[-1].replace("$", "") if formulas else said[-1])
+
+
+def without_letter(text):
+    """An answer without the choice letter before or behind it, and without \\text around a number."""
+    behind = r"\s*\\(?:text|mathrm|mathbf)\w*\{\s*\([A-H]\)\s*\}$|\s+\([A-H]\)$"
+    text = tidy(re.sub(rf"^{MARK}(?=.)|{behind}", "", text))
+    return re.sub(r"^(?:\\text\w*\{\s*\(?(\d+)\)?\s*\}|\((\d+)\))$", r"\1\2", text)
 
 
 def is_no_answer(answer, problem=""):
@@ -296,6 +309,8 @@ def read_gold(value, problem=""):
     if isinstance(value, str):
         text = clean_text(value, "answer")
         text = stated_answer(text) or text
+        if len(re.findall(MARK, text)) == 1:  # (B) 12; several letters are an answer in parts
+            text = without_letter(text) or text  # a letter alone is one
         return "" if is_no_answer(text, problem) else text
     if isinstance(value, (list, tuple)):
         if len(value) > 1 and any(isinstance(item, (list, tuple)) for item in value):
@@ -354,7 +369,7 @@ def parse_row(row, problem_field=None, answer_field=None, need_answer=True, note
     text = text.removesuffix(INSTRUCTION).rstrip()
     if not text:
         raise DataError("empty problem text")
-    for field in ("image", "images", "choices", "options", "context"):
+    for field in ("image", "images", "choices", "options", "context", "body", "passage"):
         notes[f"have a field {field!r}, which is not put to the problem"] += bool(row.get(field))
     gold, found, solutions = pick(row, "answer", answer_field), pick(row, "solution"), []
     fields = [answer_field.lower().split(".")[0]] if answer_field else FIELDS["answer"]
@@ -551,20 +566,9 @@ def collect(sources, strict=False):
     return split(rows, "collect")
 
 
-MARK = (  # a choice letter as AoPS and NuminaMath print it: (A)  \textbf{(A) }  (\text{A})  A)
-    r"(?:\\(?:text|textbf|textrm|mathrm|mathbf|rm|bf)\s*\{?\s*)?"
-    r"(?:\(\s*(?:\\text(?:bf)?\s*\{)?[A-H]\}?\s*\)|(?<![A-Za-z\\(])[A-H][).](?=[\s\\$~]))"
-    r"(?:[\s~:.]|\\[ ,;:!])*\}?")
 SAID = re.compile(  # "is $V$", "= V \\]", "equals 14": what a solution says before it boxes a bare letter
     r"(?:\b(?:is|are|equals|to)\s+|=\s*)(?:(?:approximately|about|exactly)\s+)?"
     r"(?:\$([^$\n]+)\$|\\\(([^\n]+?)\\\)|([^=$\n]+?)\s*\\\]|(-?\d[\d,]*(?:\.\d+)?)\b)")
-
-
-def without_letter(text):
-    """An answer without the choice letter before or behind it, and without \\text around a number."""
-    behind = r"\s*\\(?:text|mathrm|mathbf)\w*\{\s*\([A-H]\)\s*\}$|\s+\([A-H]\)$"
-    text = tidy(re.sub(rf"^{MARK}(?=.)|{behind}", "", text))
-    return re.sub(r"^(?:\\text\w*\{\s*\(?(\d+)\)?\s*\}|\((\d+)\))$", r"\1\2", text)
 
 
 def read_answer(solution):
