@@ -1,6 +1,6 @@
 """schedule.py: the turning point on curves, plans and refusals, kills, two nodes, the ledger.
 
-Most runs use stand-ins for grpo.py and evaluate.py that write the same files in milliseconds."""
+Most runs use stand_ins/ for grpo.py and evaluate.py, which write the same files in milliseconds."""
 import json
 import math
 import os
@@ -103,64 +103,12 @@ def test_the_rule_sees_only_the_past(curve, sd, window):
 
 # ----- stand-ins --------------------------------------------------------------------------------------------
 
-GRPO = """
-'Writes the files of grpo.py, 25 steps a second. Lengths fall, turn at step 40 and rise.'
-import fcntl, json, os, shutil, signal, sys, time
-from pathlib import Path
-a = {"save_every": 5, "keep": 2, "seed": 0, "optimizer_from": ""}
-a |= {name[2:]: value for name, value in zip(sys.argv, sys.argv[1:]) if name.startswith("--")}
-steps, save_every, keep, seed = (int(a[name]) for name in ("steps", "save_every", "keep", "seed"))
-out, folder, stop, log = (Path(a["out"], name) for name in ("", "checkpoints", "stop", "metrics.jsonl"))
-signals, world = [], int(os.environ.get("WORLD_SIZE", 1))
-for n in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(n, lambda n, frame: signals.append(n))
-if os.environ.get("RANK", "0") != "0":
-    sys.exit()
-folder.mkdir(parents=True, exist_ok=True)
-held = (out / "lock").open("a+")
-fcntl.flock(held, fcntl.LOCK_SH)
-stop.unlink(missing_ok=True)
-(out / "config.json").write_text(json.dumps({"options": a, "world": world}))
-saved = sorted(folder.iterdir())
-moments = Path(a["optimizer_from"], "optim").read_text() if a["optimizer_from"] else "fresh"
-step = int(saved[-1].name) if saved else 0
-weights = float((saved[-1] / "hf/w" if saved else Path(a["model"], "w")).read_text())
-while step < steps:
-    time.sleep(0.04)
-    step += 1
-    weights, wiggle = (weights * 1.1 + seed + step) % 97, (step * 7919 % 13 - 6) / 12
-    line = dict(step=step, tokens=100 + step, weights=weights, seconds=2.0,
-                length_mean=60 + abs(step - 40) + wiggle, reward=min(step, 30) / 100 + wiggle / 50,
-                truncated=.02 + max(0, step - 40) / 500 + wiggle / 1000)
-    with log.open("a") as f:
-        print(json.dumps(line), file=f)
-    leave = signals or stop.exists()
-    if step % save_every == 0 or step == steps or leave:
-        new = folder / f"{step:06d}"
-        (new / "hf").mkdir(parents=True)
-        (new / "hf/w").write_text(repr(weights))
-        (new / "optim").write_text(f"{moments}+{out.name}")
-        for old in sorted(folder.iterdir())[:-(keep or 2)]:
-            shutil.rmtree(old) if keep else (old / "optim").unlink(missing_ok=True)
-    if leave:
-        sys.exit(128 + signals[0] if signals else 0)
-sys.exit(int(os.environ.get("EXIT", 0)))
-"""
-EVALUATE = """
-import json, os, sys
-a = dict(zip(sys.argv, sys.argv[1:]))
-if "--table" in a:
-    print("a table of", *sys.argv)
-else:
-    os.makedirs(a["--out"], exist_ok=True)
-    said = dict(name=a["--name"], model=a["--model"], tokens_generated=1000, seconds=36.0, argv=sys.argv)
-    json.dump(said, open(f"{a['--out']}/{a['--name']}.json", "w"))
-"""
 SCHEDULE = """
 import schedule, sys
-sys.modules["figures"], schedule.HERE = None, "code"
+sys.modules["figures"], schedule.HERE = None, {stand_ins!r}
 sys.exit(schedule.main())
 """
+STAND_INS = str(ROOT / "tests/stand_ins")
 RUN, WHOLE = Path("run"), Path("whole")
 START = ("--model", "model", "--stages", "8:6:4,16:5:8")
 LONG = ("--model", "model", "--stages", "8:30:4,16:60:8", "--no_eval")
@@ -171,11 +119,10 @@ AUTO = ("--model", "model", "--stages", "8:100:4,16:60:4", "--switch", "auto", "
 def call(tmp_path, monkeypatch, capfd):
     """call(*options, code=0) -> what schedule.py printed in this process, which is in a folder with a model.
     The programs that it starts are the stand-ins; their options are checked by the real ones."""
-    for name, text in {"code/grpo.py": GRPO, "code/evaluate.py": EVALUATE, "sabotaged.py": SCHEDULE,
-                       "model/w": "1.0"}.items():
-        common.write_atomic(f"{tmp_path}/{name}", text)
+    common.write_atomic(f"{tmp_path}/sabotaged.py", SCHEDULE.format(stand_ins=STAND_INS))
+    common.write_atomic(f"{tmp_path}/model/w", "1.0")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(schedule, "HERE", f"{tmp_path}/code")
+    monkeypatch.setattr(schedule, "HERE", STAND_INS)
     monkeypatch.setattr(common, "catch_signals", list)  # pytest keeps its own
     monkeypatch.setitem(sys.modules, "figures", None)
 
@@ -275,7 +222,7 @@ def test_refused_before_work_starts(call, options, words, monkeypatch):
 
 def test_relative_paths_hold_from_another_folder(call, tmp_path, monkeypatch):
     call("--model", "model", "--stages", "8:6:4", "--no_eval")
-    monkeypatch.chdir(tmp_path / "code")
+    monkeypatch.chdir(tmp_path / "model")
     call("--stages", "8:6:4,8:7:4", run="../run")
     two = options_of(tmp_path / "run/stage2")
     assert two["model"] == f"{tmp_path}/run/stage1/checkpoints/000006/hf" and not two["optimizer_from"]
