@@ -27,13 +27,17 @@ SPECIAL = ["<eos>", "<user>", "<bot>", "<think>", "</think>", "\\boxed{"]
 KINDS = pytest.mark.parametrize("kind, tied", [("qwen2", False), ("llama", True), ("gemma3", True)])
 
 
-def make_tokenizer(template=True):
+def make_tokenizer(template=True, every_byte=False, **parts):
     """One token a character, pad equal to EOS on purpose (as in the distilled Qwen). It works on bytes,
     because AutoTokenizer makes a Qwen2Tokenizer of the folder of any Qwen2, whatever its files say."""
     bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     names = [bytewise.pre_tokenize_str(c)[0][0] for c in string.printable]
+    if every_byte:
+        names = sorted(bytewise.alphabet())
     core = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(SPECIAL + names)}, merges=[]))
     core.pre_tokenizer, core.decoder = bytewise, decoders.ByteLevel()
+    for name, part in parts.items():
+        setattr(core, name, part)
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="<eos>", pad_token="<eos>", additional_special_tokens=SPECIAL[1:])
     if template:

@@ -242,16 +242,6 @@ def test_any_number_of_ranks_makes_the_same_samples_and_fails_together(tiny, ran
 TEXTS = ["What is the  sum of 1 and 2?\n\nShow the steps.", "solve x\u00b2 = 2 .\nHow?"]
 
 
-def byte_level(eos_token=None, **parts):
-    """A tokenizer of bytes that loses nothing, unless a part of it is replaced."""
-    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    for name, part in parts.items():
-        setattr(core, name, part)
-    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=eos_token)
-
-
 def check(tokenizer, texts=TEXTS, prompts=None, refused=None):
     with pytest.raises(ValueError, match=refused) if refused else nullcontext():
         module.check_tokenizer(tokenizer, texts, prompts or [tokenizer.encode(t) for t in texts], 1000)
@@ -263,7 +253,7 @@ def check(tokenizer, texts=TEXTS, prompts=None, refused=None):
     ("normalizer", normalizers.Replace("\u200b", ""), False), ("decoder", decoders.Fuse(), True),
     ("normalizer", normalizers.Replace(" ", ""), True), ("normalizer", normalizers.Replace("sum", ""), True)])
 def test_tokenizers_may_normalise_but_lose_no_blanks_marks_or_words(part, change, lost):
-    check(byte_level(**{part: change}), [*TEXTS, "a\u200b b"],
+    check(make_tokenizer(every_byte=True, **{part: change}), [*TEXTS, "a\u200b b"],
           refused="give text back: 'What is the  sum.*becomes" if lost else None)
 
 
@@ -290,7 +280,7 @@ def test_templates_may_add_and_unknown_words_are_refused():
 def test_a_folder_that_names_the_wrong_class(tmp_path):
     """transformers 5 rebuilds a byte-level tokenizer.json as a Llama tokenizer and loses every blank."""
     make_model("llama").config.save_pretrained(tmp_path)
-    byte_level(eos_token="!").save_pretrained(tmp_path)
+    make_tokenizer(every_byte=True).save_pretrained(tmp_path)
     file = tmp_path / "tokenizer_config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps({**config, "tokenizer_class": "LlamaTokenizerFast"}))
