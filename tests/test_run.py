@@ -155,14 +155,14 @@ def test_killed_anywhere_resumes_to_the_same_numbers(undisturbed, go_on, seed):
 
 
 # a save calls the first four in this order; its second call is in step 4, the second validation in step 3
-@pytest.mark.parametrize("name, calls, given, number", [
-    ("policy.dcp.save", [2], "", signal.SIGKILL), ("policy.write_atomic", [2], "", signal.SIGKILL),
-    ("os.scandir", [2], ".tmp/hf", signal.SIGKILL), ("policy.prune", [2], "", signal.SIGKILL),
-    ("grpo.rollout", [2], "'eval'", signal.SIGTERM), ("grpo.rollout", [3], "'eval'", signal.SIGTERM),
-    ("grpo.rollout", [3], "'eval'", signal.SIGKILL)])
-def test_ended_during_a_save_or_a_validation(undisturbed, go_on, name, calls, given, number):
+@pytest.mark.parametrize("name, call, given, number", [
+    ("policy.dcp.save", 2, "", signal.SIGKILL), ("policy.write_atomic", 2, "", signal.SIGKILL),
+    ("os.scandir", 2, ".tmp/hf", signal.SIGKILL), ("policy.prune", 2, "", signal.SIGKILL),
+    ("grpo.rollout", 2, "'eval'", signal.SIGTERM), ("grpo.rollout", 3, "'eval'", signal.SIGTERM),
+    ("grpo.rollout", 3, "'eval'", signal.SIGKILL)])
+def test_ended_during_a_save_or_a_validation(undisturbed, go_on, name, call, given, number):
     """No half passes for a checkpoint, whole or not, before its last rename. A validation is made up for."""
-    code = f"breaks({name!r}, {int(number)}, {calls}, {given!r})"
+    code = f"breaks({name!r}, {int(number)}, [{call}], {given!r})"
     assert go_on(code=code, check=False).returncode == (143 if number == signal.SIGTERM else -9)
     go_on()
     assert metrics("r") == metrics(undisturbed)
