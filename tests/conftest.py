@@ -1,7 +1,9 @@
 """Small real models and a way to run grpo.py, shared by all tests. No network, no GPU, fp32 by default."""
+import functools
 import importlib
 import json
 import os
+import pkgutil
 import string
 import subprocess
 import sys
@@ -25,13 +27,17 @@ SPECIAL = ["<eos>", "<user>", "<bot>", "<think>", "</think>", "\\boxed{"]
 KINDS = pytest.mark.parametrize("kind, tied", [("qwen2", False), ("llama", True), ("gemma3", True)])
 
 
-def make_tokenizer(template=True):
+def make_tokenizer(template=True, every_byte=False, **parts):
     """One token a character, pad equal to EOS on purpose (as in the distilled Qwen). It works on bytes,
     because AutoTokenizer makes a Qwen2Tokenizer of the folder of any Qwen2, whatever its files say."""
     bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     names = [bytewise.pre_tokenize_str(c)[0][0] for c in string.printable]
+    if every_byte:
+        names = sorted(bytewise.alphabet())
     core = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(SPECIAL + names)}, merges=[]))
     core.pre_tokenizer, core.decoder = bytewise, decoders.ByteLevel()
+    for name, part in parts.items():
+        setattr(core, name, part)
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="<eos>", pad_token="<eos>", additional_special_tokens=SPECIAL[1:])
     if template:
@@ -78,6 +84,12 @@ def problems(tmp_path_factory):
     return str(path)
 
 
+def cases(name):
+    """The lines of data/NAME.jsonl: the values of one case each, named by the first."""
+    lines = (ROOT / f"tests/data/{name}.jsonl").read_text().splitlines()
+    return [pytest.param(*case, id=case[0]) for case in map(json.loads, lines)]
+
+
 def sequences(n=9, seed=0, vocab=100, longest=40):
     """[(prompt_ids, response_ids)] of very uneven lengths, a one-token response, EOS tokens in the middle."""
     g = torch.Generator().manual_seed(seed)
@@ -89,6 +101,18 @@ def sequences(n=9, seed=0, vocab=100, longest=40):
         return torch.randint(0, vocab, (length,), generator=g).tolist()
 
     return [(some(draw(1, longest // 2)), some(1 if i == 3 else draw(1, longest))) for i in range(n)]
+
+
+def off(value, reference):
+    """The largest difference, relative to the largest value of the reference."""
+    return ((value.double() - reference).abs().max() / reference.abs().max().clamp(min=1e-30)).item()
+
+
+def exact_logp(model, prompt, response, temperature):
+    """The slow truth: one sequence through the unmodified model, in float64 -> log-probs [R]."""
+    ids = torch.tensor([[*prompt, *response]])
+    logits = model.double()(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1:-1] / temperature
+    return torch.log_softmax(logits, -1).gather(-1, ids[0, len(prompt):, None])[:, 0]
 
 
 # a small step: two ranks differ by rounding alone, which after large ones decides what a later sample says
@@ -109,40 +133,53 @@ def command(model, data, out, *options, ranks=1, program=ROOT / "grpo.py"):
 
 
 def sabotaged(folder, code):
-    """A program that is grpo.py after `code` has run: it may replace functions, on one rank by RANK."""
+    """A program that is grpo.py after `code` has run: it may replace functions, or call `breaks`."""
     path = Path(folder) / "sabotaged.py"
-    path.write_text(f"import os, sys, time, signal\nsys.path.insert(0, {str(ROOT)!r})\n"
-                    "RANK = int(os.environ.get('RANK', 0))\nimport common, grpo, policy, rollout\n"
-                    f"{code}\ngrpo.main()\n")
+    path.write_text(f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+                    f"import grpo, policy, rollout\nfrom conftest import breaks\n{code}\ngrpo.main()\n")
     return path
 
 
-def launch(cmd, real=False, cwd=None, **env):
-    """A program that runs: a fork of a server, or a real start. Its .stdout has both of its streams."""
-    asked = None if real or env else forks.request(cmd)
-    if not asked:
-        return subprocess.Popen(cmd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, cwd=cwd,
-                                stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, **env})
+def breaks(name, error, calls=None, given="", rank=None):
+    """From here on the function `name` raises an error, or sends its process a signal: on one rank or all, in
+    the calls with these numbers (1, 2, ...) or all, of the calls that are given a word."""
+    place, attribute = name.rsplit(".", 1)
+    place, seen = pkgutil.resolve_name(place), []
+    original = getattr(place, attribute)
+
+    def broken(*args, **named):
+        if given in str(args) and rank in (None, int(os.environ.get("RANK", "0"))):
+            seen.append(args)
+            if calls is None or len(seen) in calls:
+                if isinstance(error, Exception):
+                    raise error
+                os.kill(os.getpid(), error)
+        return original(*args, **named)
+
+    setattr(place, attribute, broken)
+
+
+def launch(cmd, **how):
+    """A program that runs. Its .stdout has both of its streams."""
     read, write = os.pipe()
-    process = forks.Fork(asked, write, write, cwd)
+    process = forks.begin(cmd, write, write, **how)
     os.close(write)
     process.stdout = os.fdopen(read, errors="replace")
     return process
 
 
-def run(cmd, check=True, timeout=300, real=False, cwd=None, **env):
+def run(cmd, check=True, timeout=300, **how):
     """A program to its end -> its exit code and what it printed."""
-    asked = None if real or env else forks.request(cmd)
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        if asked:
-            code = forks.Fork(asked, out.fileno(), err.fileno(), cwd).wait(timeout)
-        else:
-            code = subprocess.run(cmd, stdout=out, stderr=err, timeout=timeout, check=False, cwd=cwd,
-                                  stdin=subprocess.DEVNULL, env={**os.environ, **env}).returncode
+        process = forks.begin(cmd, out.fileno(), err.fileno(), **how)
+        try:
+            code = process.wait(timeout)
+        finally:
+            process.kill()
         out.seek(0)
         err.seek(0)
         done = subprocess.CompletedProcess(cmd, code, out.read(), err.read())
-    if check and done.returncode:
+    if check and code:
         raise AssertionError(f"{' '.join(cmd)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}")
     return done
 
@@ -151,6 +188,18 @@ def start(function, *args, ranks=1, **how):
     """Run a function of a test file in a process of its own, or in several."""
     words = [function.__module__, function.__name__, *map(str, args)]
     return run([*python(ranks), __file__, *words], **how)
+
+
+def in_processes(**how):
+    """A slow test whose body runs in a process of its own, or in several. Its fixtures arrive as text."""
+    def decorate(test):
+        @pytest.mark.slow
+        @functools.wraps(test)
+        def test_from_outside(**fixtures):
+            done = start(test, *fixtures.values(), **{"ranks": fixtures.get("ranks", 1), **how})
+            assert "Traceback" not in done.stderr, done.stderr[-3000:]
+        return test_from_outside
+    return decorate
 
 
 def metrics(out, timing=False):
@@ -162,4 +211,5 @@ def metrics(out, timing=False):
 
 
 if __name__ == "__main__":  # what `start` starts
-    getattr(importlib.import_module(sys.argv[1]), sys.argv[2])(*sys.argv[3:])
+    function = getattr(importlib.import_module(sys.argv[1]), sys.argv[2])
+    getattr(function, "__wrapped__", function)(*sys.argv[3:])

@@ -5,7 +5,6 @@ import os
 import resource
 import shutil
 import signal
-import sys
 import time
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -13,19 +12,13 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import KINDS, make_model, make_tokenizer, run, save_model, sequences, start
+from conftest import KINDS, exact_logp, in_processes, make_model, make_tokenizer, off, save_model, sequences
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 import policy as lib
-from common import RankError, join_processes
+from common import RankError, gather, join_processes
 from policy import Policy, check_checkpoint, checkpoints, open_model, pack, pack_row, token_logprobs
-
-
-def off(value, reference):
-    """The largest difference, relative to the largest value of the reference."""
-    return ((value.double() - reference).abs().max() / reference.abs().max().clamp(min=1e-30)).item()
-
 
 # ----- Log-probabilities without logits
 
@@ -52,10 +45,10 @@ def test_tiles_equal_full_logits(tokens, vocab, chunk, temperature, parts):
     assert all(off(a, b) < 1e-5 for a, b in zip(fast, truth))
 
 
-@pytest.mark.slow
+@in_processes(MKL_CBWR="COMPATIBLE")
 def test_tiles_on_kernels_of_other_processors():
     """MKL's code for any processor adds 152 K products one after the other, as an AMD EPYC does."""
-    run([sys.executable, "-m", "pytest", "-q", "-k", "tiles_equal", __file__], MKL_CBWR="COMPATIBLE")
+    assert pytest.main(["-q", "-k", "tiles_equal", __file__]) == 0
 
 
 def test_two_backwards_and_an_entropy_that_is_only_a_metric():
@@ -68,13 +61,6 @@ def test_two_backwards_and_an_entropy_that_is_only_a_metric():
 
 
 # ----- Attention and packing
-
-def separate(model, prompt, response, temperature):
-    """The slow truth: one sequence through the unmodified model with its own eager attention, in float64."""
-    ids = torch.tensor([prompt + response])
-    logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1:-1] / temperature
-    return torch.log_softmax(logits, -1).gather(-1, torch.tensor(response, dtype=torch.int64)[:, None])[:, 0]
-
 
 def groups(seed=0):
     """Sequences as a rollout has them: neighbours with one prompt, an empty response, a prompt met twice."""
@@ -93,9 +79,9 @@ def groups(seed=0):
 def test_packed_equals_separate(kind, tied, sequences):
     """Log-probs and gradients; in eval mode too, where a cache left on would let documents see each other.
     `groups` share their prompts: every token of a row is there once, and every document sees its own."""
-    plain, batch = make_model(kind, tied).double().eval(), sequences()
+    plain, batch = make_model(kind, tied).eval(), sequences()
     plain.set_attn_implementation("eager")
-    truth = torch.cat([separate(plain, p, r, 0.6) for p, r in batch])
+    truth = torch.cat([exact_logp(plain, p, r, 0.6) for p, r in batch])
     truth.mean().backward()
     scale = max(p.grad.abs().max() for p in plain.parameters())
     for recompute, train in ((False, False), (False, True), (True, False), (True, True)):
@@ -165,8 +151,8 @@ def test_an_empty_micro_batch_takes_part():
 def test_budget_does_not_change_the_gradient():
     batch = sequences(9, seed=5)
     total = sum(len(r) for _, r in batch)
-    plain = make_model().double()
-    (sum(separate(plain, p, r, 0.6).sum() for p, r in batch) / total).backward()
+    plain = make_model()
+    (sum(exact_logp(plain, p, r, 0.6).sum() for p, r in batch) / total).backward()
     truth = torch.cat([p.grad.flatten() for p in plain.parameters()])
     for budget in (80, 150, 100_000):
         policy = Policy(make_model())
@@ -311,30 +297,29 @@ def test_a_kill_at_any_moment_leaves_a_whole_newest_checkpoint(keep, tmp_path):
     """Of the operations that change what a folder holds, each is once the first that does not happen."""
     policy, optimizer = [save(tmp_path / "first", step, keep=keep) for step in (1, 2, 3)][-1]
     for last in range(100):
-        run, left, finished = tmp_path / str(last), ["operation"] * last, False
+        run, made = tmp_path / str(last), []
         shutil.copytree(tmp_path / "first", run)
 
-        def dies(function, left=left):
+        def dies(function, last=last, made=made):
             def wrapped(*args, **kwargs):
-                if not left:  # the dead stay dead
+                if len(made) == last:  # the dead stay dead
                     raise KeyboardInterrupt
-                left.pop()
+                made.append(function)
                 return function(*args, **kwargs)
             return wrapped
 
         dying = {name: dies(getattr(os, name)) for name in ("rename", "remove", "unlink", "rmdir", "replace")}
         with mock.patch.multiple(os, **dying), suppress(KeyboardInterrupt):
             lib.save_checkpoint(run, 4, policy, optimizer, make_tokenizer(), {"step": 4}, keep)
-            finished = True
         newest = checkpoints(run)[-1]
         assert newest in ("000003", "000004") and load(run / newest)[0]["step"] == int(newest)
         for name in checkpoints(run):
             check_checkpoint(run / name, shapes(policy))
         save(run, 4, policy, keep=keep)  # as the resumed run does, over whatever is left
         assert not [n for n in os.listdir(run) if n.endswith(".tmp")] and len(checkpoints(run)) == (keep or 2)
-        if finished:
+        if len(made) < last:  # it came to its end
             break
-    assert finished and last > 4
+    assert 4 < last < 99
 
 
 @pytest.mark.parametrize("changes", [
@@ -358,63 +343,45 @@ def test_a_damaged_file_is_named(file, tmp_path):
 
 # ----- Two ranks
 
-def two_ranks(model):
+@in_processes(ranks=2)
+def test_two_ranks_save_fail_and_refuse_together(tiny, tmp_path):
+    """One of them downloads, before the other looks. Errors are the same on both."""
+    os.chdir(tmp_path)
     rank, world, _ = join_processes()
-    policy, said = Policy(make_model()).shard(torch.float32), {}
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
-    for batch in pack(sequences(), 200, rank, world):
-        policy(batch)[0].sum().backward()
-    optimizer.step()
+    policy, optimizer = save("run", 1, Policy(make_model()).shard(torch.float32))
+    said = []
 
-    def save_as(name, step):
-        try:
-            lib.save_checkpoint("run", step, policy, optimizer, make_tokenizer(), {"step": step})
-            said[name] = "saved"
-        except (OSError, FloatingPointError) as e:
-            said[name] = str(e)
+    def cannot_save(step, words):
+        with pytest.raises((OSError, FloatingPointError), match=words) as e:
+            lib.save_checkpoint("run", step, policy, optimizer, make_tokenizer(), {})
+        said.append(str(e.value))
 
-    save_as("good", 1)
     for failing in range(world):  # a disk that is full for one rank
         with full_disk() if rank == failing else nullcontext():
-            save_as(f"full {failing}", 2)
+            cannot_save(2, "000002 not written")
     with mock.patch("os.rename", side_effect=OSError("no rename")) if rank == 0 else nullcontext():
-        save_as("rename", 2)
-    save_as("again", 3)
+        cannot_save(2, "no rename")
+    save("run", 3, policy)
 
     with torch.no_grad():
         policy(pack_row(sequences()))
     embedding = policy.model.get_input_embeddings()
-    said["gathered"] = not isinstance(embedding.weight, DTensor)
+    assert not isinstance(embedding.weight, DTensor)  # gathered
     policy.reshard()
-    said["resharded"] = isinstance(embedding.weight, DTensor)
+    assert isinstance(embedding.weight, DTensor)
 
     def download(name, **_):
         if rank == 0:
             time.sleep(1)
             Path("downloaded").touch()
-        return model if os.path.exists("downloaded") else "too early"
+        return tiny if os.path.exists("downloaded") else "too early"
 
     with mock.patch.object(lib, "snapshot_download", download):
-        said["opened"] = open_model("org/name").folder
+        assert open_model("org/name").folder == tiny
     with (mock.patch.object(lib, "snapshot_download", side_effect=ZeroDivisionError),
           pytest.raises(RankError, match="no such folder")):
         open_model("org/name")
     if rank == 1:  # on the shard of one rank
         policy.model.model.norm.weight.to_local().data.fill_(float("nan"))
-    save_as("nan", 4)
-    Path(f"said{rank}").write_text(json.dumps(said))
-
-
-@pytest.mark.slow
-def test_two_ranks_save_fail_and_refuse_together(tmp_path):
-    """One of them downloads, before the other looks. Errors name their ranks."""
-    model = save_model(tmp_path / "model")
-    start(two_ranks, model, ranks=2, cwd=tmp_path)
-    first, second = (json.loads((tmp_path / f"said{rank}").read_text()) for rank in (0, 1))
-    assert first == second and first["gathered"] and first["resharded"] and first["opened"] == model
-    full = "000002 not written"
-    for name, words in {"good": "saved", "full 0": full, "full 1": full, "rename": "no rename",
-                        "again": "saved", "nan": "not finite"}.items():
-        assert words in first[name]
-    assert checkpoints(tmp_path / "run") == ["000001", "000003"]
-    assert load(tmp_path / "run" / "000003")[0] == {"step": 3}  # two ranks wrote it, one reads it
+    cannot_save(4, "not finite")
+    assert gather(said) == [said, said] and checkpoints("run") == ["000001", "000003"]

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import KINDS, ROOT, make_model, run
+from conftest import KINDS, ROOT, cases, make_model, run
 
 import predict
 import schedule
@@ -39,14 +39,8 @@ def test_memory_of_an_update_against_a_simulation(row):
     assert row["simulated_gib"] <= said <= 1.06 * row["simulated_gib"]
 
 
-@pytest.mark.parametrize("kind, world, change, wanted", [
-    ("A100-80", 8, {}, None), ("A100-80", 1, {}, None), ("A100-40", 8, {}, None),
-    ("RTX4090", 4, {"gpu_memory": 0.7}, "--gpu_memory"), ("A100-80", 8, {"recompute": 0}, "--recompute 1"),
-    ("A100-40", 8, {"gpu_memory": 0.1}, "--gpu_memory 0.15"),
-    ("H100-80", 1, {"max_len": 131072}, "--stages to a shorter"),
-    ("H100-80", 8, {"token_budget": 600000}, "--token_budget"),
-    ("A100-80", 8, {"token_budget": 100}, "--token_budget 8192")])
-def test_refusals_name_a_value_that_fits(kind, world, change, wanted):
+@pytest.mark.parametrize("name, kind, world, change, wanted", cases("memory"))
+def test_refusals_name_a_value_that_fits(name, kind, world, change, wanted):
     a, memory = RESOLVED | change, card("--gpu_type", kind)[1]
     why = predict.predict_memory(M, a, memory, world)["why"]
     assert bool(why) == bool(wanted), why

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, command, launch, make_model, metrics, run, sabotaged, save_model
+from conftest import ROOT, cases, command, launch, make_model, metrics, run, sabotaged, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grpo
@@ -39,12 +39,12 @@ def undisturbed(tiny, problems, six, tmp_path_factory):
 
 @pytest.fixture
 def start(tiny, problems, tmp_path, monkeypatch):
-    """start(*options) -> grpo.py in folder r, to its end. code: what runs in its process before it."""
+    """start(*options) -> grpo.py in folder r, to its end or launched. code: what its process runs first."""
     monkeypatch.chdir(tmp_path)
 
-    def start(*options, code=None, model=tiny, data=problems, ranks=1, **how):
+    def start(*options, code=None, model=tiny, data=problems, ranks=1, begin=run, **how):
         program = ROOT / "grpo.py" if code is None else sabotaged("", code)
-        return run(command(model, data, "r", *options, ranks=ranks, program=program), **how)
+        return begin(command(model, data, "r", *options, ranks=ranks, program=program), **how)
     return start
 
 
@@ -135,12 +135,12 @@ def test_learns_to_raise_its_reward(start, tmp_path):
 # ----- interruptions
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_killed_anywhere_resumes_to_the_same_numbers(undisturbed, go_on, tiny, problems, six, seed):
+def test_killed_anywhere_resumes_to_the_same_numbers(undisturbed, go_on, seed):
     """kill -9 at random moments, again and again, until the run gets through: every metric is that of the run
     that was left alone, bit for bit (CPU, torch engine, fp32)."""
     dice, kills = random.Random(seed), 0
     while kills < 4:
-        p = launch(command(tiny, problems, "r", *six, "--resume"), real=seed == 1 and kills == 0)
+        p = go_on(begin=launch, real=seed == 1 and kills == 0)
         for _ in range(dice.randint(1, 3)):
             next(lines_with("/6 ", p), None)
         time.sleep(dice.random() * 0.4)
@@ -154,78 +154,45 @@ def test_killed_anywhere_resumes_to_the_same_numbers(undisturbed, go_on, tiny, p
     assert metrics("r") == metrics(undisturbed)
 
 
-SAVING = """
-real, original = grpo.Learner.save, {0}
-def killing(*a, **kw):
-    value = original(*a, **kw) if {1} else None
-    os.kill(os.getpid(), 9)
-def save(self, step, *rest):
-    if step == 4:
-        {0} = killing
-    return real(self, step, *rest)
-grpo.Learner.save = save
-"""
-VALIDATING = """
-real, step = grpo.rollout, [0]
-def rollout_(*a, **kw):
-    if a[5] != "eval":
-        step[0] = a[5]
-    elif step[0] == {0}:
-        os.kill(os.getpid(), signal.{1})
-    return real(*a, **kw)
-grpo.rollout = rollout_
-"""
-
-
-# a kill after the first os.fsync leaves what one before it leaves, one after policy.prune what any later does
-@pytest.mark.parametrize("code", [
-    SAVING.format("policy.dcp.save", False), SAVING.format("policy.os.fsync", False),
-    SAVING.format("policy.dcp.save", True), SAVING.format("policy.os.rename", False),
-    SAVING.format("policy.os.rename", True), SAVING.format("policy.prune", False),
-    VALIDATING.format(3, "SIGTERM"), VALIDATING.format(6, "SIGTERM"), VALIDATING.format(6, "SIGKILL")],
-    ids=["before dcp.save", "before fsync", "after dcp.save", "before rename", "after rename", "before prune",
-         "sigterm in validation 3", "sigterm in the last validation", "kill in the last validation"])
-def test_ended_during_a_save_or_a_validation(undisturbed, go_on, code):
-    """No half passes for a checkpoint (that of step 4 is disturbed), and a validation is made up for."""
-    assert go_on(code=code, check=False).returncode in (143, -9)
+# a save calls the first four in this order; its second call is in step 4, the second validation in step 3
+@pytest.mark.parametrize("name, call, given, number", [
+    ("policy.dcp.save", 2, "", signal.SIGKILL), ("policy.write_atomic", 2, "", signal.SIGKILL),
+    ("os.scandir", 2, ".tmp/hf", signal.SIGKILL), ("policy.prune", 2, "", signal.SIGKILL),
+    ("grpo.rollout", 2, "'eval'", signal.SIGTERM), ("grpo.rollout", 3, "'eval'", signal.SIGTERM),
+    ("grpo.rollout", 3, "'eval'", signal.SIGKILL)])
+def test_ended_during_a_save_or_a_validation(undisturbed, go_on, name, call, given, number):
+    """No half passes for a checkpoint, whole or not, before its last rename. A validation is made up for."""
+    code = f"breaks({name!r}, {int(number)}, [{call}], {given!r})"
+    assert go_on(code=code, check=False).returncode == (143 if number == signal.SIGTERM else -9)
     go_on()
     assert metrics("r") == metrics(undisturbed)
     assert sorted(os.listdir("r/checkpoints")) == ["000004", "000006"]
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (None, 0)],
-                         ids=["ctrl-c", "sigterm", "stop file"])
-def test_a_signal_or_a_stop_file_saves_and_leaves(undisturbed, go_on, tiny, problems, six, number, code):
-    p = launch(command(tiny, problems, "r", *six, "--save_every", 100))
+@pytest.mark.parametrize("number, ranks, code", [
+    (signal.SIGINT, 1, 130), (signal.SIGTERM, 1, 143), (None, 1, 0), (signal.SIGINT, 2, None),
+    (signal.SIGTERM, 2, None)], ids=["ctrl-c", "sigterm", "stop file", "ctrl-c, 2 ranks", "sigterm, 2 ranks"])
+def test_a_signal_or_a_stop_file_saves_and_leaves(undisturbed, go_on, number, ranks, code):
+    """All ranks leave after all have saved; what their torchrun ends with is its own."""
+    p = go_on("--save_every", 100, ranks=ranks, begin=launch, real=ranks == 2)
     next(lines_with(" 2/6 ", p))
     if number:
         os.killpg(p.pid, number)
     else:
         Path("r/stop").touch()
     rest = p.stdout.read()
-    assert "stopped after step" in rest and "--resume" in rest and p.wait(timeout=120) == code, rest[-3000:]
+    assert "stopped after step" in rest and "--resume" in rest and len(os.listdir("r/checkpoints")) == 1, rest
+    assert p.wait(timeout=120) == code or ranks == 2
     said = go_on("--save_every", 100).stdout
     assert number or "stop was there from before and has been removed" in said
-    assert metrics("r") == metrics(undisturbed)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ranks_leave_after_all_have_saved(tiny, problems, tmp_path, number):
-    p = launch(command(tiny, problems, tmp_path / "r", "--save_every", 100, ranks=2), real=True)
-    next(lines_with(" 2/1040 ", p))
-    os.killpg(p.pid, number)
-    rest = p.stdout.read()
-    p.wait(timeout=120)
-    assert "stopped after step" in rest and "--resume" in rest, rest[-3000:]
-    assert len(os.listdir(tmp_path / "r/checkpoints")) == 1
+    assert metrics("r") == metrics(undisturbed) or ranks == 2
 
 
 # ----- one run in one folder
 
-def test_one_run_in_a_folder(start, tiny, problems):
+def test_one_run_in_a_folder(start):
     """A second start is refused while any worker of the first lives, even one whose torchrun was killed."""
-    endless = command(tiny, problems, "r", "--steps", 10**6, "--save_every", 10**6, ranks=2)
-    p = launch(endless, real=True)
+    p = start("--steps", 10**6, "--save_every", 10**6, ranks=2, begin=launch, real=True)
     next(lines_with(" 1/1000000 ", p))
     workers = subprocess.run(["pgrep", "-P", str(p.pid)], capture_output=True, check=True).stdout.split()
     assert "/r is in use" in start("--resume", "--steps", 1, check=False).stderr
@@ -279,31 +246,18 @@ def test_a_run_of_the_old_format_with_a_bad_line_goes_on(undisturbed, go_on):
 # ----- disks
 
 def test_full_disk_costs_the_checkpoint_not_the_run(start):
-    """A file-size limit makes every large write fail as a full disk does."""
-    code = ("import resource\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))")
-    done = start("--steps", 2, "--save_every", 1, code=code)
+    """Not even when every checkpoint finds it full, the last one too."""
+    full = "breaks('policy.dcp.FileSystemWriter.write_data', OSError(28, 'No space left on device'))"
+    done = start("--steps", 2, "--save_every", 1, code=full)
     assert done.stdout.count("ALARM checkpoint") >= 2 and len(metrics("r")) == 2
     assert os.listdir("r/checkpoints") == []
 
 
 FULL = """
-writer, step = policy.dcp.FileSystemWriter, [0]
-real_write, real_data, real_update = common.write_atomic, writer.write_data, grpo.Learner.update
-def write(path, content):
-    if path.endswith("metrics.jsonl") and step[0] in (2, 3, 4):
-        raise OSError(28, "No space left on device")
-    if path.endswith("metrics.jsonl") and step[0] == 5:
-        os.kill(os.getpid(), 9)
-    real_write(path, content)
-def write_data(self, *a):
-    if RANK == 1 and step[0] == 2:
-        raise OSError(28, "No space left on device")
-    return real_data(self, *a)
-def update(self, number, *rest):
-    step[0] = number + 1
-    return real_update(self, number, *rest)
-common.write_atomic, writer.write_data, grpo.Learner.update = write, write_data, update
+full = OSError(28, "No space left on device")
+breaks("common.write_atomic", full, calls=[4, 5, 6], given="metrics.jsonl")  # lines 2, 3 and 4
+breaks("common.write_atomic", 9, calls=[7], given="metrics.jsonl")
+breaks("policy.dcp.FileSystemWriter.write_data", full, calls=[1], rank=1)
 """
 
 
@@ -358,15 +312,14 @@ def test_damaged_weights_are_noticed_when_every_group_is_dropped(start, save_eve
     assert max(os.listdir("r/checkpoints")) == "000002"
 
 
-FAILS = "if RANK == {}:\n    def fail(*a, **kw):\n        raise {}\n    {} = fail"
 MEMORY = "RuntimeError('CUDA Error: out of memory at cumem_allocator.cpp:62')"
 
 
 @pytest.mark.parametrize("code, ranks, words", [
-    (FAILS.format(1, "ValueError('no such style')", "grpo.evaluate.load_style"), 2, "no such style (rank 1)"),
-    (FAILS.format(1, "RuntimeError('half a file')", "policy.Policy"), 2, "half a file (rank 1)"),
-    (FAILS.format(1, "IndexError('broken')", "grpo.evaluate.reward.explain"), 2, "broken (rank 1)"),
-    (FAILS.format(0, MEMORY, "rollout.TorchEngine.generate"), 1, "lower --token_budget"),
+    ("breaks('grpo.evaluate.load_style', ValueError('no such style'), rank=1)", 2, "no such style (rank 1)"),
+    ("breaks('policy.Policy', RuntimeError('half a file'), rank=1)", 2, "half a file (rank 1)"),
+    ("breaks('grpo.evaluate.reward.explain', IndexError('broken'), rank=1)", 2, "broken (rank 1)"),
+    (f"breaks('rollout.TorchEngine.generate', {MEMORY})", 1, "lower --token_budget"),
     ("def mine(response, problem):\n    1 / 0\nsys.argv += ['--reward', '__main__:mine']", 1,
      "--reward __main__:mine failed")], ids=["start", "model", "grader", "memory", "own reward"])
 def test_a_failure_ends_all_ranks_with_its_words(start, code, ranks, words):
@@ -380,13 +333,7 @@ def test_a_failure_ends_all_ranks_with_its_words(start, code, ranks, words):
 UNREADABLE = [json.dumps({"problem": f"{i}?", "answer": "\\frac{" if i % 2 else "1"}) for i in range(40)]
 
 
-@pytest.mark.parametrize("options, words", [
-    ("--max_len 1024", "leaves no room for a prompt"), ("--max_prompt_len 2", "raise --max_prompt_len"),
-    ("--prompts 64", "problems"), ("--token_budget 20", "--token_budget 20 holds no full sequence"),
-    ("--model assets/no-such-model", "no-such-model"), ("--data nowhere.jsonl", "nowhere.jsonl"),
-    ("--data bad.jsonl", "bad.jsonl, line 2"), ("--data golds.jsonl", "frac{.*--allow_unreadable"),
-    ("--report_to wandb", "pip install wandb"), ("--style none", "--style none"),
-    ("--reward nowhere:f", "--reward nowhere:f")])
+@pytest.mark.parametrize("options, words", cases("refused_by_grpo"))
 def test_refused_before_work_starts(start, options, words):
     Path("bad.jsonl").write_text('{"problem": "1+1?", "answer": "2"}\n{"problem": "2+2?"}\n')
     Path("golds.jsonl").write_text("\n".join(UNREADABLE))

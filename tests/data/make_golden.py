@@ -294,6 +294,25 @@ def verl_loss(batch, options, agg, dtype, clip_ratio_c=NO_DUAL_CLIP):
 
 # ----- the file
 
+def check_inputs(golden):
+    """An agreement is worth what its inputs reach: clips on either sign, every clamp, all lengths."""
+    b = tensors(golden["batches"]["usual"], torch.float64)
+    advantage = torch.tensor(golden["advantages"]["verl"]["std"]).flatten().repeat_interleave(b.lengths)
+    ratio, weight = (b.logp - b.old_logp).exp().detach(), (b.old_logp - b.engine_logp).exp()
+    for outside in (ratio > 1.3, ratio < 0.8, (ratio > 0.81) & (ratio < 1.19)):
+        for sign in (advantage > 0, advantage < 0, advantage == 0):
+            assert (outside & sign).sum() >= 3
+    assert ((ratio > 1.2) & (ratio < 1.28) & (advantage > 0)).any()  # tells 0.2 and 0.28 apart
+    assert (weight > 1.25).sum() > 10 and (weight < 1.25).sum() > 10
+    assert 1 in b.lengths and MAX_LEN in b.lengths and len(set(b.lengths.tolist())) > 5
+    for name, a, c in (("wild_ratio", "logp", "old_logp"), ("wild_ref", "ref_logp", "logp"),
+                       ("wild_engine", "old_logp", "engine_logp")):
+        wild = tensors(golden["batches"][name], torch.float64)
+        d = (getattr(wild, a) - getattr(wild, c)).detach()
+        assert (d > 20).sum() >= 3 and (d < -20).sum() >= 3 and (d > 89).any()  # exp(89) is inf in float32
+        assert ((d > 3) & (d < 20)).any() and ((d > -8) & (d < 0)).any()  # k3 clamped at 10, and not
+
+
 LOSS = {"trl": trl_loss, "verl": verl_loss}
 ADVANTAGES = {"trl": trl_advantages, "verl": verl_advantages}
 
@@ -313,6 +332,7 @@ def main():
             r = LOSS[peer](batches[batch], options, agg, torch.float64)
             r["entropy_grad"] = r["entropy_grad"] if any(r["entropy_grad"]) else None
             golden["losses"][peer][f"{name}/{agg}"] = r
+    check_inputs(golden)
     text = json.dumps(golden).replace('"batches"', '\n"batches"').replace('{"loss"', '\n{"loss"')
     GOLDEN.write_text(text + "\n")
     print(f"{GOLDEN.name}: {GOLDEN.stat().st_size / 1024:.0f} KB, "
