@@ -28,6 +28,11 @@ def read_cases(name):
     return list(common.read_lines(str(ROOT / f"tests/data/{name}.jsonl")))
 
 
+def text_of(case):
+    """The text of a case, or a long one of its parts: [[text, how many times], ...]."""
+    return case.get("text") or "".join(text * times for text, times in case["parts"])
+
+
 def each_case(name):
     """Run a test on each case of tests/data/NAME.jsonl, which is called by the first value in its line."""
     cases = read_cases(name)

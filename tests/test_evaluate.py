@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import time
@@ -154,47 +155,26 @@ def test_where_each_style_looks_for_the_answer():
     assert row["response_tokens"] == len(tokenizer("code \\boxed{7}")["input_ids"]) and row["sample"] == 3
 
 
-def test_prompts_of_the_styles(tmp_path):
-    """The words of each; what cannot be asked is refused. All that the model should read counts, not the
-    problem alone, which here has no blank to lose."""
-    tokenizer, mine = make_tokenizer(), tmp_path / "mine.txt"
-
-    def text(name, room=500, **options):
-        style = evaluate.load_style(str(name))
-        return tokenizer.decode(evaluate.encode(style, [SEVEN], tokenizer, room, **options)[1][0])
-
-    def refused(words, name, **options):
-        with pytest.raises(ValueError, match=words):
-            text(name, **options)
-
-    assert text("r1") == "<user>3+4? " + data.INSTRUCTION + "<bot>" == text("plain", vocabulary=106)
-    assert text("plain", instruction="Box it.") == "<user>3+4? Box it.<bot>"
-    assert text("qwen-math").startswith("<|im_start|>system\nPlease reason")
-    assert text("rstar").startswith("<|user|>:\n3+4?\n<|assistant|>: Let's think step by step")
-    mine.write_text("Q: {problem} Use {braces} freely.\nA: <think>")
-    assert text(mine) == "Q: 3+4? Use {braces} freely.\nA: <think>"
-    assert evaluate.load_style(str(mine)).think and not evaluate.load_style("plain").think
-    refused("--instruction", mine, instruction="Box it.")
-    refused("longer than 3 tokens", mine, room=3)
-    refused("the model has 90 embeddings", "plain", vocabulary=90)
-    refused("r1, plain, qwen-math, rstar", "nonsense")
-    mine.write_text("no place for it")
-    refused("exactly once", mine)
-    tokenizer._tokenizer.normalizer = normalizers.Replace(" ", "")
-    for style, given in (("plain", {}), ("plain", {"chat": False}), ("qwen-math", {})):
-        refused("does not give text back.*becomes", style, **given)
-    assert text("plain", instruction="")
-
-
-@pytest.mark.parametrize("template", ["<bos>Q: {problem}", "\n<bos>Q: {problem}", "Q: {problem}"])
-def test_a_style_file_with_the_begin_of_text_token_gets_no_second_one(template):
-    tokenizer = make_tokenizer()
-    tokenizer.add_special_tokens({"bos_token": "<bos>"})
-    bos = tokenizer.bos_token_id
-    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", bos)])
-    ids = evaluate.encode(evaluate.Style(template, False), [SEVEN], tokenizer, 100)[1][0]
-    assert tokenizer("a")["input_ids"][0] == bos and ids.count(bos) == 1
+@each_case("prompts")
+def test_prompts_of_the_styles(tmp_path, case):
+    """What cannot be asked is refused: all that the model should read counts, not the problem alone, which
+    here has no blank to lose. No prompt begins with two begin-of-text tokens."""
+    tokenizer, name = make_tokenizer(), case.get("style", f"{tmp_path}/mine.txt")
+    (tmp_path / "mine.txt").write_text(case.get("template", ""))
+    if case.get("tokenizer") == "loses blanks":
+        tokenizer._tokenizer.normalizer = normalizers.Replace(" ", "")
+    elif case.get("tokenizer") == "begins a text":
+        tokenizer.add_special_tokens({"bos_token": "<bos>"})
+        tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])
+    try:
+        style = evaluate.load_style(name)
+        asked = evaluate.encode(style, [SEVEN], tokenizer, case.get("room", 500), **case.get("options", {}))
+    except ValueError as error:
+        assert re.search(case["refused"], str(error))
+    else:
+        assert tokenizer.decode(asked[1][0]) == case["prompt"]
+        assert style.think == case.get("think", style.think)
 
 
 # ----- Whole runs ------------------------------------------------------------------------------------------

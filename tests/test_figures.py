@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from test_data import each_case, read_cases, text_of
 
 import figures
 from common import json_lines
@@ -279,15 +280,7 @@ def test_what_is_missing_is_said(tmp_path, capsys):
 
 # --- Transcripts -------------------------------------------------------------------------------------------
 
-HOSTILE = [
-    "<script>document.title='OWNED'</script>", "</script><img src=x onerror=alert(1)>", "<!--<script>",
-    "--> ]]> </title></style></details></article>", "<svg onload=alert(1)>", "$<img src=x onerror=alert(1)>$",
-    r"\(\href{javascript:alert(1)}{click}\)", r"$\text{&lt;script&gt;&#x202e;}$ $\style{color:red}{x}$",
-    "\ud800 lone \udfff \x00 nul \x1b[31m \r", "\u2028\u2029 \u202e reversed \u2066", "${1} {run} {css} %s",
-    "a" * 300_000, "\u0335" * 3000, "{" * 9000, "$" + "{" * 900 + "$", "$" * 20_000, r"\[" * 20_000,
-    r"\(" * 20_000, r"\boxed{" * 5000, r"\begin{array}" * 3000, "$f" + "'" * 800 + "$", None, ["a"], {"b": 1},
-    "$" + r"\frac" * 160 + "$", "$$" + r"\frac{1}{" * 300 + "x" + "}" * 300 + "$$", "&lt;b&gt; &amp; &#x3c;",
-    r"$\def\a{xx}\def\b{\a\a\a}\b$", r"$\phantom{hidden}\hspace{-99em}\rlap{x}\raise{9em}{x}$"]
+HOSTILE = [case["value"] if "value" in case else text_of(case) for case in read_cases("hostile_transcripts")]
 MATHML = set(figures.TAGS.pattern.split("|"))
 PLAIN = {"html", "meta", "title", "style", "h1", "p", "br", "input", "label", "details", "summary", "span",
          "article", "pre", "b", "code"}
@@ -379,28 +372,17 @@ def test_samples_are_taken_evenly_and_damage_costs_only_itself(tmp_path, capsys)
         assert path.name in capsys.readouterr().err
 
 
-def test_formulas_become_mathml_and_money_does_not(tmp_path):
-    text = (r"<think>$x=\frac12$, $$\sum_{k=1}^{n}k^2$$ \[\begin{pmatrix}1&2\\3&4\end{pmatrix}\]</think>"
-            r"costs $5 and $6, $5 and 6$, \$7, US$5-$10. $a_1^2\le\sqrt[3]{2}$ $\nosuch{x}$ \(\boxed{3}\)")
-    source = page_of(tmp_path, [sample(1, 0, text, answer=r"\frac{1}{3}")]).source
-    for part in ("<mfrac><mn>1</mn><mn>2</mn></mfrac>", '<math display="block">', "<mtable>", "<mroot>",
-                 "<munderover><mo>∑</mo>", "<menclose>", "Wanted: <math", r"<code>$\nosuch{x}$</code>",
-                 "<msubsup><mi>a</mi><mn>1</mn><mn>2</mn></msubsup>",
-                 r"costs $5 and $6, $5 and 6$, \$7, US$5-$10. <math"):
-        assert part in source, part
+@each_case("formulas")
+def test_formulas_become_mathml_and_money_does_not(tmp_path, case):
+    source = page_of(tmp_path, [sample(1, 0, case["text"], answer=r"\frac{1}{3}")]).source
+    assert all(part in source for part in [*case["shown"], "Wanted: <math"])
 
 
-ODD = 'onclick="x" style="x" href="x" class="x" width="-99em" mathcolor="red" stretchy="false"'
-
-
-@pytest.mark.parametrize("inside, safe", [
-    ("><script>x</script>", ""), ("><mi>x</mi><maction>x</maction>", ""), ("><mphantom/>", ""),
-    ("><svg/>", ""), ("><annotation-xml encoding='text/html'>x</annotation-xml>", ""),
-    (f" {ODD}><mi>&lt;b&gt;</mi>", '<math stretchy="false"><mi>&lt;b&gt;</mi></math>')])
-def test_what_the_converter_returns_is_checked(inside, safe, monkeypatch):
-    element = ET.fromstring(f"<math{inside}</math>")
+@each_case("converted")
+def test_what_the_converter_returns_is_checked(case, monkeypatch):
+    element = ET.fromstring(case["converted"])
     monkeypatch.setattr(figures, "convert_to_element", lambda tex, display: element)
-    assert figures.mathml.__wrapped__("x", "inline") == safe
+    assert figures.mathml.__wrapped__("x", "inline") == case["shown"]
 
 
 @settings(max_examples=150, deadline=None)

@@ -22,7 +22,7 @@ import sympy as sp
 from conftest import ROOT, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_data import each_case
+from test_data import each_case, read_cases, text_of
 
 sys.path.insert(0, str(ROOT / "bench"))
 import grader
@@ -72,8 +72,7 @@ def test_speed():
 # --- hostile input ---------------------------------------------------------------------------------
 
 UNION = [f"({2 * i},{2 * i + 1})" for i in range(250)]
-ATTACKS = [case.get("text") or "".join(part * times for part, times in case["parts"])
-           for case in grader.load(["grader_attacks.jsonl"])] + [r"\cup".join(UNION)]
+ATTACKS = [*map(text_of, read_cases("grader_attacks")), r"\cup".join(UNION)]
 
 
 def test_hostile_responses_and_answers(tmp_path, monkeypatch):
