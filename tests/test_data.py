@@ -5,7 +5,6 @@ import functools
 import gzip
 import json
 import os
-import random
 import signal
 import time
 import tracemalloc
@@ -30,13 +29,15 @@ def read_cases(name):
 
 def text_of(case):
     """The text of a case, or a long one of its parts: [[text, how many times], ...]."""
-    return case.get("text") or "".join(text * times for text, times in case["parts"])
+    return case["text"] if "text" in case else "".join(text * times for text, times in case["parts"])
 
 
 def each_case(name):
     """Run a test on each case of tests/data/NAME.jsonl, which is called by the first value in its line."""
-    cases = read_cases(name)
-    return pytest.mark.parametrize("case", cases, ids=[str(next(iter(case.values())))[:70] for case in cases])
+    def param(case):
+        first = str(next(iter(case.values())))
+        return pytest.param(case, id=first[:70], marks=[pytest.mark.slow] * ("slow" in case))
+    return pytest.mark.parametrize("case", [param(case) for case in read_cases(name)])
 
 
 def test_doctests():
@@ -55,22 +56,17 @@ def row(problem, answer, source="s"):
 # --- Reading files ----------------------------------------------------------------------------------------
 
 ROWS = [{"problem": "1+1?", "answer": "2"}, {"problem": "2+2 = ?", "answer": "4"}]
-LINES = "\r\n".join(map(json.dumps, ROWS)).encode() + b"\r\n\r\n"
-FORMATS = {"a.json": json.dumps(ROWS, indent=1).encode(), "oneline.json": json.dumps(ROWS).encode(),
-           "lines.json": LINES, "a.jsonl": LINES, "windows.jsonl": b"\xef\xbb\xbf" + LINES,
-           "a.csv": b"problem,answer\r\n1+1?,2\r\n2+2 = ?,4\r\n"}
-FORMATS |= {f"utf16{name[-6:]}": FORMATS[name].decode().encode("utf-16") for name in ("a.jsonl", "a.csv")}
 
 
-@pytest.mark.parametrize("name", [*FORMATS, "a.json.gz", "A.JSONL.GZ", "a.csv.gz", "a.parquet"])
-def test_every_format_gives_the_same_problems(tmp_path, name):
-    path = tmp_path / name
-    if name == "a.parquet":
-        table = pytest.importorskip("pyarrow").Table.from_pylist(ROWS)
-        pytest.importorskip("pyarrow.parquet").write_table(table, path)
-    else:
-        content = FORMATS[name.lower().removesuffix(".gz")]
-        path.write_bytes(gzip.compress(content) if name.lower().endswith(".gz") else content)
+def write_file(folder, case):
+    """The file that a case describes: its text encoded, packed as its name says, maybe cut short."""
+    path, content = folder / case["file"], text_of(case).encode(case.get("encoding", "utf-8"))
+    content = gzip.compress(content, 6) if path.suffix.lower() == ".gz" else content
+    path.write_bytes(content[:len(content) - case.get("cut", 0)])
+    return path
+
+
+def holds_two_problems(path):
     problems = data.load_problems(path)
     assert [(p.problem, p.answer) for p in problems] == [("1+1?", "2"), ("2+2 = ?", "4")]
     assert [p.id for p in problems] == [data.text_id("1+1?"), data.text_id("2+2 = ?")]
@@ -78,40 +74,34 @@ def test_every_format_gives_the_same_problems(tmp_path, name):
     assert [(r["source"], r["answer"]) for r in data.collect([f"amc={path}@1:2"])[0]] == [("amc", "4")]
 
 
-A, B = (json.dumps({"problem": text, "answer": "1"}).encode() for text in ("a, b", "e\nf"))
-NO_UTF8, LONG = b'{"problem": "\xff", "answer": "1"}', b'{"problem": "HUGE", "answer": "1"}'
-NOISE = random.Random(0).randbytes(50_000).replace(b"\n", b"\xff")
-PASSED_OVER = {  # file: (what stands in it with A and B, what is said of that); HUGE becomes 100 MB
-    "noise.jsonl": (b"\n".join([NOISE, A, NO_UTF8, B]), ["not JSON", "not UTF-8"]),
-    "noise.json": (b"[" + b", ".join([NO_UTF8, A, B]) + b"]", ["not UTF-8"]),
-    "ragged.csv": (b'problem,answer\n"a, b",1\nc,2,3\nd\n"e\nf",5\n', ["more fields", "no answer"]),
-    "deep.jsonl": (b"\n".join([A, b"[" * 100_000, b"9" * 5000, B]), ["not JSON", "not JSON"]),
-    "long.jsonl": (b"\n".join([A, LONG, B]), ["more than 200,000"]),
-    "long.json": (b"[" + b", ".join([A, LONG, B]) + b"]", ["more than 200,000"]),
-    "long.csv": (b'problem,answer\n"a, b",1\n"HUGE",1\n"e\nf",2\n', ["more than 200,000"])}
+@each_case("formats")
+def test_every_format_gives_the_same_problems(tmp_path, case):
+    holds_two_problems(write_file(tmp_path, case))
+
+
+def test_parquet_gives_the_same_problems(tmp_path):
+    table = pytest.importorskip("pyarrow").Table.from_pylist(ROWS)
+    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "a.parquet")
+    holds_two_problems(tmp_path / "a.parquet")
 
 
 @each_case("refused_files")
-def test_a_file_that_cannot_be_read_is_refused_by_its_name(tmp_path, case):
-    """Here archives are cut short."""
-    path = tmp_path / case["file"]
-    if "content" in case:
-        content = case["content"].encode()
-        path.write_bytes(gzip.compress(content)[:-20] if path.suffix == ".gz" else content)
+def test_a_file_that_cannot_be_read_is_refused_by_its_name_in_bounded_time_and_memory(tmp_path, case):
+    path = write_file(tmp_path, case) if {"text", "parts"} & case.keys() else tmp_path / case["file"]
+    tracemalloc.start()
+    begin = time.time()
     with pytest.raises(DataError, match=case["says"]) as caught:
         data.load_problems(path, **case.get("options", {}))
+    assert time.time() - begin < 20 and tracemalloc.get_traced_memory()[1] < 200 * 2**20
+    tracemalloc.stop()
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("long"))
-                                  for name in PASSED_OVER])
-def test_broken_and_endless_rows_are_reported_and_passed_over(tmp_path, name):
-    content, said = PASSED_OVER[name]
-    huge = b"x" * (20 if name == "long.csv" else 100) * 2**20
-    (tmp_path / name).write_bytes(content.replace(b"HUGE", huge))
-    rows, dropped = data.collect([tmp_path / name])
-    assert [r["problem"] for r in rows] == ["a, b", "e\nf"] and len(dropped) == len(said)
-    assert all(words in d["reason"] for words, d in zip(said, dropped))
+@each_case("passed_over_files")
+def test_broken_and_endless_rows_are_reported_and_passed_over(tmp_path, case):
+    rows, dropped = data.collect([write_file(tmp_path, case)])
+    assert [r["problem"] for r in rows] == ["a, b", "e\nf"] and len(dropped) == len(case["said"])
+    assert all(words in d["reason"] for words, d in zip(case["said"], dropped))
 
 
 @each_case("data_bad_rows")
@@ -126,22 +116,6 @@ def test_a_bad_row_or_placeholder_is_refused_by_line_and_cause(tmp_path, case):
     assert len(data.load_problems(path, on_bad=listed.append)) == 1 and words in listed[0]
     kept, dropped = data.collect([path])
     assert len(kept) == 1 and words in dropped[0]["reason"]
-
-
-@pytest.mark.parametrize("name, unit", [
-    ("b.json.gz", b" "), ("b.csv.gz", b"x"), ("b.jsonl.gz", b"x"), ("rows.csv.gz", b"a,1\n"),
-    ("rows.jsonl.gz", b'{"problem": "a", "answer": 1}\n'),
-    ("rows.json.gz", b'{"problem": "a", "answer": 1},')])
-def test_a_bomb_is_refused_in_bounded_time_and_memory(tmp_path, name, unit):
-    first = {"csv": b"problem,answer\n", "json": b"[", "jsonl": b""}[name.split(".")[1]]
-    with gzip.open(tmp_path / name, "wb", 6) as file:
-        file.write(first + unit * (160 * 2**20 // len(unit)))
-    tracemalloc.start()
-    begin = time.time()
-    with pytest.raises(DataError, match="unpacks to more than"):
-        data.load_problems(tmp_path / name)
-    assert time.time() - begin < 20 and tracemalloc.get_traced_memory()[1] < 200 * 2**20
-    tracemalloc.stop()
 
 
 def test_hub_names_work_in_training_and_in_a_build(tmp_path, monkeypatch):

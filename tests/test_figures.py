@@ -131,24 +131,14 @@ def test_moving_average(values, window):
     assert np.allclose(figures.moving_average(rise, window), rise)  # a steady rise is drawn where it is
 
 
-KINDS = {
-    "schedule": lambda d: [schedule(d)],
-    "short stages": lambda d: [schedule(d, "toy", (300, 2, 1), (300, 2, 1))],
-    "stages just begun": lambda d: [schedule(d, steps=(300, 3, 3), picked=(300, 3, None))],
-    "one step": lambda d: [made_up(d, steps=1)],
-    "long": lambda d: [made_up(d, steps=700, limit=24576)],
-    "nothing earned, nothing cut": lambda d: [made_up(d, reward=0.0, truncated=0.0, eval_reward=0.0)],
-    "two schedules": lambda d: [schedule(d / "a/a name that is just as long"), schedule(
-        d / "b/a name that is just as long", "aime24", (60, 50, 8), (50, 44, None))]}
-
-
-@pytest.mark.parametrize("kind", [
-    pytest.param(kind, marks=[pytest.mark.slow] * (kind != "stages just begun")) for kind in KINDS])
-def test_no_text_outside_the_picture_or_on_another(kind, tmp_path, monkeypatch):
+@each_case("pictured_runs")
+def test_no_text_outside_the_picture_or_on_another(case, tmp_path, monkeypatch):
     shown = {}
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: shown.update(
         {figure.get_suptitle(): drawn(figure)}))
-    folders = KINDS[kind](tmp_path / "run")
+    folders = [schedule(tmp_path / f"{k}/a name that is just as long", **how)
+               for k, how in enumerate(case.get("schedules", []))]
+    folders += [made_up(tmp_path / "run", **how) for how in case.get("runs", [])]
     for i, size in enumerate((1.5e9, 7e9)):
         result(folders[0] / f"m{i}.json", f"model {i}", size, math500=0.4, aime24=0.5)
     figures.draw(*map(str, folders))
@@ -165,7 +155,7 @@ def test_no_text_outside_the_picture_or_on_another(kind, tmp_path, monkeypatch):
             assert min(box.x0, box.y0, figure.bbox.x1 - box.x1, figure.bbox.y1 - box.y1) >= 0, (title, text)
         for (one, a), (two, b) in itertools.combinations(boxes, 2):
             assert not a.overlaps(b), (title, one, two)
-        if "stages" in kind and not re.search("Accuracy|turn", title):
+        if "stages" in case["name"] and not re.search("Accuracy|turn", title):
             names = {t for t, _ in boxes if t.startswith("stage")}
             assert names == {"stage1, 8,192", "stage2, 16,384", "stage3, 24,576"}  # however short the stage
 
@@ -217,24 +207,20 @@ def test_evaluations_and_other_models(tmp_path):
 
 # --- Damaged and missing input -----------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name, texts", [
-    ("metrics.jsonl", ['{"step": 3, "rew\n{}\n', "[1]\n", "9" * 5000 + "\n", "[" * 100_000 + "\n"]),
-    ("config.json", ["{"]), ("eval/x.json", ['{"b', "[" * 100_000]),
-    ("plan.json", ["{", "[]", "\0\xff", '{"stages": 3}'])])
-def test_damage_is_named_without_a_traceback(name, texts, tmp_path, capsys, monkeypatch):
+@each_case("damaged_runs")
+def test_damage_is_named_without_a_traceback(case, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(figures, "FIGURES", {"truncation": figures.FIGURES["truncation"]})
-    folder = made_up(tmp_path)
-    result(folder / "eval/x.json", "x", toy=0.5)
-    good = (folder / name).read_text() if name == "metrics.jsonl" else ""
-    for text in texts:
-        (folder / name).write_text(good + text)
-        if name == "plan.json":
-            with pytest.raises(SystemExit, match="plan"):
-                figures.main([str(folder)])
-        else:
-            figures.main([str(folder)])
-            told = capsys.readouterr()
-            assert name in told.err and "truncation.png" in told.out, text  # the rest is drawn
+    path = made_up(tmp_path) / case["file"]
+    result(tmp_path / "eval/x.json", "x", toy=0.5)
+    good = path.read_text() if path.name == "metrics.jsonl" else ""
+    path.write_text(good + text_of(case))
+    if path.name == "plan.json":
+        with pytest.raises(SystemExit, match="plan"):
+            figures.main([str(tmp_path)])
+    else:
+        figures.main([str(tmp_path)])
+        told = capsys.readouterr()
+        assert case["file"] in told.err and "truncation.png" in told.out  # the rest is drawn
 
 
 def test_odd_values_are_left_out(tmp_path):

@@ -285,18 +285,15 @@ def test_verdicts_do_not_depend_on_the_hash_seed(seed):
 
 # --- command line, the original grader ------------------------------------------------------------------
 
-@pytest.mark.parametrize("words, code, said", [
-    (["--answer", "\\dfrac12", "--gold", "0.5"], 0, ["reward   1.0", "equal"]),
-    (["--answer", "x+x", "--gold", "2x", "--problem", "Simplify $x+x$."], 0, ["reward   0.0", "restated"]),
-    (["rows.jsonl"], 0, ["1 of 2 right", "no_box"]), (["hole.jsonl"], 1, ["line 1"]),
-    (["none.jsonl"], 1, ["No such file"]), ([], 2, ["FILE.jsonl"])])
-def test_command_line(tmp_path, words, code, said):
+@each_case("grader_commands")
+def test_command_line(tmp_path, case):
     rows = [{"answer": "7", "gold": "7"}, {"response": "</think>7", "gold": "7"}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "hole.jsonl").write_text('{"answer": "7"}\n')
-    out = run([sys.executable, str(ROOT / "reward.py"), *words], check=False, cwd=tmp_path, real=True)
-    assert out.returncode == code and "Traceback" not in out.stderr
-    assert all(text in (out.stderr if code else out.stdout) for text in said)
+    command = [sys.executable, str(ROOT / "reward.py"), *case["words"]]
+    out = run(command, check=False, cwd=tmp_path, real=True)
+    assert out.returncode == case["code"] and "Traceback" not in out.stderr
+    assert all(text in (out.stderr if case["code"] else out.stdout) for text in case["said"])
 
 
 @each_case("grader_strict")
