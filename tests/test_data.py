@@ -15,7 +15,6 @@ import pytest
 from conftest import ROOT, make_tokenizer, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers.processors import TemplateProcessing
 
 import common
 import data
@@ -185,27 +184,14 @@ def test_hostile_texts_stay_cheap():
 
 # --- Prompts and batches ----------------------------------------------------------------------------------
 
-def test_prompt_is_problem_space_instruction_in_the_chat_format():
-    """The template writes the begin-of-text token, the tokenizer no second one. Long prompts are left out."""
+def test_long_prompts_are_left_out():
+    """What prompts look like stands in test_evaluate.py."""
     tokenizer = make_tokenizer()
-    tokenizer.add_special_tokens({"bos_token": "<bos>"})
-    begin = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])
-    tokenizer._tokenizer.post_processor = begin
-    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
-    ids = data.encode_prompt(tokenizer, "1+2?")
-    assert tokenizer.decode(ids) == f"<bos><user>1+2? {data.INSTRUCTION}<bot>"
-    assert ids.count(tokenizer.bos_token_id) == 1
-    plain = data.encode_prompt(tokenizer, "1+2?", chat=False)
-    assert tokenizer.decode(plain) == f"<bos>1+2? {data.INSTRUCTION}"
-    shown = data.encode_prompt(tokenizer, "1+2?", "", examples=[Problem("e", "2+2?", ["4", "four"])])
-    assert tokenizer.decode(shown) == "<bos><user>2+2?<user>\\boxed{4}<user>1+2?<bot>"
     items = [Problem("a", "1+2?", "3"), Problem("b", "1+2+3?", "6"), Problem("c", "1+2?", "3")]
+    ids = data.encode_prompt(tokenizer, "1+2?")
     assert data.encode_problems(items, tokenizer, len(ids)) == ([items[0], items[2]], [ids, ids], 1)
     with pytest.raises(DataError, match="all 3 prompts are longer.*--max_prompt_len"):
         data.encode_problems(items, tokenizer, len(ids) - 1)
-    tokenizer.chat_template = None
-    with pytest.raises(DataError, match="--no_chat"):
-        data.encode_prompt(tokenizer, "1+2?")
 
 
 @given(n=st.integers(1, 60), batch=st.integers(1, 20), seed=st.integers(0, 5), epoch=st.integers(0, 3))
@@ -323,10 +309,6 @@ def build_in(folder, *sources):
                    "--embedder", "none"])
 
 
-def rows_of(path):
-    return [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
-
-
 def test_build_removes_each_flaw_and_is_idempotent(tmp_path):
     small_world(tmp_path)
     seen = []
@@ -334,7 +316,7 @@ def test_build_removes_each_flaw_and_is_idempotent(tmp_path):
         build_in(tmp_path, *sources)  # once, again, and from its own output
         seen.append({p.name: p.read_bytes() for p in (tmp_path / "out").iterdir() if p.is_file()})
     assert seen[0] == seen[1] == seen[2]
-    rows, dropped = rows_of(tmp_path / "out/train.jsonl.gz"), rows_of(tmp_path / "out/dropped.jsonl.gz")
+    rows, dropped = ([*common.read_lines(f"{tmp_path}/out/{name}.jsonl.gz")] for name in ("train", "dropped"))
     assert len(rows) == 31 and list(rows[0]) == ["id", "problem", "answer", "source"]
     assert [r["id"] for r in rows] == sorted(data.text_id(r["problem"]) for r in rows)
     assert {r["answer"] for r in rows} == {str(k) for k in range(30)} | {"12"}

@@ -159,17 +159,20 @@ def test_where_each_style_looks_for_the_answer():
 def test_prompts_of_the_styles(tmp_path, case):
     """What cannot be asked is refused: all that the model should read counts, not the problem alone, which
     here has no blank to lose. No prompt begins with two begin-of-text tokens."""
-    tokenizer, name = make_tokenizer(), case.get("style", f"{tmp_path}/mine.txt")
+    kind, options = case.get("tokenizer"), case.get("options", {})
+    options |= {"examples": [data.Problem(**example) for example in case.get("examples", [])]}
+    tokenizer, name = make_tokenizer(kind != "no template"), case.get("style", f"{tmp_path}/mine.txt")
     (tmp_path / "mine.txt").write_text(case.get("template", ""))
-    if case.get("tokenizer") == "loses blanks":
+    if kind == "loses blanks":
         tokenizer._tokenizer.normalizer = normalizers.Replace(" ", "")
-    elif case.get("tokenizer") == "begins a text":
+    elif kind == "begins a text":
         tokenizer.add_special_tokens({"bos_token": "<bos>"})
+        tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
         tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
             single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])
     try:
         style = evaluate.load_style(name)
-        asked = evaluate.encode(style, [SEVEN], tokenizer, case.get("room", 500), **case.get("options", {}))
+        asked = evaluate.encode(style, [SEVEN], tokenizer, case.get("room", 500), **options)
     except ValueError as error:
         assert re.search(case["refused"], str(error))
     else:

@@ -266,7 +266,7 @@ def test_what_is_missing_is_said(tmp_path, capsys):
 
 # --- Transcripts -------------------------------------------------------------------------------------------
 
-HOSTILE = [case["value"] if "value" in case else text_of(case) for case in read_cases("hostile_transcripts")]
+HOSTILE = read_cases("hostile_transcripts")
 MATHML = set(figures.TAGS.pattern.split("|"))
 PLAIN = {"html", "meta", "title", "style", "h1", "p", "br", "input", "label", "details", "summary", "span",
          "article", "pre", "b", "code"}
@@ -297,7 +297,8 @@ def page_of(folder, rows=(), **how):
 
 
 def test_hostile_text_stays_text(tmp_path):
-    for i, text in enumerate(HOSTILE):
+    for i, case in enumerate(HOSTILE):
+        text = case["value"] if "value" in case else text_of(case)
         row = dict.fromkeys(sample(i, 0), text) | {"step": i, "verdict": text}
         write_gz(tmp_path / f"run/rollouts/{i:06d}.jsonl.gz", [row])
     rows = [{"id": "no sample"}, sample(0, 0, advantage=None)]
@@ -310,9 +311,8 @@ def test_hostile_text_stays_text(tmp_path):
     assert {name for tag, name in names if tag not in ("meta", "html", "input", "label")} == {"class"}
     policy = next(attributes for _, attributes in page.tags if "http-equiv" in attributes)
     assert policy["content"] == "default-src 'none'; style-src 'unsafe-inline'"
-    for text in ("<script>document.title='OWNED'</script>", "[U+D800] lone [U+DFFF] [U+0000] nul [U+001B]",
-                 "[U+202E] rev", "&lt;b&gt; &amp; &#x3c;", "${1} {run} {css} %s", "</details></article>"):
-        assert text in page.text
+    for case in HOSTILE:
+        assert case.get("shown", "") in page.text
     assert "[U+DCE9][U+202E]<b>/data" in page.text and "nan" not in page.text and "no sample" not in page.text
     assert len(page.answers) == len(HOSTILE) + 1 and "characters left out" not in page.text
     assert not re.search("[\0-\x08\x0b-\x1f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", page.source)
