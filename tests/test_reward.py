@@ -76,7 +76,8 @@ ATTACKS = [*map(text_of, read_cases("grader_attacks")), r"\cup".join(UNION)]
 
 
 def test_hostile_responses_and_answers(tmp_path, monkeypatch):
-    """None is paid, none raises, takes long or leaves a file; `7..` is 7 with a double full stop."""
+    """None is paid, none raises, leaves a file or takes long, be it a million characters; `7..` is 7 with a
+    double full stop."""
     monkeypatch.chdir(tmp_path)
     jobs = [(reward.explain, c["response"], c["gold"]) for c in ADVERSARIAL]
     jobs += [(reward.explain_answer, attack, "7") for attack in ATTACKS]
@@ -96,14 +97,6 @@ def test_attack_as_gold_and_answer():
         for answer in ("7", attack + "+1"):
             assert not reward.explain_answer(answer, attack).reason.startswith("error"), attack
         assert time.perf_counter() - start < 8, attack
-
-
-@pytest.mark.parametrize("text", ["0" * 10 ** 6 + "x", " " * 10 ** 6 + "x", "-" * 10 ** 6, "1," * 10 ** 6,
-                                  "$" * 10 ** 6], ids=lambda text: text[:2])
-def test_grade_is_linear_in_the_length(text):
-    start = time.perf_counter()
-    assert not reward.grade(text, "7") and not reward.grade("7", text)
-    assert time.perf_counter() - start < 2
 
 
 def test_a_long_sum_and_a_long_union_are_bounded_as_a_whole():
@@ -135,10 +128,8 @@ def test_odd_golds_and_responses_pay_nothing(response, gold):
     assert reward.compute_reward(response, gold) == 0.0 and reward.grade("8", gold) is False
 
 
-def test_golds_of_every_form_and_responses_without_a_thought():
-    assert reward.grade("7", 7) and reward.grade("7", 7.0) and reward.grade("7", ["6", "7"])
+def test_golds_that_json_cannot_hold_and_responses_without_a_thought():
     assert reward.grade("0.5", Fraction(1, 2)) and reward.grade("7", ("7\n",))
-    assert not reward.grade("7", ["6", "8"])
     assert reward.compute_reward("\\boxed{7}", "7", require_think=False) == 1.0
     assert reward.compute_reward("\\boxed{8}</think>\\boxed{7}", "7", require_think=False) == 1.0
 
