@@ -1,4 +1,6 @@
-"""data.py on small made cases with hand-known answers, on hostile files, and after a kill."""
+"""data.py on small made cases with hand-known answers, on hostile files, and after a kill.
+
+Cases that are only data stand in data/*.jsonl, one a line; other tests read theirs by `each_case` too."""
 import contextlib
 import doctest
 import functools

@@ -159,8 +159,8 @@ def test_where_each_style_looks_for_the_answer():
 def test_prompts_of_the_styles(tmp_path, case):
     """What cannot be asked is refused: all that the model should read counts, not the problem alone, which
     here has no blank to lose. No prompt begins with two begin-of-text tokens."""
-    kind, options = case.get("tokenizer"), case.get("options", {})
-    options |= {"examples": [data.Problem(**example) for example in case.get("examples", [])]}
+    kind, examples = case.get("tokenizer"), [data.Problem(**one) for one in case.get("examples", [])]
+    options = case.get("options", {}) | {"examples": examples}
     tokenizer, name = make_tokenizer(kind != "no template"), case.get("style", f"{tmp_path}/mine.txt")
     (tmp_path / "mine.txt").write_text(case.get("template", ""))
     if kind == "loses blanks":
