@@ -1,26 +1,45 @@
-"""data.py on small made cases with hand-known answers, on hostile files, and after a kill."""
+"""data.py on small made cases with hand-known answers, on hostile files, and after a kill.
+
+Cases that are only data stand in data/*.jsonl, one a line; other tests read theirs by `each_case` too."""
+import contextlib
 import doctest
 import functools
 import gzip
 import json
-import math
-import random
+import os
 import signal
 import time
 import tracemalloc
 import zlib
+from pathlib import Path
 
-import conftest
 import numpy as np
 import pytest
-from conftest import ROOT, launch, make_tokenizer, python, run, start
+from conftest import ROOT, make_tokenizer, start
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers.processors import TemplateProcessing
 
+import common
 import data
 import evaluate
 from data import DataError, Problem
+
+
+def read_cases(name):
+    return list(common.read_lines(str(ROOT / f"tests/data/{name}.jsonl")))
+
+
+def text_of(case):
+    """The text of a case, or a long one of its parts: [[text, how many times], ...]."""
+    return case["text"] if "text" in case else "".join(text * times for text, times in case["parts"])
+
+
+def each_case(name):
+    """Run a test on each case of tests/data/NAME.jsonl, which is called by the first value in its line."""
+    def param(case):
+        first = str(next(iter(case.values())))
+        return pytest.param(case, id=first[:70], marks=[pytest.mark.slow] * ("slow" in case))
+    return pytest.mark.parametrize("case", [param(case) for case in read_cases(name)])
 
 
 def test_doctests():
@@ -32,10 +51,6 @@ def write_jsonl(path, rows):
     return path
 
 
-def load_one(tmp_path, row, **how):
-    return data.load_problems(write_jsonl(tmp_path / "f.jsonl", [row]), **how)[0]
-
-
 def row(problem, answer, source="s"):
     return {"problem": problem, "answer": answer, "source": source, "where": "f, line 1"}
 
@@ -43,22 +58,17 @@ def row(problem, answer, source="s"):
 # --- Reading files ----------------------------------------------------------------------------------------
 
 ROWS = [{"problem": "1+1?", "answer": "2"}, {"problem": "2+2 = ?", "answer": "4"}]
-LINES = "\r\n".join(map(json.dumps, ROWS)).encode() + b"\r\n\r\n"
-FORMATS = {"a.json": json.dumps(ROWS, indent=1).encode(), "oneline.json": json.dumps(ROWS).encode(),
-           "lines.json": LINES, "a.jsonl": LINES, "windows.jsonl": b"\xef\xbb\xbf" + LINES,
-           "a.csv": b"problem,answer\r\n1+1?,2\r\n2+2 = ?,4\r\n"}
-FORMATS |= {f"utf16{name[-6:]}": FORMATS[name].decode().encode("utf-16") for name in ("a.jsonl", "a.csv")}
 
 
-@pytest.mark.parametrize("name", [*FORMATS, "a.json.gz", "A.JSONL.GZ", "a.csv.gz", "a.parquet"])
-def test_every_format_gives_the_same_problems(tmp_path, name):
-    path = tmp_path / name
-    if name == "a.parquet":
-        table = pytest.importorskip("pyarrow").Table.from_pylist(ROWS)
-        pytest.importorskip("pyarrow.parquet").write_table(table, path)
-    else:
-        content = FORMATS[name.lower().removesuffix(".gz")]
-        path.write_bytes(gzip.compress(content) if name.lower().endswith(".gz") else content)
+def write_file(folder, case):
+    """The file that a case describes: its text encoded, packed as its name says, maybe cut short."""
+    path, content = folder / case["file"], text_of(case).encode(case.get("encoding", "utf-8"))
+    content = gzip.compress(content, 6) if path.suffix.lower() == ".gz" else content
+    path.write_bytes(content[:len(content) - case.get("cut", 0)])
+    return path
+
+
+def holds_two_problems(path):
     problems = data.load_problems(path)
     assert [(p.problem, p.answer) for p in problems] == [("1+1?", "2"), ("2+2 = ?", "4")]
     assert [p.id for p in problems] == [data.text_id("1+1?"), data.text_id("2+2 = ?")]
@@ -66,77 +76,41 @@ def test_every_format_gives_the_same_problems(tmp_path, name):
     assert [(r["source"], r["answer"]) for r in data.collect([f"amc={path}@1:2"])[0]] == [("amc", "4")]
 
 
-A, B = (json.dumps({"problem": text, "answer": "1"}).encode() for text in ("a, b", "e\nf"))
-NO_UTF8, LONG = b'{"problem": "\xff", "answer": "1"}', b'{"problem": "HUGE", "answer": "1"}'
-NOISE = random.Random(0).randbytes(50_000).replace(b"\n", b"\xff")
-REFUSED = {  # file: (what is in it, what is said)
-    "none.json": (None, "no such file"), ".": (None, "directory"), "f.jsonl@x:y": (None, "START:STOP"),
-    "e.jsonl": (b"", "empty"), "e.json": (b"[]", "empty"), "p.parquet": (NOISE, "cannot be read"),
-    "z.jsonl.gz": (gzip.compress((A + b"\n") * 5000)[:-20], "cannot be read"),
-    "cut.json": (b"[" + A + b',\n {"pro', "cannot be read"),
-    "open.csv": (b'problem,answer\na,"1\nb,2\nc,3\n', "cannot be read .unexpected end"),
-    "twice.csv": (b"problem,answer,,answer,\na,1,,2,\n", "names a field twice: problem, answer, , answer"),
-    "columns.json": (b'{\n "problem": ["a", "b"],\n "answer": ["1", "2"]\n}', "row 0: problem is a list"),
-    "inner.json": (b'{\n "data": [{"problem": "a", "answer": "1"}]}', "fields data; .*--problem_field"),
-    "d.jsonl": (b'{"id": 1, "problem": "a", "answer": "1"}\n{"id": "1", "problem": "b", "answer": "2"}',
-                "line 2: duplicate id '1', first on line 1")}
-PASSED_OVER = {  # file: (what stands in it with A and B, what is said of that); HUGE becomes 100 MB
-    "noise.jsonl": (b"\n".join([NOISE, A, NO_UTF8, B]), ["not JSON", "not UTF-8"]),
-    "noise.json": (b"[" + b", ".join([NO_UTF8, A, B]) + b"]", ["not UTF-8"]),
-    "ragged.csv": (b'problem,answer\n"a, b",1\nc,2,3\nd\n"e\nf",5\n', ["more fields", "no answer"]),
-    "long.jsonl": (b"\n".join([A, LONG, B]), ["more than 200,000"]),
-    "long.json": (b"[" + b", ".join([A, LONG, B]) + b"]", ["more than 200,000"]),
-    "long.csv": (b'problem,answer\n"a, b",1\n"HUGE",1\n"e\nf",2\n', ["more than 200,000"])}
+@each_case("formats")
+def test_every_format_gives_the_same_problems(tmp_path, case):
+    holds_two_problems(write_file(tmp_path, case))
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_a_file_that_cannot_be_read_is_refused_by_its_name(tmp_path, name):
-    content, words = REFUSED[name]
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=words) as caught:
-        data.load_problems(tmp_path / name)
-    assert str(tmp_path / name) in str(caught.value)
+def test_parquet_gives_the_same_problems(tmp_path):
+    table = pytest.importorskip("pyarrow").Table.from_pylist(ROWS)
+    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "a.parquet")
+    holds_two_problems(tmp_path / "a.parquet")
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("long"))
-                                  for name in PASSED_OVER])
-def test_broken_and_endless_rows_are_reported_and_passed_over(tmp_path, name):
-    content, said = PASSED_OVER[name]
-    huge = b"x" * (20 if name == "long.csv" else 100) * 2**20
-    (tmp_path / name).write_bytes(content.replace(b"HUGE", huge))
-    rows, dropped = data.collect([tmp_path / name])
-    assert [r["problem"] for r in rows] == ["a, b", "e\nf"] and len(dropped) == len(said)
-    assert all(words in d["reason"] for words, d in zip(said, dropped))
+@each_case("refused_files")
+def test_a_file_that_cannot_be_read_is_refused_by_its_name_in_bounded_time_and_memory(tmp_path, case):
+    path = write_file(tmp_path, case) if {"text", "parts"} & case.keys() else tmp_path / case["file"]
+    tracemalloc.start()
+    begin = time.time()
+    with pytest.raises(DataError, match=case["says"]) as caught:
+        data.load_problems(path, **case.get("options", {}))
+    assert time.time() - begin < 20 and tracemalloc.get_traced_memory()[1] < 200 * 2**20
+    tracemalloc.stop()
+    assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("bad, words", [
-    ({"answer": "1"}, "no problem text"), ({"problem": "x"}, "no answer"), ([1, 2], "row is a list"),
-    ({"problem": " ", "answer": "1"}, "empty problem"), ({"problem": 5, "answer": "1"}, "problem is a int"),
-    ({"problem": ["a", "b"], "answer": 1}, "problem is a list"), ("7", "row is a int"), ("{", "not JSON"),
-    ({"problem": "x \ud800", "answer": "1"}, "not UTF-8"), ({"problem": "x \0", "answer": "1"}, "not UTF-8"),
-    ("\x00\x01\x02", "not JSON"), ("[" * 100_000, "not JSON"), ([{"problem": "a"}], "row is a list"),
-    ('{"problem": "x", "answer": NaN}', "it is empty"), ({"problem": "x", "answer": "[]"}, "it is empty"),
-    ({"problem": "[{'role': 'user', 'content': 1?}]", "answer": "1"}, "a chat as text that cannot be read"),
-    ({"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": " "}], "answer": "1"},
-     "a chat without a user turn"),
-    ('{"problem": "x", "answer": ' + "9" * 5000 + "}", "not JSON"),
-    *(({"prompt": [turn], "answer": "2"}, words) for turn, words in [
-        ({"role": "assistant", "content": "p"}, "a chat without a user turn"),
-        ({"role": "tool", "content": "p"}, "the role 'tool'"),
-        ({"role": "user", "content": [{"type": "image", "url": "u"}]}, "expected text")]),
-    *(({"problem": "x", "answer": value}, words) for value, words in [
-        ("", "no answer"), ([], "no answer"), (None, "no answer"), ({"a": 1}, "no answer"), (True, "bool"),
-        (math.inf, "finite"), ([["1"], ["2"]], "list")]),
-    *(({"problem": "x", "solution": text}, "no answer: none can be read") for text in [
-        "We are done.", "\\boxed{}", "\\boxed{B}", "The answer is N/A."]),
-    *(({"problem": "Find x.", "answer": text}, "no answer") for text in [
-        "notfound", "Not found", "nan", "NaN", "proof", "Proof.", "\\text{proof}", "N/A", "n/a",
-        "$\\text{N/A}$", "null", "?", "...", "see solution", "No answer", "not provided", "unknown",
-        "\\boxed{N/A}", '["notfound"]', "The answer is N/A."])], ids=lambda value: str(value)[:70])
-def test_a_bad_row_or_placeholder_is_refused_by_line_and_cause(tmp_path, bad, words):
+@each_case("passed_over_files")
+def test_broken_and_endless_rows_are_reported_and_passed_over(tmp_path, case):
+    rows, dropped = data.collect([write_file(tmp_path, case)])
+    assert [r["problem"] for r in rows] == ["a, b", "e\nf"] and len(dropped) == len(case["said"])
+    assert all(words in d["reason"] for words, d in zip(case["said"], dropped))
+
+
+@each_case("data_bad_rows")
+def test_a_bad_row_or_placeholder_is_refused_by_line_and_cause(tmp_path, case):
     """In training the file is refused, unless somebody decides otherwise; a build leaves the row out."""
-    path = write_jsonl(tmp_path / "f.jsonl", [{"problem": "ok", "answer": "1"}, bad])
+    words = case["words"]
+    path = write_jsonl(tmp_path / "f.jsonl", [{"problem": "ok", "answer": "1"}, case["row"]])
     with pytest.raises(DataError, match=r"f\.jsonl, line 2: ") as caught:
         data.load_problems(path)
     assert words in str(caught.value)
@@ -144,23 +118,6 @@ def test_a_bad_row_or_placeholder_is_refused_by_line_and_cause(tmp_path, bad, wo
     assert len(data.load_problems(path, on_bad=listed.append)) == 1 and words in listed[0]
     kept, dropped = data.collect([path])
     assert len(kept) == 1 and words in dropped[0]["reason"]
-
-
-@pytest.mark.parametrize("name, unit", [
-    ("b.json.gz", b" "), ("b.csv.gz", b"x"), ("b.jsonl.gz", b"x"), ("rows.csv.gz", b"a,1\n"),
-    ("rows.jsonl.gz", b'{"problem": "a", "answer": 1}\n'),
-    ("rows.json.gz", b'{"problem": "a", "answer": 1},')])
-def test_a_bomb_is_refused_in_bounded_time_and_memory(tmp_path, name, unit):
-    with gzip.open(tmp_path / name, "wb", 6) as file:
-        file.write(b"problem,answer\n" if "csv" in name else b"[" if name.endswith(".json.gz") else b"")
-        for _ in range(160):
-            file.write(unit * (2**20 // len(unit)))
-    tracemalloc.start()
-    begin = time.time()
-    with pytest.raises(DataError, match="unpacks to more than"):
-        data.load_problems(tmp_path / name)
-    assert time.time() - begin < 20 and tracemalloc.get_traced_memory()[1] < 200 * 2**20
-    tracemalloc.stop()
 
 
 def test_hub_names_work_in_training_and_in_a_build(tmp_path, monkeypatch):
@@ -182,100 +139,20 @@ def test_hub_names_work_in_training_and_in_a_build(tmp_path, monkeypatch):
 
 # --- Rows of other people's data --------------------------------------------------------------------------
 
-CHAT = [{"role": "user", "content": "p"}]
-ORZ = [{"from": "human", "value": "p"}, {"from": "assistant", "ground_truth": {"value": "7"}}]
-SHAPES = {  # whose: (a row, the answer that is read out of it)
-    "AIME": ({"problem": "p", "solution": "s", "answer": "60", "year": "1983", "difficulty": "4.0"}, "60"),
-    "AIME as CSV": ({"ID": "2020-I-1", "Question": "p", "Answer": 547}, "547"),
-    "AIME 2025": ({"prompt": "p", "answer": 70}, "70"),
-    "AMC": ({"problem": "p", "answer": 142.0, "url": "u", "difficulty": 2.0}, "142"),
-    "Minerva": ({"problem": "p", "solution": "s", "type": "t", "idx": 9, "answer": ["9.6\n"]}, "9.6"),
-    "Olympiad": ({"id": 1606, "context": None, "solution": ["s"], "problem": "p", "answer": ["$2$"]}, "$2$"),
-    "MATH": ({"problem": "p", "solution": "So $x = \\boxed{\\frac{1}{2}}$."}, "\\frac{1}{2}"),
-    "final_answer": ({"problem": "p", "solution": "s", "final_answer": "3", "level": "Level 5"}, "3"),
-    "two forms": ({"problem": "p", "answer": ["1", "2"]}, ["1", "2"]),
-    "placeholder": ({"problem": "p", "answer": "notfound", "solution": "So \\boxed{3}."}, "3"),
-    "vote": ({"problem": "p", "solutions": ["\\boxed{1}", "We are done.", "\\boxed{2}", "\\boxed{2}"]}, "2"),
-    "vote of values": ({"problem": "p", "solution": ["#### 3", "#### \\frac12", "#### 0.5"]}, "\\frac12"),
-    "verl": ({"prompt": [{"role": "user", "content": "p " + data.INSTRUCTION}], "data_source": "",
-              "reward_model": {"style": "rule", "ground_truth": "5"}}, "5"),
-    "Skywork-OR1": ({"prompt": json.dumps(CHAT), "reward_model": str({"ground_truth": '["1"]'})}, "1"),
-    "GSM8K": ({"question": "p", "answer": "48/2 = <<48/2=24>>24.\n24+48 = 72\n#### 72"}, "72"),
-    "MetaMath": ({"query": "p", "response": "1+1 = 2. The answer is: 2"}, "2"),
-    "input, output": ({"input": "p", "output": "4"}, "4"),
-    "Alpaca": ({"instruction": "p", "input": "", "output": "The answer is 4."}, "4"),
-    "messages": ({"messages": [*CHAT, {"role": "assistant", "content": "It is \\boxed{7}."}]}, "7"),
-    "ShareGPT": ({"conversations": [{"from": "human", "value": "p"}, {"from": "gpt", "value": "Answer: 7"}]},
-                 "7"),
-    "list of a chat": ({"prompt": [CHAT], "answer": "7"}, "7"), "ORZ": (ORZ, "7"),
-    "ORZ in a field": ({"conversations": ORZ}, "7"),
-    "array of pandas": ({"prompt": f"[{CHAT[0] | {'content': 'no'}}\n {CHAT[0]}]", "answer": "7"}, "7"),
-    "joined tables": ({"problem": math.nan, "question": "p", "answer": math.nan, "target": "7"}, "7"),
-    "a solution that is not needed": ({"problem": "p", "answer": "7", "solution": {"steps": ["\0"]}}, "7"),
-    "chat in a record": ({"prompt": {"messages": CHAT}, "answer": "7"}, "7"),
-    "parts": ({"prompt": [{"role": "user", "content": [{"type": "text", "text": "p"}]}], "answer": "7"}, "7")}
-GOLDS = {  # what stands in an answer: the gold
-    "so\n#### 1,080": "1,080", "#### The answer is 72": "72", "#### Final Answer\n5": "5", "['1']": "1",
-    "The answer is 2.": "2", "The answer is 3.5. Nice.": "3.5", "answer: 5": "5", "**Answer:** 7": "7",
-    "So the final answer is: $\\frac{3}{4}$.": "\\frac{3}{4}", "\\text{Answer: } 13": "13",
-    "答案：42": "42", "Answer: x = 2, y = 3": "x = 2, y = 3", "The answer is $2$ and $3$.": "2 and 3",
-    "the answer is therefore 1,024 apples, as claimed. Bye.": "1,024 apples",
-    "The answer is 0.333...": "0.333...", "Answer: 5\n\nWhy? Because.": "5", "<answer> 12 </answer>": "12",
-    "Final Answer: The final answer is $5$. I hope it is correct.": "5", "\\[ \\boxed{n=3} \\]": "n=3",
-    "\\boxed{1}, \\boxed{2} and \\boxed{3}": "1, 2, 3", "$\\boxed{1}$ or $\\fbox{2}$": "1, 2",
-    "<think>\\boxed{3}</think> Done.": "3", '["1"]': "1", "#### -3.5\n": "-3.5", '["\\frac12"]': "\\frac12",
-    '["\\\\frac{1}{2}", "0.5"]': ["\\frac{1}{2}", "0.5"], "[1, 2]": "[1, 2]", "[0,1)": "[0,1)", "-": "-",
-    "No solution": "No solution", "\\emptyset": "\\emptyset", "none": "none", "\\text{None}": "\\text{None}",
-    "undefined": "undefined", "x=3": "x=3"}
-SOLUTIONS = {  # a worked solution: its answer
-    "First \\boxed{3}, then \\boxed{\\frac{1}{2}}.": "\\frac{1}{2}", "So \\boxed{\\{1, 2\\}}": "\\{1, 2\\}",
-    "\\fbox{7} is it": "7", "\\boxed{25+312 = 337}": "337", "\\boxed{2x+y = 7}": "2x+y = 7",
-    "\\boxed{3 = x}": "3 = x", "\\boxed{\\textbf{(C)}\\ 6.5}": "6.5", "\\boxed{\\textbf{(051)}}": "051",
-    "\\boxed{\\frac{n^2}{4}\\textbf{ (E)}}": "\\frac{n^2}{4}", "Hence the answer is $17$.": "17",
-    "open \\boxed{3 and the answer is 4.": "4", "The final answer is: \\(x+1\\)": "x+1", "#### 72": "72",
-    "The sum is $8$, choice (C).\n\n\\boxed{C}": "8",
-    "So the value equals 12. Thus \\boxed{\\textbf{(B)}}.": "12"}
-
-
-@pytest.mark.parametrize("given_row, answer", [
-    *(pytest.param(*known, id=name) for name, known in SHAPES.items()),
-    *(pytest.param({"problem": "p", "answer": text}, gold, id=text) for text, gold in GOLDS.items()),
-    *(pytest.param({"problem": "p", "solution": text}, gold, id=text) for text, gold in SOLUTIONS.items())])
-def test_problems_and_answers_are_read_out_of_what_surrounds_them(tmp_path, given_row, answer):
-    item = load_one(tmp_path, given_row)
-    assert (item.problem, item.answer) == ("p", answer)
-
-
-def test_what_else_stands_in_a_row_is_put_to_the_problem_told_or_left_alone(tmp_path, capsys):
-    item = load_one(tmp_path, {"instruction": "Solve.", "input": "1+3?", "output": "4"})
-    assert (item.problem, item.answer) == ("Solve.\n1+3?", "4")
-    turns = [("system", "Rules."), ("user", "1?"), ("assistant", "1"), ("user", "2?"), ("assistant", "So")]
-    chat = [{"role": role, "content": content} for role, content in turns]
-    item = load_one(tmp_path, {"prompt": chat, "answer": "2"})
-    assert (item.problem, item.answer) == ("Rules.\n\n2?", "2")
+@each_case("data_rows")
+def test_problems_and_answers_are_read_out_of_what_surrounds_them(tmp_path, capsys, case):
+    """What else could belong to a problem is put to it or told."""
+    path, told = write_jsonl(tmp_path / "f.jsonl", [case["row"]]), case.get("told", [])
+    item, = data.load_problems(path, **case.get("options", {}))
+    assert (item.problem, item.answer) == (case.get("problem", "p"), case["gold"])
+    assert vars(item) == vars(item) | case.get("others", {})
     said = capsys.readouterr().out
-    assert "1 rows have a system turn" in said and "1 rows have several user turns" in said
-    load_one(tmp_path, {"problem": "p", "answer": "1", "choices": ["1", "2"], "image": None})
-    said = capsys.readouterr().out
-    assert "1 rows have a field 'choices', which is not put to the problem" in said and "image" not in said
-    odd = {"source": {"a": 1}, "difficulty": 1500, "solve_rate": "?", "id": [1]}
-    item = load_one(tmp_path, {"problem": "p", "answer": "1", **odd})
-    assert (item.source, item.difficulty, item.solve_rate, item.id) == ("", 1500, None, data.text_id("p"))
-    twice = write_jsonl(tmp_path / "t.jsonl", [ROWS[0], ROWS[0]])  # the same text is not the same id
+    assert said.count("\n") == len(told) and all(words in said for words in told)
+
+
+def test_a_text_may_stand_twice(tmp_path):
+    twice = write_jsonl(tmp_path / "f.jsonl", [ROWS[0], ROWS[0]])
     assert len({p.id for p in data.load_problems(twice)}) == 2
-
-
-def test_unknown_fields_can_be_named_and_answers_be_absent(tmp_path):
-    strange = {"task": "1+1?", "extra_info": {"result": "2"}}
-    with pytest.raises(DataError, match="has the fields task, extra_info; .*--problem_field"):
-        load_one(tmp_path, strange)
-    with pytest.raises(DataError, match="has the fields task, extra_info; .*--answer_field"):
-        load_one(tmp_path, strange, problem_field="Task")
-    with pytest.raises(DataError, match="has the fields problem, solution; .*--answer_field"):
-        load_one(tmp_path, {"problem": "p", "solution": "\\boxed{1}"}, answer_field="anser")
-    assert load_one(tmp_path, strange, problem_field="task", answer_field="extra_info.result").answer == "2"
-    assert load_one(tmp_path, {"task": "p"}, problem_field="task", need_answer=False).answer == ""
-    assert load_one(tmp_path, {"problem": "p", "answer": "N/A"}, need_answer=False).answer == ""
 
 
 def test_golds_are_read_once_before_training():
@@ -291,16 +168,10 @@ def test_golds_are_read_once_before_training():
     assert data.check_golds(many) is None and time.time() - start < 15
 
 
-@pytest.mark.parametrize("text, told", [
-    ("The last line of your response should be of the form Answer: $Answer where $Answer is it. 1+1?", 1),
-    ('Find x. Remember to put your answer on its own line after "Answer:".', 1),
-    ("Find x. Put it in <answer></answer> tags", 1), ("Find x. End with #### and the number.", 1),
-    ("Find x. Respond in JSON.", 1), ("Answer: [answer]. Find x.", 1),
-    ("Find x. Put your final answer within \\boxed{}.", 0),
-    ("Find x. Express your answer in the form $a+b$.", 0)])
-def test_a_prompt_that_asks_for_another_format_is_told(text, told):
-    warning = data.format_warning([Problem("a", text, "1"), Problem("b", "1+1?", "2")])
-    assert bool(warning) == bool(told) and (not told or "1 of 2 problems" in warning)
+@each_case("data_formats")
+def test_a_prompt_that_asks_for_another_format_is_told(case):
+    warning = data.format_warning([Problem("a", case["text"], "1"), Problem("b", "1+1?", "2")])
+    assert "1 of 2 problems" in warning if case["told"] else warning is None
 
 
 def test_hostile_texts_stay_cheap():
@@ -316,27 +187,14 @@ def test_hostile_texts_stay_cheap():
 
 # --- Prompts and batches ----------------------------------------------------------------------------------
 
-def test_prompt_is_problem_space_instruction_in_the_chat_format():
-    """The template writes the begin-of-text token, the tokenizer no second one. Long prompts are left out."""
+def test_long_prompts_are_left_out():
+    """What prompts look like stands in test_evaluate.py."""
     tokenizer = make_tokenizer()
-    tokenizer.add_special_tokens({"bos_token": "<bos>"})
-    begin = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])
-    tokenizer._tokenizer.post_processor = begin
-    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
-    ids = data.encode_prompt(tokenizer, "1+2?")
-    assert tokenizer.decode(ids) == f"<bos><user>1+2? {data.INSTRUCTION}<bot>"
-    assert ids.count(tokenizer.bos_token_id) == 1
-    plain = data.encode_prompt(tokenizer, "1+2?", chat=False)
-    assert tokenizer.decode(plain) == f"<bos>1+2? {data.INSTRUCTION}"
-    shown = data.encode_prompt(tokenizer, "1+2?", "", examples=[Problem("e", "2+2?", ["4", "four"])])
-    assert tokenizer.decode(shown) == "<bos><user>2+2?<user>\\boxed{4}<user>1+2?<bot>"
     items = [Problem("a", "1+2?", "3"), Problem("b", "1+2+3?", "6"), Problem("c", "1+2?", "3")]
+    ids = data.encode_prompt(tokenizer, "1+2?")
     assert data.encode_problems(items, tokenizer, len(ids)) == ([items[0], items[2]], [ids, ids], 1)
     with pytest.raises(DataError, match="all 3 prompts are longer.*--max_prompt_len"):
         data.encode_problems(items, tokenizer, len(ids) - 1)
-    tokenizer.chat_template = None
-    with pytest.raises(DataError, match="--no_chat"):
-        data.encode_prompt(tokenizer, "1+2?")
 
 
 @given(n=st.integers(1, 60), batch=st.integers(1, 20), seed=st.integers(0, 5), epoch=st.integers(0, 3))
@@ -363,30 +221,16 @@ def test_the_order_is_the_one_that_older_runs_have_seen_and_another_for_each_epo
 
 # --- Duplicates, benchmarks, what can be graded -----------------------------------------------------------
 
-OTHER, CLASH = "conflict, other source kept", "conflict unresolved"
-MERGED = [  # (problem, answer, source, what becomes of it); those of one line have the same embedding
-    [("Find $x + 1$.", "2", "still", "duplicate"), ("find  $x+1$", "2", "aime", "kept")],
-    [("Same?", "1", "still", OTHER), ("same", "5", "aime", "kept")],
-    [("Hole", "", "aime", "duplicate"), ("hole", "4", "still", "kept")],
-    [("Clash", "1", "math", CLASH), ("clash", "2", "math", CLASH)],
-    [("Three", "1", "math", CLASH), ("three", "1", "still", CLASH), ("three.", "2", "math", CLASH)],
-    [("Digits 1 23", "1", "s", "kept")], [("Digits 12 3", "1", "s", "kept")],
-    [("Compute $5!$", "1", "s", "kept")], [("Compute $5$", "1", "s", "kept")], [("alone", "9", "s", "kept")],
-    [("7 apples", "1", "still", "near duplicate"), ("seven: 7", "1", "aime", "kept")],  # reworded
-    [("2 cats", "3", "still", OTHER), ("two 2", "4", "aime", "kept")],  # answers differ: AIME is trusted
-    [("5 pears", "1", "math", CLASH), ("five 5", "2", "math", CLASH)],  # equal trust: nobody knows
-    [("9 nuts", "1", "math", "kept"), ("8 nuts", "2", "math", "near duplicate")]]  # other numbers
-
-
 def test_copies_near_duplicates_and_conflicts():
-    rank = {"aime": 0, "math": 1, "still": 2, "s": 3}
-    line = {problem: k for k, rows in enumerate(MERGED) for problem, *_ in rows}
-    vectors = np.eye(len(MERGED), dtype=np.float32)
-    rows = [row(*told[:3]) for rows in MERGED for told in rows]
+    """Problems of one group have the same embedding. AIME is trusted most."""
+    cases, rank = read_cases("data_merged"), {"aime": 0, "math": 1, "still": 2, "s": 3}
+    groups = list(dict.fromkeys(case["group"] for case in cases))
+    line = {case["problem"]: groups.index(case["group"]) for case in cases}
+    vectors = np.eye(len(groups), dtype=np.float32)
+    rows = [row(case["problem"], case["answer"], case["source"]) for case in cases]
     kept, dropped = data.merge_duplicates(rows, rank, lambda texts: vectors[[line[t] for t in texts]])
-    fates = [*((r, "kept") for r in kept), *((d, d["reason"]) for d in dropped)]
-    fates = sorted((r["problem"], r["answer"], r["source"], fate) for r, fate in fates)
-    assert fates == sorted(told for rows in MERGED for told in rows)
+    fates = {r["problem"]: "kept" for r in kept} | {d["problem"]: d["reason"] for d in dropped}
+    assert fates == {case["problem"]: case["fate"] for case in cases} and len(kept + dropped) == len(cases)
     assert next(d for d in dropped if d["problem"] == "2 cats")["match"]["cosine"] == 1.0
 
 
@@ -438,28 +282,12 @@ def test_benchmark_problems_are_removed_and_their_match_listed():
         ("b1", "10-grams"), ("b1", "embedding"), ("b2", "10-grams")]
 
 
-MENDS = {"f": {"answer": None, "why": "a count"}, "g": {"answer": ["3:30 PM", "3:30"], "why": "clock"},
-         "h": {"answer": "7", "why": "known"}}
-
-
-@pytest.mark.parametrize("problem, answer, becomes", [
-    *(("Find x.", answer, "no answer in it") for answer in [
-        "", "see solution", "\\text{Proof omitted}", "Answers may vary"]),
-    *(("Find x.", answer, "several parts") for answer in ["(a) 3; (b) 4", "1) 3 2) 4", "(i) yes (ii) no"]),
-    *(("Find x.", answer, "the grader cannot parse it") for answer in ["3 \\mid a_0", "\\frac{1}{2"]),
-    ("Find x.", "1" * 301, "answer longer than 300 characters"), ("Show that 1 < 2.", "1", "proof"),
-    ("Prove that 1 < 2.", "None", "no answer in it"),
-    ("Then $n=\\boxed{120}$.", "120", "the problem gives its answer away"),
-    ("How many? Answer: 28182.", "28182", "the problem gives its answer away"),
-    ("f", "3/2", "a count"), ("g", "1.5", ["3:30 PM", "3:30"]), ("h", "", "7"),
-    *((problem, answer, answer) for problem, answer in [
-        ("Find the key $\\boxed{x^2}$.", "4"), ("Which are prime?", "None"), ("Prove or find x.", "(a, b)"),
-        ("Find x.", ["1", "2"]), ("Find x.", "\\text{no solution}"), ("Find x.", "(1, 2), (2, 1)"),
-        ("a", "\\frac{1}{2}"), ("c", "(3, \\frac{\\pi}{2})"), ("d", ["1", "one"])])])
-def test_what_nobody_can_grade_goes_and_known_errors_are_corrected(problem, answer, becomes):
+@each_case("data_gradable")
+def test_what_nobody_can_grade_goes_and_known_errors_are_corrected(case):
     """What becomes of an answer: it stays, another stands in its place, or the row goes and says why."""
-    kept, dropped = data.keep_gradable([row(problem, answer)], {data.text_id(k): m for k, m in MENDS.items()})
-    assert [r["answer"] for r in kept] + [d["reason"] for d in dropped] == [becomes]
+    known = {data.text_id(case["problem"]): case["mend"]} if "mend" in case else {}
+    kept, dropped = data.keep_gradable([row(case["problem"], case["answer"])], known)
+    assert [r["answer"] for r in kept] + [d["reason"] for d in dropped] == [case["becomes"]]
 
 
 # --- The whole build --------------------------------------------------------------------------------------
@@ -478,18 +306,12 @@ def small_world(folder):
     write_jsonl(folder / "holes.jsonl", [{"problem": "x", "answer": "notfound"}])
 
 
-OPTIONS = ["--out", "out/train.jsonl.gz", "--against", "bench.jsonl", "--embedder", "none"]
+def build_in(folder, *sources):
+    with contextlib.chdir(folder):
+        data.main(["build", *sources, "--out", "out/train.jsonl.gz", "--against", "bench.jsonl",
+                   "--embedder", "none"])
 
 
-def build_in(folder, *words, check=True):
-    return run([*python(), str(ROOT / "data.py"), "build", *words, *OPTIONS], cwd=folder, check=check)
-
-
-def rows_of(path):
-    return [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
-
-
-@pytest.mark.slow
 def test_build_removes_each_flaw_and_is_idempotent(tmp_path):
     small_world(tmp_path)
     seen = []
@@ -497,23 +319,24 @@ def test_build_removes_each_flaw_and_is_idempotent(tmp_path):
         build_in(tmp_path, *sources)  # once, again, and from its own output
         seen.append({p.name: p.read_bytes() for p in (tmp_path / "out").iterdir() if p.is_file()})
     assert seen[0] == seen[1] == seen[2]
-    rows, dropped = rows_of(tmp_path / "out/train.jsonl.gz"), rows_of(tmp_path / "out/dropped.jsonl.gz")
+    rows, dropped = ([*common.read_lines(f"{tmp_path}/out/{name}.jsonl.gz")] for name in ("train", "dropped"))
     assert len(rows) == 31 and list(rows[0]) == ["id", "problem", "answer", "source"]
     assert [r["id"] for r in rows] == sorted(data.text_id(r["problem"]) for r in rows)
     assert {r["answer"] for r in rows} == {str(k) for k in range(30)} | {"12"}
     assert sorted((d["step"], d["reason"].split(":")[0]) for d in dropped) == [
         ("benchmarks", "10-grams"), ("collect", "bad row"), ("collect", "bad row"), ("collect", "bad row"),
-        ("duplicates", OTHER), ("duplicates", "duplicate")]
+        ("duplicates", "conflict, other source kept"), ("duplicates", "duplicate")]
     assert all(d["where"] for d in dropped)
     assert "| duplicates | 34     | 32    |" in (tmp_path / "out/DATASHEET.md").read_text()
 
 
-def build_slowly(log, seconds, out):
-    """In a process of its own: a build whose embedder takes its time and writes down what it was given."""
+def build_and_die(most, log, out):
+    """In a process of its own: a build whose embedder writes down what it is asked, and kills it at last."""
     def embedder(texts):
-        time.sleep(float(seconds))
         with open(log, "a") as file:
             file.writelines(text + "\n" for text in texts)
+        if Path(log).read_text().count("\n") > int(most):
+            os.kill(os.getpid(), signal.SIGKILL)
         rows = np.stack([np.random.default_rng(zlib.crc32(text.encode())).normal(size=32) for text in texts])
         return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
@@ -523,24 +346,15 @@ def build_slowly(log, seconds, out):
 
 
 @pytest.mark.slow
-def test_build_is_resumed_after_a_kill(tmp_path):
+def test_a_killed_build_goes_on(tmp_path):
     small_world(tmp_path)
-    words = [build_slowly.__module__, "build_slowly", "log", "0.5", "out/train.jsonl.gz"]
-    process = launch([*python(), conftest.__file__, *words], cwd=tmp_path)
-    deadline = time.time() + 60
-    while not (tmp_path / "out/.embeddings.npz").exists() and time.time() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "out/train.jsonl.gz").exists()
-    before = (tmp_path / "log").read_text().splitlines()
-    with np.load(tmp_path / "out/.embeddings.npz") as store:
-        saved = len(store["ids"])
-    assert 8 <= saved <= len(before) < 30
-    start(build_slowly, "log", 0, "out/train.jsonl.gz", cwd=tmp_path)
-    after = (tmp_path / "log").read_text().splitlines()[len(before):]
-    assert not set(after) & set(before[:saved])  # nothing finished is computed twice
-    start(build_slowly, "log2", 0, "fresh/train.jsonl.gz", cwd=tmp_path)
+    killed = start(build_and_die, 16, "log", "out/train.jsonl.gz", cwd=tmp_path, check=False)
+    assert killed.returncode == -signal.SIGKILL and not (tmp_path / "out/train.jsonl.gz").exists()
+    start(build_and_die, 99, "log", "out/train.jsonl.gz", cwd=tmp_path)
+    asked = (tmp_path / "log").read_text().splitlines()
+    assert not set(asked[:16]) & set(asked[16:])  # what was finished is not computed again
+    start(build_and_die, 99, "log2", "fresh/train.jsonl.gz", cwd=tmp_path)
+    assert set((tmp_path / "log2").read_text().splitlines()) == set(asked)
     for name in ("train.jsonl.gz", "dropped.jsonl.gz"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "fresh" / name).read_bytes()
 
@@ -553,16 +367,15 @@ def test_a_build_with_characters_that_cannot_be_written_and_a_damaged_cache(tmp_
     assert "| x\\ud800\\| y " in (tmp_path / "DATASHEET.md").read_text()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("words, said", [
     (["aime.jsonl", "still.json", "--strict"], "still.json, row 23"), (["none.json"], "no such file"),
     (["holes.jsonl"], "no row is left"), (["aime.jsonl", "--notes", "no.md"], "no.md"),
     (["aime.jsonl", "--corrections", "aime.jsonl"], "aime.jsonl, line 1: expected an object with id, was")])
-def test_builds_that_cannot_be(tmp_path, words, said):
+def test_builds_that_cannot_be(tmp_path, capsys, words, said):
     small_world(tmp_path)
-    told = build_in(tmp_path, *words, check=False)
-    assert told.returncode == 2 and said in told.stderr and "Traceback" not in told.stderr
-    assert not (tmp_path / "out/train.jsonl.gz").exists()
+    with pytest.raises(SystemExit, match="2"):
+        build_in(tmp_path, *words)
+    assert said in capsys.readouterr().err and not (tmp_path / "out/train.jsonl.gz").exists()
 
 
 # --- Selection, and what is committed ---------------------------------------------------------------------

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import time
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch.distributed as dist
 from conftest import ROOT, command, launch, make_model, make_tokenizer, metrics, python, run, save_model
+from test_data import each_case
 from tokenizers import normalizers, processors
 
 import common
@@ -153,47 +155,29 @@ def test_where_each_style_looks_for_the_answer():
     assert row["response_tokens"] == len(tokenizer("code \\boxed{7}")["input_ids"]) and row["sample"] == 3
 
 
-def test_prompts_of_the_styles(tmp_path):
-    """The words of each; what cannot be asked is refused. All that the model should read counts, not the
-    problem alone, which here has no blank to lose."""
-    tokenizer, mine = make_tokenizer(), tmp_path / "mine.txt"
-
-    def text(name, room=500, **options):
-        style = evaluate.load_style(str(name))
-        return tokenizer.decode(evaluate.encode(style, [SEVEN], tokenizer, room, **options)[1][0])
-
-    def refused(words, name, **options):
-        with pytest.raises(ValueError, match=words):
-            text(name, **options)
-
-    assert text("r1") == "<user>3+4? " + data.INSTRUCTION + "<bot>" == text("plain", vocabulary=106)
-    assert text("plain", instruction="Box it.") == "<user>3+4? Box it.<bot>"
-    assert text("qwen-math").startswith("<|im_start|>system\nPlease reason")
-    assert text("rstar").startswith("<|user|>:\n3+4?\n<|assistant|>: Let's think step by step")
-    mine.write_text("Q: {problem} Use {braces} freely.\nA: <think>")
-    assert text(mine) == "Q: 3+4? Use {braces} freely.\nA: <think>"
-    assert evaluate.load_style(str(mine)).think and not evaluate.load_style("plain").think
-    refused("--instruction", mine, instruction="Box it.")
-    refused("longer than 3 tokens", mine, room=3)
-    refused("the model has 90 embeddings", "plain", vocabulary=90)
-    refused("r1, plain, qwen-math, rstar", "nonsense")
-    mine.write_text("no place for it")
-    refused("exactly once", mine)
-    tokenizer._tokenizer.normalizer = normalizers.Replace(" ", "")
-    for style, given in (("plain", {}), ("plain", {"chat": False}), ("qwen-math", {})):
-        refused("does not give text back.*becomes", style, **given)
-    assert text("plain", instruction="")
-
-
-@pytest.mark.parametrize("template", ["<bos>Q: {problem}", "\n<bos>Q: {problem}", "Q: {problem}"])
-def test_a_style_file_with_the_begin_of_text_token_gets_no_second_one(template):
-    tokenizer = make_tokenizer()
-    tokenizer.add_special_tokens({"bos_token": "<bos>"})
-    bos = tokenizer.bos_token_id
-    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", bos)])
-    ids = evaluate.encode(evaluate.Style(template, False), [SEVEN], tokenizer, 100)[1][0]
-    assert tokenizer("a")["input_ids"][0] == bos and ids.count(bos) == 1
+@each_case("prompts")
+def test_prompts_of_the_styles(tmp_path, case):
+    """What cannot be asked is refused: all that the model should read counts, not the problem alone, which
+    here has no blank to lose. No prompt begins with two begin-of-text tokens."""
+    kind, examples = case.get("tokenizer"), [data.Problem(**one) for one in case.get("examples", [])]
+    options = case.get("options", {}) | {"examples": examples}
+    tokenizer, name = make_tokenizer(kind != "no template"), case.get("style", f"{tmp_path}/mine.txt")
+    (tmp_path / "mine.txt").write_text(case.get("template", ""))
+    if kind == "loses blanks":
+        tokenizer._tokenizer.normalizer = normalizers.Replace(" ", "")
+    elif kind == "begins a text":
+        tokenizer.add_special_tokens({"bos_token": "<bos>"})
+        tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+        tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])
+    try:
+        style = evaluate.load_style(name)
+        asked = evaluate.encode(style, [SEVEN], tokenizer, case.get("room", 500), **options)
+    except ValueError as error:
+        assert re.search(case["refused"], str(error))
+    else:
+        assert tokenizer.decode(asked[1][0]) == case["prompt"]
+        assert style.think == case.get("think", style.think)
 
 
 # ----- Whole runs ------------------------------------------------------------------------------------------
@@ -346,8 +330,6 @@ def test_a_reward_of_ones_own(tiny, tmp_path, here, monkeypatch):
     assert b["rewards"]["s0"] == pytest.approx(0.37) and b["per_problem"]["s0"] == 0
     assert b["pass@1"] == pytest.approx(np.mean([r["reward"] for r in rows]))
     assert b["verdicts"] == {"scored": 20} and result["protocol"]["reward"] == "ownreward:short"
-    text = evaluate.compare(result, {**result, "protocol": {**result["protocol"], "reward": None}})
-    assert "CAUTION" in text and "reward 'ownreward:short' -> None" in text
     assert "0 verdicts changed" in here("--regrade", tmp_path / "x.json")
     said = here(*options(tiny, bench, tmp_path / "none", "--reward", "ownreward:broken"), code=2)
     assert "ownreward:broken failed on s2" in said and not (tmp_path / "none/x.json").exists()
@@ -403,17 +385,12 @@ def test_the_shipped_benchmarks():
     assert {*evaluate.FIVE} < {*sizes}
 
 
-@pytest.mark.parametrize("content, says", [
-    ("", "not JSON"), ([1], "TypeError"), ({"name": "x"}, "protocol"),
-    ({"name": "x", "benchmarks": {}, "protocol": {}}, "template"),
-    *(({"name": "x", "benchmarks": {"a": b}, "protocol": PROTOCOL}, says) for b, says in [
-        ({"n": 1, "problems": 1}, "per_problem"), ({"per_problem": {}, "rewards": {"p": None}}, "NoneType"),
-        ({"per_problem": {}, "rewards": {}}, "pass@1")])])
-def test_broken_result_files(tmp_path, content, says, here):
-    (tmp_path / "x.json").write_text(content and json.dumps(content))
+@each_case("broken_results")
+def test_broken_result_files(tmp_path, case, here):
+    (tmp_path / "x.json").write_text(case["content"] and json.dumps(case["content"]))
     for option in ("--table", "--regrade"):
         said = here(option, tmp_path / "x.json", code=2)
-        assert "x.json is no result" in said and says in said
+        assert "x.json is no result" in said and case["says"] in said
 
 
 def result(name, counts, bench="aime24", **protocol):
@@ -448,17 +425,6 @@ def test_table_layout():
     published = common.read_json(evaluate.ASSETS / "published.json").values()
     means = [round(np.mean(list(v.values())), 1) for v in published if len(v) == 5]
     assert means == [43.8, 48.9, 50.9, 48.9, 51.6, 56.9]
-
-
-@pytest.mark.parametrize("argv, says", [
-    ("", "--model is missing"), ("--compare a.json", "two results"), ("--limit -1", "--limit"),
-    ("--benchmarks aime24 x/aime24.jsonl --table a", "twice"), ("--model m --top_p 0", "--top_p"),
-    ("--model m --temperature 0", "--n 1"), ("--model m --name a/b", "--name"),
-    ("--benchmark x", "did you mean --benchmarks")])
-def test_bad_options(argv, says, capsys):
-    with pytest.raises(SystemExit):
-        evaluate.parse_args(argv.split())
-    assert says in capsys.readouterr().err
 
 
 def test_names_of_checkpoints():

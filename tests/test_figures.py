@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from test_data import each_case, read_cases, text_of
 
 import figures
 from common import json_lines
@@ -130,24 +131,14 @@ def test_moving_average(values, window):
     assert np.allclose(figures.moving_average(rise, window), rise)  # a steady rise is drawn where it is
 
 
-KINDS = {
-    "schedule": lambda d: [schedule(d)],
-    "short stages": lambda d: [schedule(d, "toy", (300, 2, 1), (300, 2, 1))],
-    "stages just begun": lambda d: [schedule(d, steps=(300, 3, 3), picked=(300, 3, None))],
-    "one step": lambda d: [made_up(d, steps=1)],
-    "long": lambda d: [made_up(d, steps=700, limit=24576)],
-    "nothing earned, nothing cut": lambda d: [made_up(d, reward=0.0, truncated=0.0, eval_reward=0.0)],
-    "two schedules": lambda d: [schedule(d / "a/a name that is just as long"), schedule(
-        d / "b/a name that is just as long", "aime24", (60, 50, 8), (50, 44, None))]}
-
-
-@pytest.mark.parametrize("kind", [
-    pytest.param(kind, marks=[pytest.mark.slow] * (kind != "stages just begun")) for kind in KINDS])
-def test_no_text_outside_the_picture_or_on_another(kind, tmp_path, monkeypatch):
+@each_case("pictured_runs")
+def test_no_text_outside_the_picture_or_on_another(case, tmp_path, monkeypatch):
     shown = {}
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: shown.update(
         {figure.get_suptitle(): drawn(figure)}))
-    folders = KINDS[kind](tmp_path / "run")
+    folders = [schedule(tmp_path / f"{k}/a name that is just as long", **how)
+               for k, how in enumerate(case.get("schedules", []))]
+    folders += [made_up(tmp_path / "run", **how) for how in case.get("runs", [])]
     for i, size in enumerate((1.5e9, 7e9)):
         result(folders[0] / f"m{i}.json", f"model {i}", size, math500=0.4, aime24=0.5)
     figures.draw(*map(str, folders))
@@ -164,7 +155,7 @@ def test_no_text_outside_the_picture_or_on_another(kind, tmp_path, monkeypatch):
             assert min(box.x0, box.y0, figure.bbox.x1 - box.x1, figure.bbox.y1 - box.y1) >= 0, (title, text)
         for (one, a), (two, b) in itertools.combinations(boxes, 2):
             assert not a.overlaps(b), (title, one, two)
-        if "stages" in kind and not re.search("Accuracy|turn", title):
+        if "stages" in case["name"] and not re.search("Accuracy|turn", title):
             names = {t for t, _ in boxes if t.startswith("stage")}
             assert names == {"stage1, 8,192", "stage2, 16,384", "stage3, 24,576"}  # however short the stage
 
@@ -216,24 +207,20 @@ def test_evaluations_and_other_models(tmp_path):
 
 # --- Damaged and missing input -----------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name, texts", [
-    ("metrics.jsonl", ['{"step": 3, "rew\n{}\n', "[1]\n", "9" * 5000 + "\n", "[" * 100_000 + "\n"]),
-    ("config.json", ["{"]), ("eval/x.json", ['{"b', "[" * 100_000]),
-    ("plan.json", ["{", "[]", "\0\xff", '{"stages": 3}'])])
-def test_damage_is_named_without_a_traceback(name, texts, tmp_path, capsys, monkeypatch):
+@each_case("damaged_runs")
+def test_damage_is_named_without_a_traceback(case, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(figures, "FIGURES", {"truncation": figures.FIGURES["truncation"]})
-    folder = made_up(tmp_path)
-    result(folder / "eval/x.json", "x", toy=0.5)
-    good = (folder / name).read_text() if name == "metrics.jsonl" else ""
-    for text in texts:
-        (folder / name).write_text(good + text)
-        if name == "plan.json":
-            with pytest.raises(SystemExit, match="plan"):
-                figures.main([str(folder)])
-        else:
-            figures.main([str(folder)])
-            told = capsys.readouterr()
-            assert name in told.err and "truncation.png" in told.out, text  # the rest is drawn
+    path = made_up(tmp_path) / case["file"]
+    result(tmp_path / "eval/x.json", "x", toy=0.5)
+    good = path.read_text() if path.name == "metrics.jsonl" else ""
+    path.write_text(good + text_of(case))
+    if path.name == "plan.json":
+        with pytest.raises(SystemExit, match="plan"):
+            figures.main([str(tmp_path)])
+    else:
+        figures.main([str(tmp_path)])
+        told = capsys.readouterr()
+        assert case["file"] in told.err and "truncation.png" in told.out  # the rest is drawn
 
 
 def test_odd_values_are_left_out(tmp_path):
@@ -279,15 +266,7 @@ def test_what_is_missing_is_said(tmp_path, capsys):
 
 # --- Transcripts -------------------------------------------------------------------------------------------
 
-HOSTILE = [
-    "<script>document.title='OWNED'</script>", "</script><img src=x onerror=alert(1)>", "<!--<script>",
-    "--> ]]> </title></style></details></article>", "<svg onload=alert(1)>", "$<img src=x onerror=alert(1)>$",
-    r"\(\href{javascript:alert(1)}{click}\)", r"$\text{&lt;script&gt;&#x202e;}$ $\style{color:red}{x}$",
-    "\ud800 lone \udfff \x00 nul \x1b[31m \r", "\u2028\u2029 \u202e reversed \u2066", "${1} {run} {css} %s",
-    "a" * 300_000, "\u0335" * 3000, "{" * 9000, "$" + "{" * 900 + "$", "$" * 20_000, r"\[" * 20_000,
-    r"\(" * 20_000, r"\boxed{" * 5000, r"\begin{array}" * 3000, "$f" + "'" * 800 + "$", None, ["a"], {"b": 1},
-    "$" + r"\frac" * 160 + "$", "$$" + r"\frac{1}{" * 300 + "x" + "}" * 300 + "$$", "&lt;b&gt; &amp; &#x3c;",
-    r"$\def\a{xx}\def\b{\a\a\a}\b$", r"$\phantom{hidden}\hspace{-99em}\rlap{x}\raise{9em}{x}$"]
+HOSTILE = read_cases("hostile_transcripts")
 MATHML = set(figures.TAGS.pattern.split("|"))
 PLAIN = {"html", "meta", "title", "style", "h1", "p", "br", "input", "label", "details", "summary", "span",
          "article", "pre", "b", "code"}
@@ -318,7 +297,8 @@ def page_of(folder, rows=(), **how):
 
 
 def test_hostile_text_stays_text(tmp_path):
-    for i, text in enumerate(HOSTILE):
+    for i, case in enumerate(HOSTILE):
+        text = case["value"] if "value" in case else text_of(case)
         row = dict.fromkeys(sample(i, 0), text) | {"step": i, "verdict": text}
         write_gz(tmp_path / f"run/rollouts/{i:06d}.jsonl.gz", [row])
     rows = [{"id": "no sample"}, sample(0, 0, advantage=None)]
@@ -331,9 +311,8 @@ def test_hostile_text_stays_text(tmp_path):
     assert {name for tag, name in names if tag not in ("meta", "html", "input", "label")} == {"class"}
     policy = next(attributes for _, attributes in page.tags if "http-equiv" in attributes)
     assert policy["content"] == "default-src 'none'; style-src 'unsafe-inline'"
-    for text in ("<script>document.title='OWNED'</script>", "[U+D800] lone [U+DFFF] [U+0000] nul [U+001B]",
-                 "[U+202E] rev", "&lt;b&gt; &amp; &#x3c;", "${1} {run} {css} %s", "</details></article>"):
-        assert text in page.text
+    for case in HOSTILE:
+        assert case.get("shown", "") in page.text
     assert "[U+DCE9][U+202E]<b>/data" in page.text and "nan" not in page.text and "no sample" not in page.text
     assert len(page.answers) == len(HOSTILE) + 1 and "characters left out" not in page.text
     assert not re.search("[\0-\x08\x0b-\x1f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", page.source)
@@ -379,28 +358,17 @@ def test_samples_are_taken_evenly_and_damage_costs_only_itself(tmp_path, capsys)
         assert path.name in capsys.readouterr().err
 
 
-def test_formulas_become_mathml_and_money_does_not(tmp_path):
-    text = (r"<think>$x=\frac12$, $$\sum_{k=1}^{n}k^2$$ \[\begin{pmatrix}1&2\\3&4\end{pmatrix}\]</think>"
-            r"costs $5 and $6, $5 and 6$, \$7, US$5-$10. $a_1^2\le\sqrt[3]{2}$ $\nosuch{x}$ \(\boxed{3}\)")
-    source = page_of(tmp_path, [sample(1, 0, text, answer=r"\frac{1}{3}")]).source
-    for part in ("<mfrac><mn>1</mn><mn>2</mn></mfrac>", '<math display="block">', "<mtable>", "<mroot>",
-                 "<munderover><mo>∑</mo>", "<menclose>", "Wanted: <math", r"<code>$\nosuch{x}$</code>",
-                 "<msubsup><mi>a</mi><mn>1</mn><mn>2</mn></msubsup>",
-                 r"costs $5 and $6, $5 and 6$, \$7, US$5-$10. <math"):
-        assert part in source, part
+@each_case("formulas")
+def test_formulas_become_mathml_and_money_does_not(tmp_path, case):
+    source = page_of(tmp_path, [sample(1, 0, case["text"], answer=r"\frac{1}{3}")]).source
+    assert all(part in source for part in [*case["shown"], "Wanted: <math"])
 
 
-ODD = 'onclick="x" style="x" href="x" class="x" width="-99em" mathcolor="red" stretchy="false"'
-
-
-@pytest.mark.parametrize("inside, safe", [
-    ("><script>x</script>", ""), ("><mi>x</mi><maction>x</maction>", ""), ("><mphantom/>", ""),
-    ("><svg/>", ""), ("><annotation-xml encoding='text/html'>x</annotation-xml>", ""),
-    (f" {ODD}><mi>&lt;b&gt;</mi>", '<math stretchy="false"><mi>&lt;b&gt;</mi></math>')])
-def test_what_the_converter_returns_is_checked(inside, safe, monkeypatch):
-    element = ET.fromstring(f"<math{inside}</math>")
+@each_case("converted")
+def test_what_the_converter_returns_is_checked(case, monkeypatch):
+    element = ET.fromstring(case["converted"])
     monkeypatch.setattr(figures, "convert_to_element", lambda tex, display: element)
-    assert figures.mathml.__wrapped__("x", "inline") == safe
+    assert figures.mathml.__wrapped__("x", "inline") == case["shown"]
 
 
 @settings(max_examples=150, deadline=None)

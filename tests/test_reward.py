@@ -1,8 +1,9 @@
 """The grader: labelled cases, hostile input, conventions, properties, threads and processes.
 
-`data/grader_cases.jsonl.gz` are cases given with the task, `data/grader_more.jsonl.gz` our own (half of them
-wrong answers, some with the problem), `data/grader_adversarial.jsonl.gz` hostile responses.  The same kinds
-of cases, unseen, judge the grader elsewhere, so a rule that only fixes a row of these files is no rule.
+Of the files data/grader_*, `cases` were given with the task, `more` are our own (half of them wrong answers,
+some with the problem), `near` are close calls, `adversarial` hostile responses, `attacks` hostile answers,
+`strict` verdicts of the original grader, measured by running it.  The same kinds of cases, unseen, judge the
+grader elsewhere, so a rule that only fixes a row of these files is no rule.
 """
 import doctest
 import json
@@ -21,6 +22,7 @@ import sympy as sp
 from conftest import ROOT, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_data import each_case, read_cases, text_of
 
 sys.path.insert(0, str(ROOT / "bench"))
 import grader
@@ -37,7 +39,8 @@ def mistakes(cases):
     for c in cases:
         explain, text = (reward.explain, "response") if "response" in c else (reward.explain_answer, "answer")
         verdict = explain(c[text], c["gold"], c.get("problem"))
-        if verdict.reward != c["correct"] or verdict.reason.startswith("error"):
+        told = c.get("reason", verdict.reason)
+        if verdict.reward != c["correct"] or verdict.reason != told or told.startswith("error"):
             wrong.append((c["kind"], c["gold"], c[text], verdict.reason))
     return wrong
 
@@ -45,6 +48,11 @@ def mistakes(cases):
 @pytest.mark.parametrize("kind", sorted({c["kind"] for c in CASES}))
 def test_cases(kind):
     assert mistakes([c for c in CASES if c["kind"] == kind]) == []
+
+
+@each_case("grader_near")
+def test_near_misses_hard_equalities_boxes_in_a_row_and_reasons(case):
+    assert mistakes([case]) == []
 
 
 def test_doctests():
@@ -63,31 +71,13 @@ def test_speed():
 
 # --- hostile input ---------------------------------------------------------------------------------
 
-SHORT = r"""
-    open('gradercanary','w') eval("open('gradercanary','w')") len('aaaaaaa') int('7') [7][0] {'a':7}['a'] 0x7
-    0b111 7# 7==7 sum([3,4]) chr(55) 2^{2^{2^{2^{2^{2}}}}} 9^{9^{9^{9}}} ((10^{10})!)! 7^{10^{100}} 1e99999
-    10^{-10^{10^{10}}} \sqrt[10^{9}]{2} \sin(10^{10^{10}}) \tan(10^{50}) \exp(10^{8}) \ln(10^{10^{7}})
-    (1+x)^{10^{9}} x^{x^{x^{x}}} \sinh(10^{9}) ² ٧ ７ Ⅶ ½ \ \\ }{ \boxed \boxed{ $ % () [] \{ , . = 7=8
-    =7=8 nan inf -inf None null True zoo 0/0 7/0 \frac{7}{0} 0^{0}+6+0/0 0^{-1} \log(-7)^{\infty}
-    \infty-\infty 7,8 \{7,8\} [7,8] (7,) \overline{7}.8 0.7\overline 7\overline{0} 70\%8 7.8.9 7.. ..7
-    7e e7 1e-99999"""
-ATTACKS = SHORT.split() + [
-    "__import__('os').system('touch gradercanary')", r"\text{__import__('os').mkdir('gradercanary')}", "7 8",
-    "(lambda: 7)()", "7 if 1 else 8", "7;import os", r"\binom{10^{9}}{5 \cdot 10^{8}}", r"\pm 7", r"7\ 8",
-    r"\lfloor 10^{10^6} \pi \rfloor", r"\sum_{k=1}^{10^{12}} \frac1k", r"\sum_{k=1}^{7} 1", r"\int_0^7 1\,dx",
-    r"\lim_{x\to7} x", r"\prod_{k=7}^{7} k", "7 or 8", "6, 7", r"7 \text{ or } 8", r"7 \text{ is wrong, } 8",
-    r"x \text{ where } x=7", r"7 \ne 7", "7 < x", "x > 7", r"\not 7", r"7 \text{ million}", r"\log 0",
-    r"7 \text{ squared}", "\x00", "\ud800", "7\u202e8", "7\u20e3",
-    "(" * 3000 + "7" + ")" * 3000, "{" * 1500 + "7" + "}" * 1500, "-" * 3999 + "8", r"\frac" * 700,
-    "7!" + "!" * 3000, r"\sqrt{" * 500 + "7" + "}" * 500, "1+" * 1900 + "1", "7," * 1900 + "7",
-    "*".join("x" * 700), "or".join("7" * 280), "+".join(["3999!"] * 140), "9" * 3999, "|" * 3000, "_" * 3000,
-    r"\cup".join(f"({2 * i},{2 * i + 1})" for i in range(250)), r"\text{" + "ab " * 1200 + "}", "^" * 3999,
-    r"\pm" * 1000 + "7", r"\begin{pmatrix}" * 200, "a_" * 1900, "x'" * 1900, "1:" * 1900, r"\text{" * 600,
-    r"\text{" * 600 + "7" + "}" * 600]
+UNION = [f"({2 * i},{2 * i + 1})" for i in range(250)]
+ATTACKS = [*map(text_of, read_cases("grader_attacks")), r"\cup".join(UNION)]
 
 
 def test_hostile_responses_and_answers(tmp_path, monkeypatch):
-    """None is paid, none raises, takes long or leaves a file; `7..` is 7 with a double full stop."""
+    """None is paid, none raises, leaves a file or takes long, be it a million characters; `7..` is 7 with a
+    double full stop."""
     monkeypatch.chdir(tmp_path)
     jobs = [(reward.explain, c["response"], c["gold"]) for c in ADVERSARIAL]
     jobs += [(reward.explain_answer, attack, "7") for attack in ATTACKS]
@@ -109,24 +99,15 @@ def test_attack_as_gold_and_answer():
         assert time.perf_counter() - start < 8, attack
 
 
-@pytest.mark.parametrize("text", ["0" * 10 ** 6 + "x", " " * 10 ** 6 + "x", "-" * 10 ** 6, "1," * 10 ** 6,
-                                  "$" * 10 ** 6], ids=lambda text: text[:2])
-def test_grade_is_linear_in_the_length(text):
-    start = time.perf_counter()
-    assert not reward.grade(text, "7") and not reward.grade("7", text)
-    assert time.perf_counter() - start < 2
-
-
 def test_a_long_sum_and_a_long_union_are_bounded_as_a_whole():
     """Each logarithm is cheap, but all of them with 15,000 digits were not."""
     text = r"10^{14900}\sqrt2-10^{14900}\sqrt2+" + "+".join(rf"\ln{k}" for k in range(2, 478))
     start = time.perf_counter()
     assert not reward.grade(text, r"7\ln2+1") and not reward.grade(text + "+1", text)
     assert time.perf_counter() - start < 6
-    parts = [f"({2 * i},{2 * i + 1})" for i in range(250)]
     start = time.perf_counter()
-    assert not reward.grade(r"\cup".join(parts), r"\cup".join(parts[1:]))
-    reward.grade(r"\cup".join(parts), r"\cup".join(parts[::-1]))
+    assert not reward.grade(r"\cup".join(UNION), r"\cup".join(UNION[1:]))
+    reward.grade(r"\cup".join(UNION), r"\cup".join(UNION[::-1]))
     assert time.perf_counter() - start < 6
 
 
@@ -147,10 +128,8 @@ def test_odd_golds_and_responses_pay_nothing(response, gold):
     assert reward.compute_reward(response, gold) == 0.0 and reward.grade("8", gold) is False
 
 
-def test_golds_of_every_form_and_responses_without_a_thought():
-    assert reward.grade("7", 7) and reward.grade("7", 7.0) and reward.grade("7", ["6", "7"])
+def test_golds_that_json_cannot_hold_and_responses_without_a_thought():
     assert reward.grade("0.5", Fraction(1, 2)) and reward.grade("7", ("7\n",))
-    assert not reward.grade("7", ["6", "8"])
     assert reward.compute_reward("\\boxed{7}", "7", require_think=False) == 1.0
     assert reward.compute_reward("\\boxed{8}</think>\\boxed{7}", "7", require_think=False) == 1.0
 
@@ -175,42 +154,6 @@ def test_an_error_of_our_own_is_said(monkeypatch, name):
     with pytest.warns(RuntimeWarning, match="mispelt"):
         verdict = reward.explain("</think> \\boxed{x\\cdot x+1}", "x^2+1", "Let $a=1$.")
     assert verdict.reward == 0.0 and verdict.reason.startswith("error: NameError")
-
-
-# --- near misses -----------------------------------------------------------------------------------
-
-NEAR = [
-    ("2^{1009}+1", "2^{1009}"), (r"\frac{1}{2004!}", r"\frac{1}{2006!}"), ("e^{-200}", "0"),
-    (r"\sqrt{2}+10^{-40}", r"\sqrt{2}"), ("1.41421356237309504880", r"\sqrt2"), (r"10^{99}+\pi", "10^{99}"),
-    (r"\binom{4025}{2013}+\frac{\sqrt2}{100}", r"\binom{4025}{2013}"), ("9^{9^{9}}+1", "9^{9^{9}}"),
-    ("0", "I(0)e^{-t}"), (r"\frac{355}{113}", r"\pi"), ("LRAC", "SRAC=LRAC"), (r"\sum_{k=1}^{3} k", "6"),
-    (r"37 \cdot 41", "1517"), (r"f(x)=\frac1x", "g(0)"), ("f(k)", "f(n)"), ("2th", "2"), ("f_1'", "f_1"),
-    (r"\frac{9}14", r"\frac{9}{14}"), ("x+10^{-50}", "x")]
-EQUAL = [
-    (r"x+\sin\pi", "x"), (r"\{x: -1\le x\le 2\}", "[-1,2]"), (r"36\pi units", r"36\pi"),
-    (r"S_{\triangle ABC}", "S_{ABC}"), (r"x+e^{i\pi}", "x-1"), (r"x+\lfloor\log_2 8\rfloor", "x+3"),
-    (r"\left[\begin{array}{c|c}1&2\\3&4\end{array}\right]", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
-    (r"\sqrt{10^{60}+1}-10^{30}", r"\frac{1}{\sqrt{10^{60}+1}+10^{30}}"), ("9^{9^{9}}", "9^{9^9}"),
-    (r"\sqrt{x-1}\sqrt{x+1}", r"\sqrt{x^2-1}"), (r"\int_0^1 x^2 dx", r"\int_0^1 t^2 dt"),
-    (r"2\sum_{i=0}^{8}\binom{n}{i}-1", r"2 \sum_{k=0}^{8} \binom{n}{k} - 1"), (r"\sqrt[3]{-8}", "-2")]
-
-
-@pytest.mark.parametrize("answer, gold, right", [*((*pair, False) for pair in NEAR),
-                                                 *((*pair, True) for pair in EQUAL)])
-def test_near_misses_and_hard_equalities(answer, gold, right):
-    assert reward.grade(answer, gold) is right
-
-
-@pytest.mark.parametrize("response, gold, right", [
-    (r"\boxed{1}, \boxed{2}, \boxed{3}", "1,2,3", 1), (r"\boxed{1} \quad \boxed{2}", r"\{1,2\}", 1),
-    (r"$\boxed{3}$ and $\boxed{1}$, $\boxed{2}$.", "1,2,3", 1), (r"\boxed{1}, \boxed{2}", "1,2,3", 0),
-    (r"\boxed{x=1}, \boxed{y=2}", "x=1, y=2", 1), (r"\boxed{1}, \boxed{2}, \boxed{4}", "1,2,3", 0),
-    (r"\boxed{1} or \boxed{2}", "1,2", 0), (r"\boxed{1}, \boxed{2}", "1", 0),
-    (r"\boxed{9}. So \boxed{1}, \boxed{2}", "1,2", 1), (r"\boxed{1}, so then \boxed{2}", "1,2", 0),
-    (r"\boxed{1}, \boxed{1,2}", "1,2", 1), (r"\boxed{}, \boxed{1}", "1", 1),
-    (r"\boxed{1}, \boxed{2}", "2", 1), (r"\boxed{2}, \boxed{1", "1,2", 0)])
-def test_boxes_in_a_row(response, gold, right):
-    assert reward.compute_reward("</think> " + response, gold) == right
 
 
 # --- properties ------------------------------------------------------------------------------------
@@ -331,51 +274,23 @@ def test_verdicts_do_not_depend_on_the_hash_seed(seed):
     assert run([sys.executable, "-c", code], cwd=ROOT, PYTHONHASHSEED=seed).stdout.strip() == "[]"
 
 
-# --- explanation, command line --------------------------------------------------------------------------
+# --- command line, the original grader ------------------------------------------------------------------
 
-@pytest.mark.parametrize("response, gold, problem, reason", [
-    ("no", "7", None, "no_close"), ("</think> 7", "7", None, "no_box"),
-    ("</think>\\boxed{7^}", "7", None, "unparsed_answer"),
-    ("</think>\\boxed{7}", None, None, "unparsed_gold"),
-    ("</think>\\boxed{7}", "7", None, "equal"), ("</think>\\boxed{8}", "7", None, "different"),
-    ("</think>\\boxed{x+x}", "2x", "Simplify $x+x$.", "restated")])
-def test_reasons(response, gold, problem, reason):
-    assert reward.explain(response, gold, problem).reason == reason
-
-
-@pytest.mark.parametrize("words, code, said", [
-    (["--answer", "\\dfrac12", "--gold", "0.5"], 0, ["reward   1.0", "equal"]),
-    (["--answer", "x+x", "--gold", "2x", "--problem", "Simplify $x+x$."], 0, ["reward   0.0", "restated"]),
-    (["rows.jsonl"], 0, ["1 of 2 right", "no_box"]), (["hole.jsonl"], 1, ["line 1"]),
-    (["none.jsonl"], 1, ["No such file"]), ([], 2, ["FILE.jsonl"])])
-def test_command_line(tmp_path, words, code, said):
+@each_case("grader_commands")
+def test_command_line(tmp_path, case):
     rows = [{"answer": "7", "gold": "7"}, {"response": "</think>7", "gold": "7"}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "hole.jsonl").write_text('{"answer": "7"}\n')
-    out = run([sys.executable, str(ROOT / "reward.py"), *words], check=False, cwd=tmp_path, real=True)
-    assert out.returncode == code and "Traceback" not in out.stderr
-    assert all(text in (out.stderr if code else out.stdout) for text in said)
+    command = [sys.executable, str(ROOT / "reward.py"), *case["words"]]
+    out = run(command, check=False, cwd=tmp_path, real=True)
+    assert out.returncode == case["code"] and "Traceback" not in out.stderr
+    assert all(text in (out.stderr if case["code"] else out.stdout) for text in case["said"])
 
 
-# Verdicts of the original grader, measured by running it.
-STRICT = [
-    ("142", "142.0", 1), ("0.25", r"\frac{1}{4}", 1), ("1.5", r"\frac{3}{2}", 1), (r"10\%", "10", 1),
-    ("1,000", "1000", 1), ("1{,}000", "1000", 1), (r"2\sqrt{3}", r"\sqrt{12}", 1), ("x^2+2x+1", "(x+1)^2", 1),
-    ("x=5", "5", 1), ("y = 5", "5", 1), (r"\text{(A)}", "A", 1), (r"5\text{cm}", "5", 1), ("Yes", "yes", 1),
-    (r"\text{Yes}", "yes", 1), ("3.00000001", "3", 1), ("07", "7", 1), (r"-\frac{2}{3}", r"\frac{-2}{3}", 1),
-    (r"90^\circ", "90", 1), (r"5 \text{ or } 6", "5", 1), (r"\frac{9}{4\pi}", r"\frac94\pi", 1),
-    (r"5\sqrt4", r"5\sqrt[3]4", 1), (r"\frac{2}{4}", r"\frac{1}{2}", 0), (r"\frac{10}{5}", "2", 0),
-    ("4/2", "2", 0), ("2^{10}", "1024", 0), ("2^5", "32", 0), ("10^6", "1000000", 0), ("0.1", r"10\%", 0),
-    (r"1\,000", "1000", 0), ("90°", "90", 0), ("(2,1)", "(1,2)", 0), ("1,2", "2,1", 0), ("abc=5", "5", 0),
-    (r"\log_2 8", "3", 0), (r"\sin 30", "0.5", 0), (r"x \in [0,1]", "[0,1]", 0), (r"\pm 2", "-2, 2", 0),
-    (r"9.6\times10^3", "9600", 0), (r"\pi", "3.14159", 0), ("[1,2)", "[1,2]", 0), ("(10^6)!+x", "x", 0),
-    ("((5!)!)!+x", "x", 0), ("9**9**9+x", "x", 0), ("9^9**9+x", "x", 0), ("(x+y+1)**200", "x", 0)]
-
-
-@pytest.mark.parametrize("answer, gold, right", STRICT)
-def test_strict_reproduces_the_original(answer, gold, right):
+@each_case("grader_strict")
+def test_strict_reproduces_the_original(case):
     """DeepScaleR's verdicts, a peer in the bench. It reads between the first and the second closing tag."""
     start = time.perf_counter()
-    assert grader.strict(answer, gold) == bool(right)
+    assert grader.strict(case["answer"], case["gold"]) is case["right"]
     assert time.perf_counter() - start < 4
     assert grader.strict_answer("</think>\\boxed{1}</think>\\boxed{2}") == "1"
