@@ -21,6 +21,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+import common
+
 # Threads change the order of a sum: every program of a test gets one, however it is started.
 os.environ["OMP_NUM_THREADS"] = "1"
 SPECIAL = ["<eos>", "<user>", "<bot>", "<think>", "</think>", "\\boxed{"]
@@ -84,10 +86,21 @@ def problems(tmp_path_factory):
     return str(path)
 
 
-def cases(name):
-    """The lines of data/NAME.jsonl: the values of one case each, named by the first."""
-    lines = (ROOT / f"tests/data/{name}.jsonl").read_text().splitlines()
-    return [pytest.param(*case, id=case[0]) for case in map(json.loads, lines)]
+def read_cases(name):
+    return list(common.read_lines(str(ROOT / f"tests/data/{name}.jsonl")))
+
+
+def text_of(case):
+    """The text of a case, or a long one of its parts: [[text, how many times], ...]."""
+    return case["text"] if "text" in case else "".join(text * times for text, times in case["parts"])
+
+
+def each_case(name):
+    """Run a test on each case of tests/data/NAME.jsonl, which is called by the first value in its line."""
+    def param(case):
+        first = str(next(iter(case.values())))
+        return pytest.param(case, id=first[:70], marks=[pytest.mark.slow] * ("slow" in case))
+    return pytest.mark.parametrize("case", [param(case) for case in read_cases(name)])
 
 
 def sequences(n=9, seed=0, vocab=100, longest=40):

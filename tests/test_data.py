@@ -1,6 +1,4 @@
-"""data.py on small made cases with hand-known answers, on hostile files, and after a kill.
-
-Cases that are only data stand in data/*.jsonl, one a line; other tests read theirs by `each_case` too."""
+"""data.py on small made cases with hand-known answers, on hostile files, and after a kill."""
 import contextlib
 import doctest
 import functools
@@ -15,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, make_tokenizer, start
+from conftest import ROOT, each_case, make_tokenizer, read_cases, start, text_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,23 +21,6 @@ import common
 import data
 import evaluate
 from data import DataError, Problem
-
-
-def read_cases(name):
-    return list(common.read_lines(str(ROOT / f"tests/data/{name}.jsonl")))
-
-
-def text_of(case):
-    """The text of a case, or a long one of its parts: [[text, how many times], ...]."""
-    return case["text"] if "text" in case else "".join(text * times for text, times in case["parts"])
-
-
-def each_case(name):
-    """Run a test on each case of tests/data/NAME.jsonl, which is called by the first value in its line."""
-    def param(case):
-        first = str(next(iter(case.values())))
-        return pytest.param(case, id=first[:70], marks=[pytest.mark.slow] * ("slow" in case))
-    return pytest.mark.parametrize("case", [param(case) for case in read_cases(name)])
 
 
 def test_doctests():

@@ -13,11 +13,11 @@ import tracemalloc
 from types import SimpleNamespace
 from unittest import mock
 
+import conftest
 import numpy as np
 import pytest
 import torch.distributed as dist
-from conftest import ROOT, command, launch, make_model, make_tokenizer, metrics, python, run, save_model
-from test_data import each_case
+from conftest import ROOT, each_case, launch, make_model, make_tokenizer, python, run, save_model
 from tokenizers import normalizers, processors
 
 import common
@@ -360,9 +360,9 @@ def test_alarms(tiny, bench, tmp_path, here):
 def test_the_curve_and_the_table_agree(tiny, problems, tmp_path, here):
     """Validation at the last step = evaluate.py on its checkpoint, to the last digit; it says when it is
     not."""
-    run(command(tiny, problems, tmp_path / "run", "--steps", 2, "--eval_data", problems, "--eval_every", 2,
-                "--eval_n", 3))
-    line, hf = metrics(tmp_path / "run")[-1], tmp_path / "run/checkpoints/000002/hf"
+    evaluated = ["--eval_data", problems, "--eval_every", 2, "--eval_n", 3]
+    run(conftest.command(tiny, problems, tmp_path / "run", "--steps", 2, *evaluated))
+    line, hf = conftest.metrics(tmp_path / "run")[-1], tmp_path / "run/checkpoints/000002/hf"
     assert "so the same number" in here(*options(hf, problems, tmp_path, "--n", 3, "--top_p", 1))
     b = load(tmp_path)[0]["benchmarks"]["sums"]
     assert (line["eval_reward"], line["eval_se"], line["eval_length"]) == (b["pass@1"], b["se"], b["tokens"])

@@ -15,13 +15,12 @@ from types import SimpleNamespace
 import matplotlib
 import numpy as np
 import pytest
-from conftest import command, metrics, run
+from conftest import command, each_case, metrics, read_cases, run, text_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from test_data import each_case, read_cases, text_of
 
 import figures
 from common import json_lines

@@ -1,6 +1,6 @@
 """Options of grpo.py: published defaults, recipes, refusals (of evaluate.py too) and the words that help."""
 import pytest
-from test_data import each_case
+from conftest import each_case
 
 import evaluate
 import grpo

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import KINDS, ROOT, cases, make_model, run
+from conftest import KINDS, ROOT, each_case, make_model, run
 
 import predict
 import schedule
@@ -39,9 +39,10 @@ def test_memory_of_an_update_against_a_simulation(row):
     assert row["simulated_gib"] <= said <= 1.06 * row["simulated_gib"]
 
 
-@pytest.mark.parametrize("name, kind, world, change, wanted", cases("memory"))
-def test_refusals_name_a_value_that_fits(name, kind, world, change, wanted):
-    a, memory = RESOLVED | change, card("--gpu_type", kind)[1]
+@each_case("memory")
+def test_refusals_name_a_value_that_fits(case):
+    a, memory = RESOLVED | case["change"], card("--gpu_type", case["card"])[1]
+    world, wanted = case["world"], case["offers"]
     why = predict.predict_memory(M, a, memory, world)["why"]
     assert bool(why) == bool(wanted), why
     offer = predict.remedy(predict.MODEL, a, memory, world) if wanted else ""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, cases, command, launch, make_model, metrics, run, sabotaged, save_model
+from conftest import ROOT, command, each_case, launch, make_model, metrics, run, sabotaged, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import grpo
@@ -333,12 +333,12 @@ def test_a_failure_ends_all_ranks_with_its_words(start, code, ranks, words):
 UNREADABLE = [json.dumps({"problem": f"{i}?", "answer": "\\frac{" if i % 2 else "1"}) for i in range(40)]
 
 
-@pytest.mark.parametrize("options, words", cases("refused_by_grpo"))
-def test_refused_before_work_starts(start, options, words):
+@each_case("refused_by_grpo")
+def test_refused_before_work_starts(start, case):
     Path("bad.jsonl").write_text('{"problem": "1+1?", "answer": "2"}\n{"problem": "2+2?"}\n')
     Path("golds.jsonl").write_text("\n".join(UNREADABLE))
-    done = start(*options.split(), check=False)
-    assert done.returncode == 2 and re.search(words, done.stderr), done.stderr[-2000:]
+    done = start(*case["options"].split(), check=False)
+    assert done.returncode == 2 and re.search(case["says"], done.stderr), done.stderr[-2000:]
     assert "Traceback" not in done.stderr
     assert not Path("r").exists()  # a failed start leaves nothing
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import ROOT, cases, launch, metrics, run
+from conftest import ROOT, each_case, launch, metrics, run
 
 import common
 import schedule
@@ -213,10 +213,10 @@ def test_two_stages_and_what_may_change_later(call, tmp_path):
     assert call(*new) and (RUN / "plan.json").read_text() == plan  # said once more, it is nothing new
 
 
-@pytest.mark.parametrize("options, words", cases("refused_by_schedule"))
-def test_refused_before_work_starts(call, options, words, monkeypatch):
+@each_case("refused_by_schedule")
+def test_refused_before_work_starts(call, case, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert re.search(words, call(*shlex.split(options), code=2))
+    assert re.search(case["says"], call(*shlex.split(case["options"]), code=2))
     assert not RUN.exists()
 
 
