@@ -14,6 +14,7 @@ from pathlib import Path
 
 import measure  # puts the project on the path
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import data
@@ -90,13 +91,12 @@ def hf(spec):
         how = {"temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature else {}
         out = []
         for i in range(0, len(prompts), spec["max_seqs"]):
-            batch = prompts[i:i + spec["max_seqs"]]
-            longest = max(map(len, batch))
-            ids = torch.tensor([[0] * (longest - len(p)) + p for p in batch])
-            mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in batch])
+            batch = [torch.tensor(p) for p in prompts[i:i + spec["max_seqs"]]]
+            ids = pad_sequence(batch, batch_first=True, padding_side="left")
+            mask = pad_sequence([torch.ones_like(p) for p in batch], batch_first=True, padding_side="left")
             rows = model.generate(ids, attention_mask=mask, max_new_tokens=n, eos_token_id=sorted(stops),
                                   do_sample=bool(temperature), pad_token_id=min(stops), **how)
-            for row in rows[:, longest:].tolist():  # up to the first end token
+            for row in rows[:, ids.shape[1]:].tolist():  # up to the first end token
                 end = next((j + 1 for j, t in enumerate(row) if t in stops), len(row))
                 out.append(row[:end])
         return out

@@ -83,9 +83,8 @@ def first_that_works(args, report, work):
 
 
 def off(a, b):
-    """|a - b| / |b| over all numbers of a tensor or of a list of tensors."""
-    a, b = (torch.cat([t.detach().double().cpu().flatten() for t in (x if isinstance(x, list) else [x])])
-            for x in (a, b))
+    """|a - b| / |b| over all numbers of two lists of tensors."""
+    a, b = (torch.cat([t.detach().double().cpu().flatten() for t in x]) for x in (a, b))
     return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
 
 
@@ -122,9 +121,7 @@ def correctness(args, report):
     """Attention and head against float64; a whole model against the CPU in fp32: packed = separate, shared
     prompts, recomputation, bf16 gradients; engine against trainer, seeds, stop, finish reasons."""
     device = measure.join()
-    for dtype in ("float32", "bfloat16"):
-        check_attention(args, report, device, dtype)
-        check_head(args, report, device, dtype)
+    check_kernels(args, report, device)
     check_model(args, report, device)
     check_engine(args, report)
 
@@ -138,33 +135,30 @@ def check_twin(report, what, dtype, names, ours, plain, inputs):
         up = up or [torch.randn_like(x) for x in out]
         results.append([*out, *torch.autograd.grad(out, leaves, [u.to(o) for u, o in zip(up, out)])])
     for name, a, b in zip(names, *results):
-        report.add(f"{what}: {name}", BOUND[dtype], error=off(a, b), dtype=dtype)
+        report.add(f"{what}: {name}", BOUND[dtype], error=off([a], [b]), dtype=dtype)
     forget_memory()
 
 
-def check_attention(args, report, device, dtype):
-    """policy.varlen_attention; in float64 it takes the plain path, see test_policy.py."""
-    batch = policy_lib.pack_row(sequences(args), device=device)
-    for hq, hkv, width, window in args.size["heads"]:
-        def attention(q, k, v, width=width, window=window):
-            module = SimpleNamespace(head_dim=width)
-            return policy_lib.varlen_attention(module, q, k, v, sliding_window=window, packing=batch)[:1]
-
-        torch.manual_seed(0)
-        inputs = [torch.randn(1, h, len(batch.ids), width, device=device) for h in (hq, hkv, hkv)]
-        check_twin(report, f"attention, {hq} and {hkv} heads of {width}, window {window}", dtype,
-                   ("out", "dq", "dk", "dv"), attention, attention, inputs)
-
-
-def check_head(args, report, device, dtype):
+def check_kernels(args, report, device):
+    """policy.py's head and attention; in float64 attention takes the plain path, see test_policy.py."""
     (tokens, hidden, chunk), vocab = args.size["head"], args.size["big"]["vocab"]
     torch.manual_seed(0)
-    inputs = [torch.randn(n, hidden, device=device) for n in (tokens, vocab)]
-    inputs[1] *= 2 / hidden ** 0.5
     y = torch.randint(vocab, (tokens,), device=device)
-    check_twin(report, "head", dtype, ("log-probs", "entropy", "d hidden", "d weight"),
-               lambda h, w: policy_lib.token_logprobs(h, w, y, 0.6, chunk),
-               lambda h, w: policy_lib.token_logprobs_plain(h, w, y, 0.6), inputs)
+    head = [torch.randn(n, hidden, device=device) for n in (tokens, vocab)]
+    head[1] *= 2 / hidden ** 0.5
+    batch = policy_lib.pack_row(sequences(args), device=device)
+    for dtype in BOUND:
+        check_twin(report, "head", dtype, ("log-probs", "entropy", "d hidden", "d weight"),
+                   lambda h, w: policy_lib.token_logprobs(h, w, y, 0.6, chunk),
+                   lambda h, w: policy_lib.token_logprobs_plain(h, w, y, 0.6), head)
+        for hq, hkv, width, window in args.size["heads"]:
+            def attention(q, k, v, width=width, window=window):
+                module = SimpleNamespace(head_dim=width)
+                return policy_lib.varlen_attention(module, q, k, v, sliding_window=window, packing=batch)[:1]
+
+            qkv = [torch.randn(1, h, len(batch.ids), width, device=device) for h in (hq, hkv, hkv)]
+            check_twin(report, f"attention, {hq} and {hkv} heads of {width}, window {window}", dtype,
+                       ("out", "dq", "dk", "dv"), attention, attention, qkv)
 
 
 def sequences(args):
@@ -187,9 +181,9 @@ def check_model(args, report, device):
         for row in rows:
             logp, _ = policy(policy_lib.pack_row(row, device=policy.device), 0.6)
             (logp * weight[done:done + len(logp)].to(logp.device)).sum().backward()
-            logps.append(logp)
+            logps.append(logp.detach())
             done += len(logp)
-        return torch.cat(logps).detach(), [local(p.grad).float().cpu() for p in policy.parameters()]
+        return logps, [local(p.grad).float().cpu() for p in policy.parameters()]
 
     alone, packed = [[s] for s in these], [these]
     exact = measure.make_learner(folder, 0, torch.device("cpu"), dtype="float32", recompute=0).policy
@@ -393,7 +387,7 @@ def run_part(part, args):
 def start_part(part, args):
     """One part in a process of its own, at most --minutes -> whether all its results are right."""
     words = [word for word in sys.argv[1:] if word not in PARTS]
-    process = subprocess.Popen([sys.executable, __file__, part, "--worker", *words], start_new_session=True)
+    process = subprocess.Popen([sys.executable, __file__, *words, part, "--worker"], start_new_session=True)
     try:
         return not process.wait(60 * args.minutes)
     except subprocess.TimeoutExpired:
@@ -407,7 +401,7 @@ def start_part(part, args):
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = p.add_argument
-    add("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
+    add("parts", nargs="*", choices=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
     add("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: where the same code runs")
     add("--tiny", action="store_true", help="sizes that take a CPU seconds")
     add("--engine", choices=["auto", "vllm", "torch"], default="auto", help="auto: vLLM if it runs")
@@ -416,8 +410,6 @@ def main(argv=None):
     add("--work", default=str(measure.WORK / "gpu"), help="folder for the random models and runs")
     add("--worker", action="store_true", help="internal: run the parts in this process")
     args = p.parse_args(argv)
-    if unknown := [part for part in args.parts if part not in PARTS]:
-        p.error(f"there is no part {unknown[0]}: {', '.join(PARTS)}")
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif not torch.cuda.is_available():

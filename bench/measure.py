@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import random
+import re
 import shlex
 import statistics
 import string
@@ -73,11 +74,9 @@ class Meter:
 
 
 def status(field):
-    """A field of /proc/self/status in MiB, None without one."""
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) / 1024
+    """A field of /proc/self/status in MiB."""
+    found = re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())
+    return int(found[1]) / 1024
 
 
 def work(path):
@@ -157,8 +156,8 @@ def compare_sides(script):
                  ("peer_python", str, sys.executable, None, "interpreter that has the peers installed"),
                  ("sides", str, ",".join(module.SIDES), None, "which of them"),
                  ("work", str, str(WORK), None, "folder for problems and random models"))
-    if args.model:
-        args.out = args.out.replace(f"{script}.json", f"{script}_smollm2.json")
+    if args.model and args.out == str(RESULTS / f"{script}.json"):
+        args.out = str(RESULTS / f"{script}_smollm2.json")
     args.repeats = 1 if args.quick else args.repeats
     Path(args.work).mkdir(parents=True, exist_ok=True)
     peers, compare = getattr(module, "PEERS", ()), getattr(module, "compare", lambda *_: None)
@@ -190,9 +189,9 @@ class Result:
 
     def __init__(self, path, what, part=None, timed=True, repeats=1):
         self.path, self.part, self.rows, self.threads, self.versions = path, part, [], set(), {}
-        busy = busy_cores() if timed else 0
+        busy = busy_cores() if timed else None
         warning = (f"{busy} of {os.cpu_count()} cores were busy before the first measurement: times are too "
-                   f"long") if busy > 0.2 else None
+                   f"long") if (busy or 0) > 0.2 else None
         # where something lay on this machine is nobody else's business: the last part says what it was
         words = [os.path.basename(w) if os.path.isabs(w) else w for w in sys.argv[1:]]
         self.head = {"what": what, "date": datetime.datetime.now().isoformat(timespec="minutes"),
@@ -221,8 +220,8 @@ class Result:
 
 
 def busy_cores(seconds=2):
-    """Cores in use during the next seconds, 0 where the system does not say. The load average would count a
-    benchmark that ended a minute ago."""
+    """Cores in use during the next seconds, None where the system does not say. The load average would count
+    a benchmark that ended a minute ago."""
     def idle():
         ticks = Path("/proc/stat").read_text().split()[4:6]  # of all cores: idle, waiting for a disk
         return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
@@ -231,7 +230,6 @@ def busy_cores(seconds=2):
         before = idle()
         time.sleep(seconds)
         return round(max(0, os.cpu_count() - (idle() - before) / seconds), 2)
-    return 0
 
 
 def machine():
@@ -239,9 +237,8 @@ def machine():
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":")[1].strip()
+        if names := re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()):
+            return names[0]
     return platform.processor() or platform.machine()
 
 

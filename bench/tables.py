@@ -9,7 +9,6 @@ repetitions. A file of results that is not named here gets a table of all its nu
 import sys
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import measure
 from measure import common
@@ -49,12 +48,21 @@ def cell(value):
     return "-" if value is None else f"{value:,}" if number else str(value)
 
 
+def flat(row):
+    """{"staged": {"seconds": 1.0}} as {"staged seconds": 1.0}; spreads and shares stay what they are."""
+    out = {}
+    for k, v in row.items():
+        inside = isinstance(v, dict) and not {"median", "paid"} & set(v)
+        out |= {f"{k} {name}": x for name, x in v.items()} if inside else {k: v}
+    return out
+
+
 def table(rows, columns=None):
     """Rows as a Markdown table. columns: keys, default: all that `cell` knows. A side that failed says why in
     its last cell."""
-    one = dict.fromkeys(k for row in rows for k, v in row.items()
-                        if not isinstance(v, (list, dict)) or "median" in v or "paid" in v)
-    columns, lines = ["side", *columns.split()] if columns else list(one), []
+    rows = [flat(row) for row in rows]
+    known = dict.fromkeys(k for row in rows for k, v in row.items() if not isinstance(v, list))
+    columns, lines = ["side", *columns.split()] if columns else list(known), []
     for row in rows:
         lines.append([NAMES.get(row[k], row[k]) if k == "side" else cell(row.get(k)) for k in columns])
         if isinstance(row.get("error"), str):
@@ -96,57 +104,28 @@ def sections(results=measure.RESULTS):
 
 # ----- One table of at most eight rows, for README.md -------------------------------------------------------
 
-def tricks(rows):
-    best = {name: max(row[name]["paid"] / row[name]["problems"] for row in rows if name in row)
-            for name in ("reward.py", "DeepScaleR", "math-verify") if name in rows[0]}
-    return ", ".join(f"{name} {share:.1%}" for name, share in best.items()) + f" for the best of {len(rows)}"
+def number(value):
+    """The median of a spread, the share of problems that pay, any other value as it is."""
+    if isinstance(value, dict):
+        return value["median"] if "median" in value else value["paid"] / value["problems"]
+    return value
 
 
-def ratios(rows):
-    some = [row["predicted_over_simulated"] for row in rows]
-    return f"{min(some):.2f} to {max(some):.2f} of the simulation in {len(some)} settings"
-
-
-# what, results, and words about the rows of their sides, or a function of the rows
-UPDATE = "{trl.times_ours:.1f} × as fast, {ours.memory_mb:,.0f} MiB instead of {trl.memory_mb:,.0f}"
-HEAD = ("{ours.length:,} tokens: {ours.seconds:.0f} s and {ours.memory_mb:,.0f} MiB, TRL {trl.seconds:.0f} s "
-        "and {trl.memory_mb:,.0f} MiB")
-STEP = "{trl_hf.times_ours:.1f} × as fast, {trl_hf.times_ours_per_token:.1f} × per token"
-GRADER = ("{nanoscaler.accuracy:.1%} ({math_verify.accuracy:.1%}) right, {nanoscaler.false_positives} "
-          "({math_verify.false_positives}) wrong paid, {nanoscaler.answers_per_second:,.0f} "
-          "({math_verify.answers_per_second:,.0f}) a second")
-SUMMARY = [
-    ("update of a random model of 1.6 M parameters / SmolLM2, beside TRL", "update update_smollm2", UPDATE),
-    ("log-probs at a vocabulary of 151,936, beside TRL", "logprobs", HEAD),
-    ("generation through vLLM, beside bare vLLM asked for the same: both models",
-     "generate generate_smollm2", "{vllm.times_bare_same:.2f} ×"),
-    ("generation by the torch engine, beside `generate`: both models", "generate generate_smollm2",
-     "{torch.times_bare:.1f} ×"),
-    ("whole step, beside TRL: both models", "step step_smollm2", STEP),
-    ("grader (math-verify) on visible cases", "grader", GRADER),
-    ("problems that pay for a lazy answer", "lazy", tricks),
-    ("predicted memory of an update of the 1.5B model", "memory", ratios)]
+def numbers(path):
+    """What summary.md may name of a result: the last row of each side, or the spread of each column."""
+    rows = [{k: number(v) for k, v in flat(row).items()} for row in common.read_json(path)["rows"]]
+    if "side" in rows[0]:
+        return {row["side"]: row for row in rows}
+    return {k: measure.spread([row[k] for row in rows]) for k, v in rows[0].items() if not isinstance(v, str)}
 
 
 def summary(results=measure.RESULTS):
-    """The rows of SUMMARY for which there are numbers, as one Markdown table."""
-    lines = ["what|result|file", "-|-|-"]
-    for what, names, words in SUMMARY:
-        said, files = [], []
-        for name in names.split():
-            with suppress(OSError, LookupError, AttributeError):  # a result or a side is missing
-                rows = common.read_json(Path(results) / f"{name}.json")["rows"]
-                said.append(words(rows) if callable(words) else words.format(**by_side(rows)))
-                files.append(f"[{name}.json](bench/results/{name}.json)")
-        lines += [f"{what}|{' / '.join(said)}|{', '.join(files)}"] if said else []
+    """The lines of summary.md for which there are numbers, filled in."""
+    known, lines = {f.stem: numbers(f) for f in Path(results).glob("*.json") if f.stem != "gpu"}, []
+    for line in (measure.ROOT / "bench" / "summary.md").read_text().splitlines():
+        with suppress(KeyError):  # a result or a side is missing
+            lines.append(line.format(**known))
     return "\n".join(lines)
-
-
-def by_side(rows):
-    """{name of a side: its last row, with medians for spreads}."""
-    return {row["side"].replace("-", "_"): SimpleNamespace(**{
-        k: v["median"] if isinstance(v, dict) and "median" in v else v for k, v in row.items()})
-        for row in rows if "error" not in row}
 
 
 # ----- The two files ----------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from pathlib import Path
 import measure  # puts the project on the path
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 import grpo
 
@@ -132,11 +133,10 @@ def trl(spec):
 
 def plain_logp(model, samples):
     """Log-probs [R] of the response tokens of a micro-batch, padded on the right, which needs no mask."""
-    ids = torch.zeros(len(samples), max(map(length, samples)), dtype=torch.int64)
+    ids = pad_sequence([torch.tensor([*s.prompt_ids, *s.response_ids]) for s in samples], batch_first=True)
     scored = torch.zeros_like(ids, dtype=torch.bool)  # positions that predict a response token
-    for i, s in enumerate(samples):
-        ids[i, :length(s)] = torch.tensor([*s.prompt_ids, *s.response_ids])
-        scored[i, len(s.prompt_ids) - 1:length(s) - 1] = True
+    for row, s in zip(scored, samples):
+        row[len(s.prompt_ids) - 1:length(s) - 1] = True
     hidden = model.base_model(ids, use_cache=False).last_hidden_state[scored]
     tiles = zip(hidden.split(1024), ids.roll(-1, 1)[scored].split(1024))
     return torch.cat([-F.cross_entropy(model.lm_head(h), y, reduction="none") for h, y in tiles])
