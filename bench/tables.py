@@ -116,7 +116,8 @@ def numbers(path):
     rows = [{k: number(v) for k, v in flat(row).items()} for row in common.read_json(path)["rows"]]
     if "side" in rows[0]:
         return {row["side"]: row for row in rows}
-    return {k: measure.spread([row[k] for row in rows]) for k, v in rows[0].items() if not isinstance(v, str)}
+    names = [k for k, v in rows[0].items() if not isinstance(v, str)]
+    return {k: measure.spread([row.get(k) for row in rows]) for k in names}
 
 
 def summary(results=measure.RESULTS):
