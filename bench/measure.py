@@ -147,8 +147,7 @@ def rows_of(answers, **fields):
 
 
 def compare_sides(script):
-    """The command of a script that compares sides, all in turns: its JSON, and its table on the screen."""
-    import tables  # which imports this module
+    """The command of a script that compares sides, all in turns."""
     module = importlib.import_module(script)
     args = parse(script,
                  ("repeats", int, 3, 1, "of each side, alternating"),
@@ -170,7 +169,6 @@ def compare_sides(script):
         compare({side: row for side, row in rows.items() if "error" not in row}, answers)
         for row in rows.values():
             result.add(**row)
-    print(tables.section(args.out))
 
 
 # ----- The command and the JSON of a benchmark --------------------------------------------------------------
@@ -202,13 +200,13 @@ class Result:
 
     def add(self, what=None, bound=None, threads=None, versions=None, **numbers):
         """One row. With a bound, `error` must not be above it; a NaN is above everything."""
+        from tables import cell, flat  # which imports this module
         row = {"what": what, **numbers} if what else numbers
         if bound is not None:
             row |= {"bound": bound, "verdict": "ok" if row["error"] <= bound else "WRONG"}
         self.rows.append(row)
-        said = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()
-                if not isinstance(v, (dict, list)))
-        print("  " + "  ".join(said), flush=True)
+        said = [f"{k} {cell(v)}" for k, v in flat(row).items() if not isinstance(v, list)]
+        print("  " + ", ".join(said), flush=True)
         self.threads.add(threads or torch.get_num_threads())
         self.versions[row.get("side", "")] = versions or installed()
         whole = {**self.head, "minutes": (time.time() - self.began) / 60, "versions": self.versions,
