@@ -6,7 +6,7 @@ Three thousand labelled answers and responses (tests/data/grader_*.jsonl.gz): ho
 many wrong ones are paid, how many right ones refused, answers a second in one process. And hostile responses:
 how many are paid, take more than 2 s, raise, or leave a file behind.
 
-The cases are VISIBLE: reward.py was developed while looking at them, so its row only shows that nothing broke.
+The cases are VISIBLE: reward.py was developed while looking at them, its row only shows that nothing broke.
 Each grader works in a child of its own, one case at a time, replaced after 6 s, because some of them hang.
 DeepScaleR's verdicts are reproduced here (`strict`), with reward.py's values for sympy's simplify.
 """
