@@ -11,47 +11,41 @@ bound is "ok" or "WRONG"; one that is wrong, or a part that fails, makes the exi
 with one that does not start (a row says why), the torch engine generates.
 """
 import argparse
-import json
 import os
 import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
-from torch.distributed.tensor import DTensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 import generate
-import measure
-from measure import common
+import measure  # puts the project on the path
+import torch
+import update as training
+from torch.distributed.tensor import DTensor
 
 import grpo
 import policy as policy_lib
 import predict
 import rollout
 
-R1 = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
-      "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 131072}
-TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_key_value_heads": 1, "vocab_size": 300, "max_position_embeddings": 4096}
+TINY = measure.TINY | {"layers": 2, "hidden": 64, "mlp": 96, "q": 64, "kv": 32, "vocab": 300, "tied": False}
 BOUND = {"float32": 1e-4, "bfloat16": 2e-2}  # relative errors that rounding explains
 SIZES = {
-    "card": {"small": {"num_hidden_layers": 3}, "big": {}, "vocab": 151936, "stops": 35, "longest": 700,
-             "heads": [(12, 2, 128, None), (4, 4, 128, 100)], "head": (1200, 1536, 500),
+    "card": {"small": predict.SHAPE | {"layers": 3}, "big": predict.SHAPE, "stops": 35, "spread": 0.02,
+             "heads": [(12, 2, 128, None), (4, 4, 128, 100)], "head": (1200, 1536, 500), "longest": 700,
              "match": (8, 100, 384),
              "rollouts": {"prompts": 3, "group": 8, "mean": 4500, "max_len": 7900, "prompt_len": 120},
              "update": [(8192, 1), (16384, 1), (24576, 1), (32768, 1), (8192, 0), (16384, 0)],
              "short": (16, 8, 130, 1024), "share": (16, 8, 130, 8192),  # problems, samples, prompt, response
              "step": {"prompts": 16, "group": 8, "max_len": 8192, "steps": 2, "updates": 2},
              "learn": {"prompts": 128, "group": 16, "max_len": 192, "steps": 60, "lr": 3e-4}},
-    "tiny": {"small": TINY, "big": TINY, "vocab": 300, "stops": 3, "longest": 30,
-             "heads": [(4, 2, 32, None), (2, 2, 32, 5)], "head": (50, 64, 16), "match": (3, 8, 24),
+    "tiny": {"small": TINY, "big": TINY, "stops": 3, "spread": 0.1,
+             "heads": [(4, 2, 32, None), (2, 2, 32, 5)], "head": (50, 64, 16), "longest": 30,
+             "match": (3, 8, 24),
              "rollouts": {"prompts": 2, "group": 4, "mean": 20, "max_len": 48, "prompt_len": 8},
              "update": [(64, 1), (64, 0)], "short": (3, 2, 8, 16), "share": (3, 2, 8, 48),
              "step": {"prompts": 4, "group": 4, "max_len": 24, "steps": 2, "updates": 2},
@@ -60,45 +54,18 @@ SIZES = {
 
 # ----- What the parts share ---------------------------------------------------------------------------------
 
-class Report:
-    """The rows of one part: on the screen, and in the JSON as soon as they are known."""
-
-    def __init__(self, part, args):
-        self.part, self.path, self.began, self.rows = part, args.out, time.time(), []
-        self.head = {"device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
-                     "tiny": args.tiny, "commit": measure.commit(), "date": time.strftime("%Y-%m-%dT%H:%M"),
-                     "versions": measure.versions() | {"cuda": torch.version.cuda}}
-        print(f"\n{part} on {self.head['device']}", flush=True)
-
-    def add(self, what, bound=None, **numbers):
-        """One result. With a bound, `error` must not be above it; a NaN is above everything. Only this part's
-        entry in the file is replaced: parts may run one by one into one file."""
-        row = {"what": what, **numbers}
-        if bound is not None:
-            row |= {"bound": bound, "verdict": "ok" if row["error"] <= bound else "WRONG"}
-        self.rows.append(row)
-        said = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
-        print("  " + "  ".join(said), flush=True)
-        parts = common.read_json(self.path) if os.path.exists(self.path) else {}
-        parts[self.part] = self.head | {"seconds": round(time.time() - self.began, 1), "rows": self.rows}
-        common.write_atomic(self.path, json.dumps(parts, indent=1) + "\n")
-
-
 def random_model(args, shape):
     """Folder of a random Qwen2 in bf16, made on the device."""
     folder = Path(args.work) / f"{'tiny' if args.tiny else 'card'}-{shape}"
-    measure.random_model(folder, args.size["stops"], args.device, "bfloat16", **R1 | args.size[shape],
-                         initializer_range=0.1 if args.tiny else 0.02, tie_word_embeddings=False)
+    measure.random_model(folder, args.size[shape], args.size["stops"], args.device, "bfloat16",
+                         args.size["spread"])
     forget_memory()
     return str(folder)
 
 
 def prompts_of(args, problems, group, length):
-    """`group` copies of each of `problems` prompts of about `length` random ids, none of them an end."""
-    g = torch.Generator().manual_seed(7)
-    some = [torch.randint(100, args.size["vocab"], (length - i % (length // 8 + 1),), generator=g).tolist()
-            for i in range(problems)]
-    return [p for p in some for _ in range(group)]
+    """`group` copies of each of `problems` prompts of about `length` random ids."""
+    return [s.prompt_ids for s in measure.rollouts(args.size["big"]["vocab"], problems, group, 1, 1, length)]
 
 
 def first_that_works(args, report, work):
@@ -116,9 +83,8 @@ def first_that_works(args, report, work):
 
 
 def off(a, b):
-    """|a - b| / |b| over all numbers of a tensor or of a list of tensors."""
-    a, b = (torch.cat([t.detach().double().cpu().flatten() for t in (x if isinstance(x, list) else [x])])
-            for x in (a, b))
+    """|a - b| / |b| over all numbers of two lists of tensors."""
+    a, b = (torch.cat([t.detach().double().cpu().flatten() for t in x]) for x in (a, b))
     return ((a - b).norm() / b.norm().clamp(min=1e-30)).item()
 
 
@@ -155,9 +121,7 @@ def correctness(args, report):
     """Attention and head against float64; a whole model against the CPU in fp32: packed = separate, shared
     prompts, recomputation, bf16 gradients; engine against trainer, seeds, stop, finish reasons."""
     device = measure.join()
-    for dtype in ("float32", "bfloat16"):
-        check_attention(args, report, device, dtype)
-        check_head(args, report, device, dtype)
+    check_kernels(args, report, device)
     check_model(args, report, device)
     check_engine(args, report)
 
@@ -171,39 +135,36 @@ def check_twin(report, what, dtype, names, ours, plain, inputs):
         up = up or [torch.randn_like(x) for x in out]
         results.append([*out, *torch.autograd.grad(out, leaves, [u.to(o) for u, o in zip(up, out)])])
     for name, a, b in zip(names, *results):
-        report.add(f"{what}: {name}", BOUND[dtype], error=off(a, b), dtype=dtype)
+        report.add(f"{what}: {name}", BOUND[dtype], error=off([a], [b]), dtype=dtype)
     forget_memory()
 
 
-def check_attention(args, report, device, dtype):
-    """policy.varlen_attention; in float64 it takes the plain path, see test_policy.py."""
-    batch = policy_lib.pack_row(sequences(args), device=device)
-    for hq, hkv, width, window in args.size["heads"]:
-        def attention(q, k, v, width=width, window=window):
-            module = SimpleNamespace(head_dim=width)
-            return policy_lib.varlen_attention(module, q, k, v, sliding_window=window, packing=batch)[:1]
-
-        torch.manual_seed(0)
-        inputs = [torch.randn(1, h, len(batch.ids), width, device=device) for h in (hq, hkv, hkv)]
-        check_twin(report, f"attention, {hq} and {hkv} heads of {width}, window {window}", dtype,
-                   ("out", "dq", "dk", "dv"), attention, attention, inputs)
-
-
-def check_head(args, report, device, dtype):
-    (tokens, hidden, chunk), vocab = args.size["head"], args.size["vocab"]
+def check_kernels(args, report, device):
+    """policy.py's head and attention; in float64 attention takes the plain path, see test_policy.py."""
+    (tokens, hidden, chunk), vocab = args.size["head"], args.size["big"]["vocab"]
     torch.manual_seed(0)
-    inputs = [torch.randn(n, hidden, device=device) for n in (tokens, vocab)]
-    inputs[1] *= 2 / hidden ** 0.5
     y = torch.randint(vocab, (tokens,), device=device)
-    check_twin(report, "head", dtype, ("log-probs", "entropy", "d hidden", "d weight"),
-               lambda h, w: policy_lib.token_logprobs(h, w, y, 0.6, chunk),
-               lambda h, w: policy_lib.token_logprobs_plain(h, w, y, 0.6), inputs)
+    head = [torch.randn(n, hidden, device=device) for n in (tokens, vocab)]
+    head[1] *= 2 / hidden ** 0.5
+    batch = policy_lib.pack_row(sequences(args), device=device)
+    for dtype in BOUND:
+        check_twin(report, "head", dtype, ("log-probs", "entropy", "d hidden", "d weight"),
+                   lambda h, w: policy_lib.token_logprobs(h, w, y, 0.6, chunk),
+                   lambda h, w: policy_lib.token_logprobs_plain(h, w, y, 0.6), head)
+        for hq, hkv, width, window in args.size["heads"]:
+            def attention(q, k, v, width=width, window=window):
+                module = SimpleNamespace(head_dim=width)
+                return policy_lib.varlen_attention(module, q, k, v, sliding_window=window, packing=batch)[:1]
+
+            qkv = [torch.randn(1, h, len(batch.ids), width, device=device) for h in (hq, hkv, hkv)]
+            check_twin(report, f"attention, {hq} and {hkv} heads of {width}, window {window}", dtype,
+                       ("out", "dq", "dk", "dv"), attention, attention, qkv)
 
 
 def sequences(args):
     """[(prompt, response)] of very uneven lengths: two share a prompt, one has a response of one token."""
     n, g = args.size["longest"], torch.Generator().manual_seed(1)
-    ids = [torch.randint(args.size["vocab"], (size,), generator=g).tolist()
+    ids = [torch.randint(args.size["big"]["vocab"], (size,), generator=g).tolist()
            for size in (n // 3, n, n // 2, n // 9, 1, 1, n // 2, n // 4, n)]
     return [(ids[0], ids[1]), (ids[0], ids[2]), (ids[3], ids[4]), (ids[5], ids[6]), (ids[7], ids[8])]
 
@@ -220,9 +181,9 @@ def check_model(args, report, device):
         for row in rows:
             logp, _ = policy(policy_lib.pack_row(row, device=policy.device), 0.6)
             (logp * weight[done:done + len(logp)].to(logp.device)).sum().backward()
-            logps.append(logp)
+            logps.append(logp.detach())
             done += len(logp)
-        return torch.cat(logps).detach(), [local(p.grad).float().cpu() for p in policy.parameters()]
+        return logps, [local(p.grad).float().cpu() for p in policy.parameters()]
 
     alone, packed = [[s] for s in these], [these]
     exact = measure.make_learner(folder, 0, torch.device("cpu"), dtype="float32", recompute=0).policy
@@ -243,7 +204,7 @@ def check_engine(args, report):
     """Mean KL(engine || trainer) on sampled tokens after everything that training does to the two."""
     folder, (problems, length, limit) = random_model(args, "small"), args.size["match"]
     engine = first_that_works(args, report, lambda name: rollout.make_engine(
-        name, folder, max_model_len=length + limit, dtype="auto", device=measure.join(), gpu_memory=0.3,
+        name, folder, max_model_len=2 * length + limit, dtype="auto", device=measure.join(), gpu_memory=0.3,
         enable_sleep=True))
     engine.sleep()
     learner = measure.make_learner(folder, 16 * (length + limit), prompts=problems, group=4, updates=1,
@@ -295,20 +256,15 @@ def update(args, report):
     """Updates of the big model on samples as an 8K step has them, from samples in hand to the optimizer's
     step. MFU counts three forwards of the packed tokens, not what recomputation repeats. Peak memory must be
     0.9 to 1 of what schedule.py --dry_run predicts."""
-    shape = args.size["rollouts"]
-    samples = measure.as_samples(measure.rollouts(300, **shape))
+    folder, shape = random_model(args, "big"), args.size["rollouts"]
+    samples = measure.rollouts(300, **shape)
     options = {name: shape[name] for name in ("prompts", "group", "max_len")}
-    learner = measure.make_learner(random_model(args, "big"), 0, updates=1, lr=1e-6, **options)
-    advantages = grpo.group_advantages(torch.tensor([s.reward for s in samples]).view(-1, shape["group"]))
-    m = predict.model_shape(random_model(args, "big"))
+    learner = measure.make_learner(folder, 0, updates=1, lr=1e-6, **options)
+    m = predict.model_shape(folder)
     card = predict.card(SimpleNamespace(gpu_type=None, gpu_memory_gib=0.0, gpu_price=None))
 
-    def pack():
-        return learner.pack(samples, advantages, torch.arange(len(advantages)))
-
     def work():
-        mini = pack()
-        learner.update(0, mini, *[learner.score(None, mini)] * 2, Counter())
+        return training.updates(learner, samples, training.rewards_of(samples, shape))
 
     for budget, recompute in args.size["update"]:
         case = {"budget": budget, "recompute": recompute}
@@ -316,17 +272,16 @@ def update(args, report):
         learner.args.recompute = recompute
         set_recompute(learner.policy, recompute)
         try:
-            work()  # it warms up, and the first of all makes Adam's moments
+            [(micro, tokens)], _ = work()  # it warms up, and the first of all makes Adam's moments
             forget_memory()
             seconds = min(seconds_of(work) for _ in range(2))
         except torch.OutOfMemoryError as e:
             report.add("update", **case, error_text=str(e)[:200])
             learner.optimizer.zero_grad()
             continue
-        rows = [batch for batch, _, _ in pack()[0]]
-        documents = torch.cat([batch.cu_seqlens.diff() for batch in rows]).double()
-        operations = 3 * predict.forward_flops(m, sum(len(b.ids) for b in rows), float((documents**2).sum()),
-                                               sum(len(b.targets) for b in rows))
+        documents = torch.cat([batch.cu_seqlens.diff() for batch, _, _ in micro]).double()
+        packed = sum(len(batch.ids) for batch, _, _ in micro)  # tokens, a shared prompt once
+        operations = 3 * predict.forward_flops(m, packed, float((documents**2).sum()), tokens)
         p = predict.predict_memory(m, vars(learner.args), 80.0, 1)
         predicted = p["weights + gradients + Adam"] + p["update"]
         numbers = {"seconds": seconds, "tokens_per_second": documents.sum().item() / seconds,
@@ -343,8 +298,8 @@ def generation(args, report):
     GPU's share of an 8K step."""
     folder, card = random_model(args, "big"), args.device == "cuda"
     engine = first_that_works(args, report, lambda name: rollout.make_engine(
-        name, folder, max_model_len=sum(args.size["share"][2:]), dtype="auto", device=measure.join(),
-        max_seqs=256, enable_sleep=True))
+        name, folder, max_model_len=2 * args.size["share"][2] + args.size["share"][3], dtype="auto",
+        device=measure.join(), max_seqs=256, enable_sleep=True))
     weights = dict(policy_lib.Policy(folder).to(args.device).full_weights())
     for what, action in (("sleep, weights dropped", engine.sleep),
                          ("push", lambda: engine.push(weights.items())), ("wake", engine.wake),
@@ -357,13 +312,14 @@ def generation(args, report):
     if engine.name == "vllm":
         ways |= {"bare vLLM": generate.bare_vllm(engine, False),
                  "bare vLLM, seeds and log-probs": generate.bare_vllm(engine, True)}
-    for what, name in [("short", name) for name in [*ways] * 2] + [("share", engine.name)]:
+    for what, some, turns in (("short", ways, 2), ("share", {engine.name: ways[engine.name]}, 1)):
         problems, group, length, limit = args.size[what]
-        prompts, began = prompts_of(args, problems, group, length), time.time()
-        lengths = [len(ids) for ids in ways[name](prompts, limit, 0.6)]
-        seconds = time.time() - began
-        report.add(what, engine=name, samples=len(lengths), prompt=length, limit=limit, seconds=seconds,
-                   tokens_per_second=sum(lengths) / seconds, length_mean=statistics.mean(lengths))
+        spec = {"prompts": prompts_of(args, problems, 1, length), "group": group, "max_len": limit}
+        for name, rows in generate.measured(spec, some, turns)["parts"].items():
+            for row in rows:
+                report.add(what, engine=name, prompt=length, limit=limit, seconds=row["seconds"],
+                           tokens_per_second=row["tokens"] / row["seconds"], samples=row["samples"],
+                           length_mean=row["length_mean"])
     engine.close()
 
 
@@ -374,42 +330,40 @@ def step(args, report):
     shape = args.size["step"]
     problems = measure.random_problems(Path(args.work) / "problems.jsonl", 2 * shape["prompts"])
     bound, _ = grpo.MISMATCH[grpo.compute_dtype("auto", args.device)]
-    for m in run_grpo(args, report, model=random_model(args, "big"), data=problems, drop_zero_variance=0,
-                      style="plain", no_chat=True, **shape):
+    for m in run_grpo(args, report, model=random_model(args, "big"), data=problems, style="plain",
+                      no_chat=True, **shape):
         shown = [k for k in m if k.startswith(("seconds", "tokens", "length_mean", "grad_norm", "memory"))]
         report.add(f"step {m['step']}, KL(engine, trainer)", bound, error=m["mismatch_kl"],
                    **{k: m[k] for k in shown})
 
 
 def learn(args, report):
-    """grpo.py on the toy problems for some minutes: rewards in tenths of the run; the last must be above the
-    first by two standard errors."""
+    """grpo.py on the toy problems for some minutes: the reward of the last tenth of the run must be above
+    that of the first by two standard errors."""
     toy = measure.ROOT / "toy"
     options = {"model": toy / "model", "data": toy / "train.jsonl.gz"}
     if args.tiny:  # a random model learns to box the one right answer
-        model = measure.random_model(Path(args.work) / "learn", stops=3, **TINY | {"vocab_size": 256})
+        model = measure.random_model(Path(args.work) / "learn", TINY, stops=3)
         options = {"model": model, "style": "plain", "no_chat": True,
                    "data": measure.random_problems(Path(args.work) / "ones.jsonl", 16, ["1"])}
-    lines = run_grpo(args, report, 60 * args.minutes - 90, updates=1, **options, **args.size["learn"])
+    lines = run_grpo(args, report, 60 * args.minutes - 90, updates=1, drop_zero_variance=1, **options,
+                     **args.size["learn"])
     if len(lines) < 20:
         raise RuntimeError(f"only {len(lines)} steps in the time, 20 are needed")
-    tenths = [lines[i * len(lines) // 10:(i + 1) * len(lines) // 10] for i in range(10)]
-    for part in tenths:
-        means = {k: statistics.mean(m[k] for m in part) for k in ("reward", "length_mean", "seconds")}
-        report.add(f"steps {part[0]['step']}-{part[-1]['step']}", **means)
-    first, last = ([m["reward"] for m in part] for part in (tenths[0], tenths[-1]))
-    noise = sum(statistics.variance(x) / len(x) for x in (first, last)) ** 0.5
+    rewards, tenth = [m["reward"] for m in lines], len(lines) // 10
+    first, last = rewards[:tenth], rewards[-tenth:]
+    noise = sum(statistics.variance(x) / tenth for x in (first, last)) ** 0.5
     report.add("reward of the first tenth plus two standard errors, above that of the last", 0.0,
-               error=statistics.mean(first) + 2 * noise - statistics.mean(last),
-               skipped=lines[-1]["updates_skipped"])
+               error=statistics.mean(first) + 2 * noise - statistics.mean(last), steps=len(lines),
+               first=statistics.mean(first), last=statistics.mean(last), skipped=lines[-1]["updates_skipped"],
+               seconds_step=statistics.median(m["seconds"] for m in lines), rewards=rewards)
 
 
 def run_grpo(args, report, seconds=None, **options):
-    """grpo.py in this process, asked to stop after so many seconds -> its lines of metrics.jsonl."""
+    """grpo.py in a new folder, asked to stop after so many seconds -> its lines of metrics.jsonl."""
     def work(engine):
         out = Path(args.work) / f"run-{report.part}-{time.time_ns()}"
-        same = {"recipe": "improved", "eval_data": "none", "engine": engine, "out": out}
-        return measure.run_grpo({**options, **same}, seconds)
+        return measure.run_grpo({**options, "engine": engine, "out": out}, seconds)
 
     return first_that_works(args, report, work)
 
@@ -421,7 +375,7 @@ PARTS = {"correctness": correctness, "update": update, "generation": generation,
 
 def run_part(part, args):
     """One part in this process -> whether all its results are right."""
-    report = Report(part, args)
+    report = measure.Result(args.out, part, part, timed=False)
     try:
         PARTS[part](args, report)
     except Exception as e:  # noqa: BLE001  the parts behind it still run
@@ -432,9 +386,8 @@ def run_part(part, args):
 
 def start_part(part, args):
     """One part in a process of its own, at most --minutes -> whether all its results are right."""
-    words = [f"--{k}={getattr(args, k)}" for k in ("device", "engine", "minutes", "out", "work")]
-    command = [sys.executable, __file__, part, "--worker", *words, *["--tiny"] * args.tiny]
-    process = subprocess.Popen(command, start_new_session=True)
+    words = [word for word in sys.argv[1:] if word not in PARTS]
+    process = subprocess.Popen([sys.executable, __file__, *words, part, "--worker"], start_new_session=True)
     try:
         return not process.wait(60 * args.minutes)
     except subprocess.TimeoutExpired:

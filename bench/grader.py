@@ -6,29 +6,24 @@ Three thousand labelled answers and responses (tests/data/grader_*.jsonl.gz): ho
 many wrong ones are paid, how many right ones refused, answers a second in one process. And hostile responses:
 how many are paid, take more than 2 s, raise, or leave a file behind.
 
-The cases are VISIBLE: reward.py was developed while looking at them, so its accuracy on them only shows that
-nothing broke. A number worth quoting needs cases of the same kinds that nobody looked at.
-
+The cases are VISIBLE: reward.py was developed while looking at them, its row only shows that nothing broke.
 Each grader works in a child of its own, one case at a time, replaced after 6 s, because some of them hang.
 DeepScaleR's verdicts are reproduced here (`strict`), with reward.py's values for sympy's simplify.
 """
 import multiprocessing
 import os
 import re
-import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
+import measure  # puts the project on the path
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import measure
 
 import reward
 
 DATA = measure.ROOT / "tests" / "data"
+VISIBLE, HOSTILE = ["grader_cases.jsonl.gz", "grader_more.jsonl.gz"], ["grader_adversarial.jsonl.gz"]
 LIMIT = 6.0  # seconds for one case; 2 is the bound that counts
 
 
@@ -147,53 +142,42 @@ def strict_element(a, b):
         return False
 
 
-# ----- The graders: (answer, gold, problem) -> right?, and (response, gold, problem) -> reward --------------
+# ----- The graders: (response, gold, problem) -> paid? ------------------------------------------------------
 
-def nanoscaler():
-    return reward.grade, reward.compute_reward
-
-
-def on_responses(grade, extract):
-    def respond(response, gold, problem):
-        answer = extract(response)
-        return float(answer is not None and grade(answer, gold, problem))
-    return grade, respond
+def deepscaler(response, gold, _):
+    answer = strict_answer(response)
+    return answer is not None and any(strict(answer, text) for text in reward.gold_texts(gold))
 
 
-def deepscaler():
-    def grade(answer, gold, problem):
-        return any(strict(answer, text) for text in reward.gold_texts(gold))
-    return on_responses(grade, strict_answer)
-
-
-def math_verify():
-    """Behind our extractor (its own pays for answers outside the box); its alarm of 5 s per call is kept."""
+def math_verify(read):
+    """read(response) -> what it gets to see. Its alarm of 5 s per call is kept."""
     from math_verify import parse, verify
 
-    def grade(answer, gold, problem):
-        golds = gold if isinstance(gold, list) else [gold]
-        golds = [str(g).strip().strip("$") for g in golds]
-        return any(verify(parse(f"${g}$"), parse(f"\\boxed{{{answer}}}")) for g in golds)
-    return on_responses(grade, reward.extract_answer)
+    def respond(response, gold, _):
+        golds = [text.strip().strip("$") for text in reward.gold_texts(gold)]
+        return any(verify(parse(f"${text}$"), parse(read(response))) for text in golds)
+    return respond
 
 
-GRADERS = {"nanoscaler": nanoscaler, "math-verify": math_verify, "DeepScaleR": deepscaler}
+def boxed_answer(response):
+    """By our extractor: math-verify's own pays for answers outside the box."""
+    return f"\\boxed{{{reward.extract_answer(response) or ''}}}"
+
+
+GRADERS = {"nanoscaler": lambda: reward.compute_reward, "math-verify": lambda: math_verify(boxed_answer),
+           "DeepScaleR": lambda: deepscaler}
 
 
 # ----- Measuring one ----------------------------------------------------------------------------------------
 
 def judge(case):
-    """In the child: (verdict, seconds, exception)."""
-    grade, respond = judge.grader
-    began, verdict, error = time.perf_counter(), False, ""
+    """In the child: (verdict, seconds, raised?)."""
+    began, verdict, raised = time.perf_counter(), False, False
     try:
-        if "response" in case:
-            verdict = respond(case["response"], case["gold"], case.get("problem")) == 1.0
-        else:
-            verdict = bool(grade(case["answer"], case["gold"], case.get("problem")))
-    except Exception as e:  # noqa: BLE001  a grader that raises has not paid
-        error = type(e).__name__
-    return verdict, time.perf_counter() - began, error
+        verdict = judge.grader(case["response"], case["gold"], case.get("problem")) == 1
+    except Exception:  # noqa: BLE001  a grader that raises has not paid
+        raised = True
+    return verdict, time.perf_counter() - began, raised
 
 
 def judge_all(cases, folder):
@@ -206,13 +190,15 @@ def judge_all(cases, folder):
         except multiprocessing.TimeoutError:
             pool.terminate()
             pool = fork.Pool(1, os.chdir, (folder,))
-            yield False, LIMIT, "killed"
+            yield False, LIMIT, True
     pool.terminate()
 
 
 def measured(spec):
     judge.grader = GRADERS[spec["side"]]()
-    cases, hostile = (load(names)[::spec["every"]] for names in (spec["cases"], spec["hostile"]))
+    cases, hostile = (load(names)[::spec["every"]] for names in (VISIBLE, HOSTILE))
+    for case in cases + hostile:
+        case.setdefault("response", f"</think>\\boxed{{{case.get('answer')}}}")
     warm = cases[:50] + [c for c in cases if "\\sum" in c["gold"]][-2:]  # imports and first calls; sympy
     with tempfile.TemporaryDirectory() as folder:
         results = list(judge_all(warm + cases + hostile, folder))[len(warm):]
@@ -222,14 +208,13 @@ def measured(spec):
     missed = [c for c, (verdict, *_) in zip(cases, results) if verdict != c["correct"]]
     return {"seconds": seconds.sum(), "answers_per_second": len(seconds) / seconds.sum(),
             "p50_ms": 1e3 * np.median(seconds), "p99_ms": 1e3 * np.quantile(seconds, 0.99),
-            "max_ms": 1e3 * seconds.max(), "cases": len(cases), "accuracy": 1 - len(missed) / len(cases),
+            "cases": len(cases), "accuracy": 1 - len(missed) / len(cases),
             "positives": sum(c["correct"] for c in cases), "negatives": sum(not c["correct"] for c in cases),
             "false_negatives": sum(c["correct"] for c in missed),
-            "false_positives": sum(not c["correct"] for c in missed),
-            "raised": sum(bool(r[2]) for r in results), "missed_by_kind": Counter(c["kind"] for c in missed),
+            "false_positives": sum(not c["correct"] for c in missed), "raised": sum(r[2] for r in results),
             "hostile": len(attacks), "hostile_paid": sum(r[0] for r in attacks),
-            "hostile_over_2s": sum(r[1] > 2 for r in attacks), "hostile_max_s": max(r[1] for r in attacks),
-            "hostile_raised": sum(bool(r[2]) for r in attacks), "hostile_files_left": left}
+            "hostile_over_2s": sum(r[1] > 2 for r in attacks), "hostile_raised": sum(r[2] for r in attacks),
+            "hostile_files_left": left}
 
 
 def load(names):
@@ -237,18 +222,13 @@ def load(names):
 
 
 SIDES = dict.fromkeys(GRADERS, measured)
-PEERS = {"math-verify": "math_verify"}
+PEERS = ["math-verify"]
 
 
 def cases(args):
-    settings = {"cases": ["grader_cases.jsonl.gz", "grader_more.jsonl.gz"],
-                "hostile": ["grader_adversarial.jsonl.gz"], "every": 40 if args.quick else 1}
-    return [("labelled answers and responses, visible to whoever wrote reward.py", {}, settings)]
-
-
-def compare(rows, _):
-    """Nothing: each grader is judged by the labels."""
+    what = "labelled answers and responses, visible to whoever wrote reward.py"
+    return what, [({}, {"every": 40 if args.quick else 1})]
 
 
 if __name__ == "__main__":
-    measure.main("grader")
+    measure.compare_sides("grader")

@@ -7,11 +7,10 @@ many bytes come as with 8), pack is one rank's, and a step waits for both. decod
 share) go on in a thread beside generation, write (rank 0's) in one beside the update: they cost a step as
 much as they hold Python's lock, at most their seconds. Medians of three. The goal is 1 % of a step of 75 s.
 """
-import argparse
 import multiprocessing
 import tempfile
-import time
 import timeit
+from types import SimpleNamespace
 
 import measure  # puts the project on the path
 import numpy as np
@@ -48,19 +47,16 @@ def gather(rank, store, mine):  # in one process of two
     return seconds(lambda: common.gather(mine))
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="300 tokens instead of 4,500")
-    parser.add_argument("--out", default=str(measure.RESULTS / "host.json"), help="JSON to write")
-    args = parser.parse_args(argv)
-    before = {"busy_cores": measure.busy_cores(), "time": time.time()}
+def main():
+    args = measure.parse("host")
+    result = measure.Result(args.out, "host work of a step on 8 ranks")
     problems = data.load_problems(str(measure.ROOT / "assets" / "train.jsonl.gz"), limit=128)
     core = ByteLevelBPETokenizer()
     core.train_from_iterator([p.problem for p in problems], vocab_size=8000, show_progress=False)
     samples = list(make_samples(core, problems, 300 if args.quick else 4500))
     mine = [(problems[i // GROUP], samples[i]) for i in range(0, len(samples), RANKS)]
     grade = evaluate.load_reward(None, evaluate.load_style("r1"))
-    log = argparse.Namespace(args=argparse.Namespace(reward=None, group=GROUP), first=True)
+    log = SimpleNamespace(args=SimpleNamespace(reward=None, group=GROUP), first=True)
     parts = {
         "decode": seconds(lambda: [core.decode(s.response_ids.tolist()) for _, s in mine]),
         "grade": seconds(lambda: [grade(p, s) for p, s in mine]),
@@ -72,9 +68,8 @@ def main(argv=None):
         halves = [(rank, f"{log.args.out}/store", samples[rank::2]) for rank in (0, 1)]
         parts["gather"] = max(pool.starmap(gather, halves, chunksize=1))
     parts["waited for"], parts["all"] = parts["pack"] + parts["gather"], sum(parts.values())
-    rows = [{"part": part, "seconds": x, "share": x / STEP} for part, x in parts.items()]
-    print("\n".join("{part:10s} {seconds:8.3f} s {share:8.2%}".format(**row) for row in rows))
-    measure.write(args, "host work of a step on 8 ranks", rows, before)
+    for part, x in parts.items():
+        result.add(part=part, seconds=x, share=x / STEP)
 
 
 if __name__ == "__main__":

@@ -7,17 +7,12 @@ A trick is a response made without work on the problem, or the right answer spoi
 of problems where one pays. A trick that does not apply (no formula) does not pay, and a formula that says the
 gold is no trick. reward.py gets the problem's text; math-verify the whole response, as its own users do it.
 """
-import argparse
 import random
 import re
-import sys
-import time
 from collections import Counter
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 import grader
-import measure
+import measure  # puts the project on the path
 
 import reward
 
@@ -65,16 +60,10 @@ def tricks(problem, gold, common):
             f"<think>\n$\\boxed{{{gold}}}$", f"<think>\n$\\boxed{{{gold}}}$\n</think>\n\nI am done."]}
 
 
-def math_verify():
-    from math_verify import parse, verify
-
-    def respond(response, gold, problem):
-        return any(verify(parse(f"${text}$"), parse(response)) for text in reward.gold_texts(gold))
-    return respond
-
-
-GRADERS = {"reward.py": lambda: reward.compute_reward, "DeepScaleR": lambda: grader.deepscaler()[1],
-           "math-verify": math_verify}
+# how to make one, and how many problems it gets: all, or a sample where it is slow; with --quick
+GRADERS = {"reward.py": (lambda: reward.compute_reward, None, 100),
+           "DeepScaleR": (lambda: grader.deepscaler, None, 100),
+           "math-verify": (lambda: grader.math_verify(str), 400, 10)}
 
 
 def paid(respond, problems, common):
@@ -87,33 +76,28 @@ def paid(respond, problems, common):
     return count
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--sample", type=int, default=400, help="problems for math-verify, drawn by seed 0")
-    parser.add_argument("--quick", action="store_true", help="100 problems, and 10 for math-verify")
-    parser.add_argument("--out", default=str(measure.RESULTS / "lazy.json"), help="JSON to write")
-    args = parser.parse_args(argv)
-    before = {"busy_cores": None, "time": time.time()}  # verdicts mind no other process
+def main():
+    args = measure.parse("lazy")
+    # verdicts mind no other process
+    result = measure.Result(args.out, "share of problems that pay for a trick", timed=False)
     problems = list(measure.common.read_lines(str(measure.ROOT / "assets" / "train.jsonl.gz")))
     for row in problems:
         row["text"] = reward.gold_texts(row["answer"])[0]
     common = [text for text, _ in Counter(row["text"] for row in problems).most_common(10)]
     random.Random(0).shuffle(problems)
-    rows = {}
-    for name, make in GRADERS.items():
-        some = problems[:10 if args.quick else args.sample] if name == "math-verify" else problems
-        some = some[:100] if args.quick else some
+    table = {}
+    for name, (make, most, quick) in GRADERS.items():
+        some = problems[:quick if args.quick else most]
+        print(f"{name}, {len(some):,} problems", flush=True)
         try:
             counts = paid(make(), some, common)
         except ImportError as e:
-            print(f"{name}: not measured, {e}")
+            print(f"not measured, {e}")
             continue
-        print(f"{name}, {len(some):,} problems")
         for trick, count in counts.items():
-            print(f"  {count / len(some):7.2%}  {trick}", flush=True)
-            rows.setdefault(trick, {"trick": trick})[name] = {"paid": count, "problems": len(some)}
-    measure.write(args, "share of problems that pay for a trick", list(rows.values()), before,
-                  most_common=common)
+            table.setdefault(trick, {})[name] = {"paid": count, "problems": len(some)}
+    for trick, by_grader in table.items():
+        result.add(trick=trick, **by_grader)
 
 
 if __name__ == "__main__":

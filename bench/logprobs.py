@@ -6,13 +6,10 @@ All sides get the same hidden states, head, targets and gradient of the log-prob
 not differentiated (the recipe's `improved` setting). Checked against ours: mean log-prob, mean entropy and
 the norms of both gradients.
 """
-import sys
-from pathlib import Path
-
+import measure  # puts the project on the path
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import measure
+from policy import token_logprobs
 
 TEMPERATURE, TILE = 0.6, 1024
 
@@ -29,20 +26,18 @@ def inputs(spec):
 
 def run(spec, function):
     """Time function(hidden, head, targets) -> (logp, entropy), and its backward."""
-    hidden, head, targets, weight = inputs(spec)
+    (hidden, head, targets, weight), meter = inputs(spec), measure.Meter()
     function(hidden[:8], head, targets[:8])[0].sum().backward()
     hidden.grad = head.grad = None
-    m = measure.Meter()
-    m.start()
+    meter.lap()
     logp, entropy = function(hidden, head, targets)
     (logp * weight).sum().backward()
-    m.stop()
-    return m.answer(logp=logp.mean().item(), entropy=entropy.mean().item(),
-                    grad_hidden=hidden.grad.norm().item(), grad_head=head.grad.norm().item())
+    meter.lap()
+    return meter.answer(logp=logp.mean().item(), entropy=entropy.mean().item(),
+                        grad_hidden=hidden.grad.norm().item(), grad_head=head.grad.norm().item())
 
 
 def ours(spec):
-    from policy import token_logprobs
     return run(spec, lambda h, w, y: token_logprobs(h, w, y, TEMPERATURE, entropy_grad=False))
 
 
@@ -58,43 +53,41 @@ def trl(spec):
 def limit(spec):
     """The four matmuls no version without stored logits can avoid (logits, logits again, d hidden, d head),
     into buffers that exist already, and nothing else."""
-    hidden, head, _, _ = inputs(spec)
+    (hidden, head, _, _), meter = inputs(spec), measure.Meter()
     grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head)
     tile = hidden.new_empty(TILE, spec["vocab"])
     torch.mm(hidden[:8], head.T, out=tile[:8])
-    m = measure.Meter()
-    m.start()
+    meter.lap()
     for h, d in zip(hidden.split(TILE), grad_hidden.split(TILE)):
         z = tile[:len(h)]
         torch.mm(h, head.T, out=z)
         torch.mm(h, head.T, out=z)
         torch.mm(z, head, out=d)
         grad_head.addmm_(z.T, h)
-    m.stop()
-    return m.answer()
+    meter.lap()
+    return meter.answer()
 
 
 SIDES = {"ours": ours, "trl": trl, "limit": limit}
-PEERS = {"trl": "trl"}
+PEERS = ["trl"]
 
 
 def cases(args):
     shape = {"vocab": 2048, "hidden": 64} if args.quick else {"vocab": 151936, "hidden": 512}
     what = "log-prob and entropy of each token, and backward; vocabulary {vocab:,}, hidden {hidden}"
-    return [(what.format(**shape), {"length": length}, {**shape, "length": length})
-            for length in ([192] if args.quick else [8192, 24576])]
+    return what.format(**shape), [({"length": length}, {**shape, "length": length})
+                                  for length in ([192] if args.quick else [8192, 24576])]
 
 
 def compare(rows, _):
     """Seconds against the limit's, and the largest relative distance from ours of what was computed."""
-    by = {r["side"]: r for r in rows if "error" not in r}
-    for row in by.values():
-        if "limit" in by:
-            row["times_limit"] = row["seconds"]["median"] / by["limit"]["seconds"]["median"]
-        if "ours" in by and "logp" in row:
-            row["off"] = max(abs(row[k] / by["ours"][k] - 1)
+    for row in rows.values():
+        if "limit" in rows:
+            row["times_limit"] = row["seconds"]["median"] / rows["limit"]["seconds"]["median"]
+        if "ours" in rows and "logp" in row:
+            row["off"] = max(abs(row[k] / rows["ours"][k] - 1)
                              for k in ("logp", "entropy", "grad_hidden", "grad_head"))
 
 
 if __name__ == "__main__":
-    measure.main("logprobs")
+    measure.compare_sides("logprobs")

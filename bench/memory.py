@@ -7,10 +7,8 @@ Policy, reference, FSDP2, checkpointing and AdamW run as in grpo.py, on tensors 
 device is "cpu", but policy.py takes its CUDA branches: bf16 products, the varlen kernel and what it keeps.
 Not in it: CUDA context, NCCL, fragmentation, workspaces inside kernels, for which predict.py adds RESERVE.
 """
-import argparse
 import gc
 import itertools
-import time
 import weakref
 from contextlib import contextmanager
 from unittest import mock
@@ -23,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM
 
 import grpo
 import policy as policy_lib
@@ -84,11 +82,7 @@ def simulated(world):
 
 
 def make_policy(m, recompute, dtype):
-    config = Qwen2Config(
-        hidden_size=m["hidden"], intermediate_size=m["mlp"], num_hidden_layers=m["layers"],
-        num_attention_heads=m["q"] // 128, num_key_value_heads=m["kv"] // 128, vocab_size=m["vocab"],
-        tie_word_embeddings=m["tied"], max_position_embeddings=m["positions"])
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = AutoModelForCausalLM.from_config(measure.qwen2(m), dtype=dtype)
     return policy_lib.Policy(model, recompute).shard(torch.bfloat16)
 
 
@@ -130,20 +124,13 @@ def compare(shape, world, budget, recompute):
             "simulated_gib": peak, "predicted_gib": predicted, "predicted_over_simulated": predicted / peak}
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="8 ranks, 8,192 tokens, recomputation")
-    parser.add_argument("--out", default=str(measure.RESULTS / "memory.json"), help="JSON to write")
-    args = parser.parse_args(argv)
-    before = {"busy_cores": None, "time": time.time()}  # a count of bytes minds no other process
+def main():
+    args = measure.parse("memory")
+    # a count of bytes minds no other process
+    result = measure.Result(args.out, "memory of an update, simulated and predicted", timed=False)
     settings = list(itertools.product((1, 0), (8, 1), (8192, 16384, 24576, 32768)))
-    shape, rows = predict.model_shape(predict.MODEL), []
-    print("ranks  budget  recompute  simulated  predicted (GiB)  ratio")
     for recompute, world, budget in settings[:1] if args.quick else settings:
-        rows.append(compare(shape, world, budget, recompute))
-        print("{ranks:5d} {budget:7,d} {recompute:10d} {simulated_gib:10.2f} {predicted_gib:10.2f} "
-              "{predicted_over_simulated:12.3f}".format(**rows[-1]), flush=True)
-    measure.write(args, "memory of an update, simulated and predicted", rows, before)
+        result.add(**compare(predict.model_shape(predict.MODEL), world, budget, recompute))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ is the mean of three validations in a row, tokens are generated ones (those afte
 seconds are of training steps. "reached": when direct first was as good as staged at its end, and the ratio of
 that to all stages.
 """
-import argparse
 import os
 import subprocess
 import sys
@@ -80,18 +79,12 @@ def compare(folder, seed, words):
     return row
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=3, help="how many: 0, 1000, 2000, ...")
-    parser.add_argument("--work", default=str(measure.WORK / "staging"), help="folder of the runs")
-    parser.add_argument("--quick", action="store_true", help="one seed of two tiny stages")
-    parser.add_argument("--out", default=str(measure.RESULTS / "staging.json"), help="JSON to write")
-    args = parser.parse_args(argv)
-    before, rows = {"busy_cores": measure.busy_cores(), "time": time.time()}, []
+def main():
+    args = measure.parse("staging", ("seeds", int, 3, 1, "how many: 0, 1000, 2000, ..."),
+                         ("work", str, str(measure.WORK / "staging"), None, "folder of the runs"))
+    result = measure.Result(args.out, "staged against direct on the toy")
     for seed in range(0, 1000 * (1 if args.quick else args.seeds), 1000):
-        rows.append(compare(args.work, seed, QUICK.split() if args.quick else []))
-        print(rows[-1], flush=True)
-        measure.write(args, "staged against direct on the toy", rows, before)
+        result.add(**compare(args.work, seed, QUICK.split() if args.quick else []))
 
 
 if __name__ == "__main__":

@@ -11,15 +11,18 @@ every third time; or SmolLM2 on real easy problems with two solved examples in t
 """
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import measure
+import measure  # puts the project on the path
 import update
+from transformers import AutoTokenizer
+
+import data
+import reward
+from rollout import stop_token_ids
 
 # micro: samples in a micro-batch of TRL; steps: the first is not counted
 WORKLOADS = {"tiny": {"prompts": 16, "group": 8, "max_len": 208, "steps": 3, "micro": 8},
@@ -41,20 +44,16 @@ def ours(spec, engine):
     with tempfile.TemporaryDirectory() as out:
         lines = measure.run_grpo({
             **shape, **spec["options"], "model": spec["model"], "data": spec["data"], "out": out,
-            "engine": engine, "dtype": "float32", "lr": 1e-6, "recipe": "improved", "style": "plain",
-            "updates": update.UPDATES, "drop_zero_variance": 0, "eval_data": "none", "temperature": 1.0,
+            "engine": engine, "dtype": "float32", "lr": 1e-6, "style": "plain", "updates": update.UPDATES,
             "max_seqs": shape["prompts"] * shape["group"]})[1:]  # as TRL, which generates all at once
     means = {name: statistics.mean(line[name] for line in lines)
-             for name in ("reward", "grad_norm", "entropy", "mismatch_kl", "seconds_generate",
-                          "seconds_reward", "seconds_logprobs", "seconds_update", "seconds_sync")}
+             for name in ("reward", "grad_norm", "entropy", "seconds_generate", "seconds_update")}
     return report([line["seconds"] for line in lines], [line["tokens"] for line in lines], **means)
 
 
 def trl(spec):
     """GRPOTrainer with transformers' `generate` (with vLLM TRL 1.16 cannot push weights on a CPU), rewarded
     by the same function; a step ends with its last update."""
-    import reward
-    from rollout import stop_token_ids
     rows, ends, shape = spec["rows"], [], spec["shape"]
 
     def grade(completions, answer, **_):
@@ -66,8 +65,7 @@ def trl(spec):
     for r in rows:  # TRL takes text; what it makes of it must be our token ids
         if trainer.processing_class(r["prompt"])["input_ids"] != r["ids"]:
             raise ValueError("a prompt does not survive decoding and encoding: TRL would see other tokens")
-    stops = stop_token_ids(spec["model"], trainer.model.config)
-    trainer.generation_config.eos_token_id = sorted(stops)
+    trainer.generation_config.eos_token_id = sorted(stop_token_ids(spec["model"], trainer.model.config))
     trainer.train()
 
     def after_the_first(name):
@@ -81,44 +79,39 @@ def trl(spec):
 
 
 SIDES = {"ours_vllm": lambda s: ours(s, "vllm"), "ours_torch": lambda s: ours(s, "torch"), "trl_hf": trl}
-PEERS = {"ours_vllm": "vllm", "trl_hf": "trl"}
+PEERS = ["trl_hf"]
 
 
 def cases(args):
     """Model, problems for grpo.py, and for TRL the prompts that it makes of them, in order."""
-    from transformers import AutoTokenizer
-
-    import data
-    name, work, easy = "smollm2" if args.model else "tiny", Path(args.work), measure.ROOT / "assets"
-    shape = dict(WORKLOADS["quick" if args.quick else name])
-    micro = shape.pop("micro")
-    if name == "tiny":
-        model, options, examples = measure.random_model(work / "stops", stops=50), {"no_chat": True}, ()
-        path = measure.random_problems(work / "step-problems.jsonl", 2 * shape["prompts"])
-    else:
-        model, path = args.model, str(easy / "easy" / "train.jsonl")
-        options = {"examples": str(easy / "examples.jsonl")}
+    work, assets = Path(args.work), measure.ROOT / "assets"
+    shape = dict(WORKLOADS["quick" if args.quick else "smollm2" if args.model else "tiny"])
+    micro, examples = shape.pop("micro"), ()
+    if args.model:
+        model, path = args.model, str(assets / "easy" / "train.jsonl")
+        options = {"examples": str(assets / "examples.jsonl")}
         examples = data.load_problems(options["examples"])
+    else:
+        model, options = measure.random_model(work / "stops", stops=50), {"no_chat": True}
+        path = measure.random_problems(work / "step-problems.jsonl", 2 * shape["prompts"])
     tokenizer = AutoTokenizer.from_pretrained(model)
     problems, prompts, _ = data.encode_problems(data.load_problems(path), tokenizer, 1024,
-                                                chat=name != "tiny", examples=examples)
+                                                chat=bool(args.model), examples=examples)
     order = [i for step in range(shape["steps"])
              for i in data.batch_indices(len(problems), step, shape["prompts"], 0)]
     rows = [{"prompt": tokenizer.decode(prompts[i]), "ids": list(prompts[i]), "answer": problems[i].answer}
             for i in order]
-    settings = {"shape": shape, "micro": micro, "model": model, "data": path, "rows": rows,
-                "options": options, "work": args.work}
     what = f"a step of {shape['prompts']} x {shape['group']} samples of at most {shape['max_len']} tokens"
-    return [(what, {"workload": name}, settings)]
+    return what, [({}, {"shape": shape, "micro": micro, "model": model, "data": path, "rows": rows,
+                        "options": options, "work": args.work})]
 
 
 def compare(rows, _):
     """TRL in units of ours with the torch engine."""
-    by = {r["side"]: r for r in rows if "error" not in r}
-    for row in by.values() if "ours_torch" in by else ():
-        row["times_ours"] = row["seconds"]["median"] / by["ours_torch"]["seconds"]["median"]
-        row["times_ours_per_token"] = by["ours_torch"]["tokens_per_second"] / row["tokens_per_second"]
+    for row in rows.values() if "ours_torch" in rows else ():
+        row["times_ours"] = row["seconds"]["median"] / rows["ours_torch"]["seconds"]["median"]
+        row["times_ours_per_token"] = rows["ours_torch"]["tokens_per_second"] / row["tokens_per_second"]
 
 
 if __name__ == "__main__":
-    measure.main("step")
+    measure.compare_sides("step")

@@ -1,19 +1,15 @@
 """tables.py - all tables of bench/README.md, and the one of README.md, made from bench/results/*.json.
 
-    python bench/tables.py              # print them
-    python bench/tables.py --write      # put them between the markers of the two files
-    python bench/tables.py --check      # exit 1 if a file says anything else
+    python bench/tables.py              # name the files that say anything else, and exit with 1
+    python bench/tables.py --write      # put the tables between the markers of the two files
 
 A number that is not in a results file cannot get into a table. Medians; in brackets the range over
 repetitions. A file of results that is not named here gets a table of all its numbers.
 """
-import argparse
 import sys
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 import measure
 from measure import common
 
@@ -24,11 +20,11 @@ TABLES = {  # results: the columns, keys of their rows
     "step": "seconds times_ours tokens_per_second times_ours_per_token memory_mb",
     "grader": "accuracy positives false_negatives negatives false_positives answers_per_second p50_ms p99_ms "
               "hostile hostile_paid hostile_over_2s"}
-NAMES = {"ours": "**ours**", "trl": "TRL", "sorted": "plain loop, sorted by length", "limit": "limit",
+NAMES = {"ours": "**ours**", "trl": "TRL", "sorted": "plain loop, sorted by length",
          "vllm": "**ours, vLLM**", "bare_vllm": "bare vLLM",
          "bare_vllm+": "bare vLLM with seeds and log-probs", "torch": "**ours, torch**",
          "hf": "transformers' generate", "ours_vllm": "**ours, vLLM**", "ours_torch": "**ours, torch**",
-         "trl_hf": "TRL, transformers' generate", "nanoscaler": "**reward.py**", "math-verify": "math-verify",
+         "trl_hf": "TRL, transformers' generate", "nanoscaler": "**reward.py**",
          "DeepScaleR": "DeepScaleR's original verdicts"}
 
 
@@ -52,12 +48,21 @@ def cell(value):
     return "-" if value is None else f"{value:,}" if number else str(value)
 
 
+def flat(row):
+    """{"staged": {"seconds": 1.0}} as {"staged seconds": 1.0}; spreads and shares stay what they are."""
+    out = {}
+    for k, v in row.items():
+        inside = isinstance(v, dict) and not {"median", "paid"} & set(v)
+        out |= {f"{k} {name}": x for name, x in v.items()} if inside else {k: v}
+    return out
+
+
 def table(rows, columns=None):
     """Rows as a Markdown table. columns: keys, default: all that `cell` knows. A side that failed says why in
     its last cell."""
-    one = dict.fromkeys(k for row in rows for k, v in row.items()
-                        if not isinstance(v, (list, dict)) or "median" in v or "paid" in v)
-    columns, lines = ["side", *columns.split()] if columns else list(one), []
+    rows = [flat(row) for row in rows]
+    known = dict.fromkeys(k for row in rows for k, v in row.items() if not isinstance(v, list))
+    columns, lines = ["side", *columns.split()] if columns else list(known), []
     for row in rows:
         lines.append([NAMES.get(row[k], row[k]) if k == "side" else cell(row.get(k)) for k in columns])
         if isinstance(row.get("error"), str):
@@ -74,21 +79,17 @@ def about(d):
     machine, n = d["machine"], d["repeats"]
     said = ", ".join(f"{k} {' and '.join(sorted(v))}" for k, v in sorted(versions.items())
                      if k in measure.PACKAGES)
-    warning = f" **{d['warning']}.**" if d.get("warning") else ""
-    took = f" in {d['minutes']:.0f} minutes" if d.get("minutes") else ""
-    times = f"{n} repetition{'s' * (n != 1)}{took}"
-    return (f"`{d['command']}`, {times}, {d['date'][:10]}, commit {d['commit']}, "
-            f"{machine['cpu']}, {'and '.join(map(str, machine['threads']))} threads; {said}.{warning}\n")
+    warning = f" **{d['warning']}.**" if d["warning"] else ""
+    return (f"`{d['command']}`, {n} repetition{'s' * (n != 1)} in {d['minutes']:.0f} minutes, "
+            f"{d['date'][:10]}, commit {d['commit']}, {machine['cpu']}, "
+            f"{' and '.join(map(str, machine['threads']))} threads; {said}.{warning}\n")
 
 
 def section(path):
-    """Table of a file of results, with what was measured, how and where."""
-    d, stem = common.read_json(path), Path(path).stem
-    if "rows" not in d:  # gpu.py: one entry for each part
-        return "\n".join(f"**{part}**, {p['device']}, {p['date'][:10]}, commit {p['commit']}, "
-                         f"{p['seconds']:.0f} s\n\n{table(p['rows'])}" for part, p in d.items())
-    columns = TABLES.get(stem.split("_")[0])
-    return f"{d['what']}\n\n{table(d['rows'], columns)}\n{about(d)}"
+    """Tables of a file of results, with what was measured, how and where."""
+    d, columns = common.read_json(path), TABLES.get(Path(path).stem.split("_")[0])
+    parts = [d] if "rows" in d else d.values()
+    return "\n".join(f"{part['what']}\n\n{table(part['rows'], columns)}\n{about(part)}" for part in parts)
 
 
 def sections(results=measure.RESULTS):
@@ -103,58 +104,29 @@ def sections(results=measure.RESULTS):
 
 # ----- One table of at most eight rows, for README.md -------------------------------------------------------
 
-def tricks(rows):
-    best = {name: max(row[name]["paid"] / row[name]["problems"] for row in rows if name in row)
-            for name in ("reward.py", "DeepScaleR", "math-verify") if name in rows[0]}
-    return ", ".join(f"{name} {share:.1%}" for name, share in best.items()) + f" for the best of {len(rows)}"
+def number(value):
+    """The median of a spread, the share of problems that pay, any other value as it is."""
+    if isinstance(value, dict):
+        return value["median"] if "median" in value else value["paid"] / value["problems"]
+    return value
 
 
-def ratios(rows):
-    some = [row["predicted_over_simulated"] for row in rows]
-    return f"{min(some):.2f} to {max(some):.2f} of the simulation in {len(some)} settings"
-
-
-# what, results, and words about the rows of their sides, or a function of the rows
-UPDATE = "{trl.times_ours:.1f} × as fast, {ours.memory_mb:,.0f} MiB instead of {trl.memory_mb:,.0f}"
-HEAD = ("{ours.length:,} tokens: {ours.seconds:.0f} s and {ours.memory_mb:,.0f} MiB, TRL {trl.seconds:.0f} s "
-        "and {trl.memory_mb:,.0f} MiB")
-GRADER = ("{nanoscaler.accuracy:.1%} ({math_verify.accuracy:.1%}) right, {nanoscaler.false_positives} "
-          "({math_verify.false_positives}) wrong paid, {nanoscaler.answers_per_second:,.0f} "
-          "({math_verify.answers_per_second:,.0f}) a second")
-SUMMARY = [
-    ("update of a random model of 1.6 M parameters / SmolLM2, beside TRL", ["update", "update_smollm2"],
-     UPDATE),
-    ("log-probs at a vocabulary of 151,936, beside TRL", ["logprobs"], HEAD),
-    ("generation through vLLM, beside bare vLLM asked for the same: both models",
-     ["generate", "generate_smollm2"], "{vllm.times_bare_same:.2f} ×"),
-    ("generation by the torch engine, beside `generate`: both models", ["generate", "generate_smollm2"],
-     "{torch.times_bare:.1f} ×"),
-    ("whole step, beside TRL: both models", ["step", "step_smollm2"],
-     "{trl_hf.times_ours:.1f} × as fast, {trl_hf.times_ours_per_token:.1f} × per token"),
-    ("grader (math-verify) on visible cases", ["grader"], GRADER),
-    ("problems that pay for a lazy answer", ["lazy"], tricks),
-    ("predicted memory of an update of the 1.5B model", ["memory"], ratios)]
+def numbers(path):
+    """What summary.md may name of a result: the last row of each side, or the spread of each column."""
+    rows = [{k: number(v) for k, v in flat(row).items()} for row in common.read_json(path)["rows"]]
+    if "side" in rows[0]:
+        return {row["side"]: row for row in rows}
+    names = [k for k, v in rows[0].items() if not isinstance(v, str)]
+    return {k: measure.spread([row.get(k) for row in rows]) for k in names}
 
 
 def summary(results=measure.RESULTS):
-    """The rows of SUMMARY for which there are numbers, as one Markdown table."""
-    lines = []
-    for what, names, words in SUMMARY:
-        said, files = [], []
-        for name in names:
-            with suppress(OSError, LookupError, AttributeError):  # a result or a side is missing
-                rows = common.read_json(Path(results) / f"{name}.json")["rows"]
-                said.append(words(rows) if callable(words) else words.format(**by_side(rows)))
-                files.append(f"[{name}.json](bench/results/{name}.json)")
-        lines += [[what, " / ".join(said), ", ".join(files)]] if said else []
-    return "\n".join("|".join(line) for line in [["what", "result", "file"], ["-"] * 3, *lines])
-
-
-def by_side(rows):
-    """{name of a side: its last row, with medians for spreads}."""
-    return {row["side"].replace("-", "_"): SimpleNamespace(**{
-        k: v["median"] if isinstance(v, dict) and "median" in v else v for k, v in row.items()})
-        for row in rows if "error" not in row}
+    """The lines of summary.md for which there are numbers, filled in."""
+    known, lines = {f.stem: numbers(f) for f in Path(results).glob("*.json") if f.stem != "gpu"}, []
+    for line in (measure.ROOT / "bench" / "summary.md").read_text().splitlines():
+        with suppress(KeyError):  # a result or a side is missing
+            lines.append(line.format(**known))
+    return "\n".join(lines)
 
 
 # ----- The two files ----------------------------------------------------------------------------------------
@@ -163,24 +135,20 @@ FILES = [(measure.ROOT / "bench" / "README.md", "<!-- tables -->", "<!-- end tab
          (measure.ROOT / "README.md", "<!-- measured -->", "<!-- end measured -->", summary)]
 
 
-def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--write", action="store_true", help="replace what is between the markers of both files")
-    p.add_argument("--check", action="store_true", help="exit 1 if a file differs from its table")
-    args, different = p.parse_args(argv), []
+def main(write):
+    """-> exit code: 1 if a file differs from its tables and is left so."""
+    code = 0
     for path, start, end, make in FILES:
         text = path.read_text()
-        before, marker, rest = text.partition(start)
-        new = f"{before}{start}\n{make().strip()}\n{end}{rest.partition(end)[2]}" if marker else text
-        if args.write:
+        before, _, rest = text.partition(start)
+        new = f"{before}{start}\n{make().strip()}\n{end}{rest.partition(end)[2]}"
+        if new != text and write:
             common.write_atomic(str(path), new)
-        elif not args.check:
-            print(make(), end="\n\n")
-        different += [str(path)] * (new != text)
-    if args.check and different:
-        print(f"{' and '.join(different)}: python bench/tables.py --write")
-    return int(args.check and bool(different))
+        elif new != text:
+            print(f"{path}: python bench/tables.py --write")
+            code = 1
+    return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(write="--write" in sys.argv))

@@ -4,23 +4,22 @@
     python bench/update.py --peer_python PEERS/bin/python --model models/smollm2
 
 Timed: advantages, packing or padding, old log-probs, loss, backward, clipping, AdamW, from the samples in
-hand to the last optimizer step, in fp32. Every side does it twice, and `seconds` is the second time: a run's
-first optimizer step creates Adam's moments, 3 s of first touches of memory with SmolLM2 (`first_seconds`).
-The recipe's two updates a rollout: the second needs old log-probs. TRL scores all samples for that, ours and
-the loop the second half, because at the first update the policy is the old one. Ours and TRL compute the
-entropy as well. Micro-batches of TRL and the loop have as many samples as were fastest for them. Checked: the
-gradient norm of each update against ours (an on-policy GRPO loss is about 0 whatever the log-probs are).
+hand to the last optimizer step, in fp32. Every side does it twice, and `seconds` is the second time: the
+first loads kernels and creates Adam's moments (`first_seconds`). The recipe's two updates a rollout: the
+second needs old log-probs. TRL scores all samples for that, ours and the loop the second half, because at the
+first update the policy is the old one. Micro-batches of TRL and the loop have as many samples as were fastest
+for them. Checked: the gradient norm of each update against ours (an on-policy GRPO loss is about 0).
 """
 import os
-import sys
 from collections import Counter
 from pathlib import Path
 
+import measure  # puts the project on the path
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-import measure
+import grpo
 
 # lengths have the ratios of the 16K stage; micro: samples in a micro-batch of trl and sorted
 WORKLOADS = {
@@ -37,48 +36,49 @@ def load(spec):
     return model, measure.rollouts(model.config.vocab_size, **spec["shape"])
 
 
-def warm_up(loss, optimizer):
-    """One small forward and backward before the clock starts, for every side: kernels are loaded then."""
-    loss.backward()
-    optimizer.zero_grad(set_to_none=True)
+def rewards_of(samples, shape):
+    return torch.tensor([s.reward for s in samples]).view(-1, shape["group"])
 
 
-def split(rows):
+def split(samples):
     """Samples -> those of each update."""
-    half = len(rows) // UPDATES
-    return [rows[i:i + half] for i in range(0, len(rows), half)]
+    half = len(samples) // UPDATES
+    return [samples[i:i + half] for i in range(0, len(samples), half)]
 
 
-def responses(rows):
-    return sum(len(r["response"]) for r in rows)
+def responses(samples):
+    return sum(len(s.response_ids) for s in samples)
+
+
+def length(sample):
+    return len(sample.prompt_ids) + len(sample.response_ids)
+
+
+def updates(learner, samples, rewards):
+    """What grpo.train does between `generate` and `push` -> the mini-batches and statistics of each."""
+    advantages = grpo.group_advantages(rewards)
+    halves = torch.arange(len(rewards)).chunk(learner.args.updates)
+    minibatches = [learner.pack(samples, advantages, prompts) for prompts in halves]
+    old = [learner.score(learner.policy if k else None, mini) for k, mini in enumerate(minibatches)]
+    stats = [Counter() for _ in minibatches]
+    for mini, old_logp, sums in zip(minibatches, old, stats):
+        learner.update(0, mini, old_logp, learner.score(None, mini), sums)
+    return minibatches, stats
 
 
 def ours(spec):
-    """grpo.py's Learner as grpo.train uses it between `generate` and `push`."""
-    import grpo
+    """grpo.py's Learner."""
     # no correction for an engine: the log-probs are random, and the other sides get none
     learner = measure.make_learner(
         spec["model"], spec["token_budget"], temperature=1.0, lr=1e-6, tis_cap=0, dtype="float32",
         updates=UPDATES, **{name: spec["shape"][name] for name in ("group", "prompts", "max_len")})
-    _, rows = load(spec)
-    samples, norms, entropies = measure.as_samples(rows), [], []
-    rewards = torch.tensor([r["reward"] for r in rows]).view(-1, spec["shape"]["group"])
-    first, _ = learner.pack(samples, rewards, torch.arange(1))
-    warm_up(learner.policy(first[0][0])[0].sum(), learner.optimizer)
-    meter = measure.Meter()
-    for begin in (meter.start, meter.lap):
-        begin()
-        advantages = grpo.group_advantages(rewards)
-        halves = torch.arange(len(rewards)).chunk(UPDATES)
-        minibatches = [learner.pack(samples, advantages, prompts) for prompts in halves]
-        old = [learner.score(learner.policy if k else None, mini) for k, mini in enumerate(minibatches)]
-        for mini, old_logp in zip(minibatches, old):
-            stats = Counter()
-            learner.update(0, mini, old_logp, learner.score(None, mini), stats)
-            norms.append(stats["grad_norm"])
-            entropies.append(float(stats["entropy"] / stats["tokens"]))
-    meter.stop()
-    return meter.answer(grad_norm=norms, entropy=entropies)
+    (_, samples), meter, norms = load(spec), measure.Meter(), []
+    meter.lap()
+    for _ in range(2):
+        _, stats = updates(learner, samples, rewards_of(samples, spec["shape"]))
+        norms += [sums["grad_norm"] for sums in stats]
+        meter.lap()
+    return meter.answer(grad_norm=norms)
 
 
 def trl_trainer(spec, model, prompts, rollouts, on_update, **more):
@@ -112,35 +112,31 @@ def trl(spec):
     shuffling of samples is switched off so that its two mini-batches are ours."""
     import trl.trainer.grpo_trainer as module
     module.shuffle_sequence_dict = lambda batch: batch
-    (model, rows), meter = load(spec), measure.Meter()
-    begins = iter((meter.start, meter.lap))
+    (model, samples), meter = load(spec), measure.Meter()
 
     def rollout_func(prompts, trainer):
-        next(begins)()
-        return {"prompt_ids": [r["prompt"] for r in rows], "completion_ids": [r["response"] for r in rows],
-                "logprobs": None}
+        meter.lap()
+        return {"prompt_ids": [s.prompt_ids for s in samples], "logprobs": None,
+                "completion_ids": [s.response_ids.tolist() for s in samples]}
 
     trainer = trl_trainer(
-        spec, model, [{"prompt": str(r["problem"])} for r in rows[::spec["shape"]["group"]]], 2,
-        lambda k: k == 2 * UPDATES and meter.stop(), rollout_func=rollout_func,
-        reward_funcs=lambda completions, **_: [r["reward"] for r in rows])
-    warm_up(plain_logp(trainer.model, rows[:2]).sum(), trainer.model)
+        spec, model, [{"prompt": str(i)} for i in range(spec["shape"]["prompts"])], 2,
+        lambda k: k == 2 * UPDATES and meter.lap(), rollout_func=rollout_func,
+        reward_funcs=lambda completions, **_: [s.reward for s in samples])
     trainer.train()
     log = [line for line in trainer.state.log_history if "grad_norm" in line]
     # TRL divides each mini-batch by the mean token count of all mini-batches, we by its own: put on our scale
-    scale = [responses(rows) / UPDATES / responses(mini) for mini in split(rows)] * 2
+    scale = [responses(samples) / UPDATES / responses(mini) for mini in split(samples)] * 2
     norms = [line["grad_norm"] * s for line, s in zip(log, scale, strict=True)]
-    return meter.answer(grad_norm=norms, entropy=[line["entropy"] for line in log], micro=spec["micro"])
+    return meter.answer(grad_norm=norms)
 
 
-def plain_logp(model, rows):
+def plain_logp(model, samples):
     """Log-probs [R] of the response tokens of a micro-batch, padded on the right, which needs no mask."""
-    longest = max(len(r["prompt"]) + len(r["response"]) for r in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-    scored = torch.zeros(len(rows), longest, dtype=torch.bool)  # positions that predict a response token
-    for i, r in enumerate(rows):
-        p, t = len(r["prompt"]), len(r["prompt"]) + len(r["response"])
-        ids[i, :t], scored[i, p - 1:t - 1] = torch.tensor(r["prompt"] + r["response"]), True
+    ids = pad_sequence([torch.tensor([*s.prompt_ids, *s.response_ids]) for s in samples], batch_first=True)
+    scored = torch.zeros_like(ids, dtype=torch.bool)  # positions that predict a response token
+    for row, s in zip(scored, samples):
+        row[len(s.prompt_ids) - 1:length(s) - 1] = True
     hidden = model.base_model(ids, use_cache=False).last_hidden_state[scored]
     tiles = zip(hidden.split(1024), ids.roll(-1, 1)[scored].split(1024))
     return torch.cat([-F.cross_entropy(model.lm_head(h), y, reduction="none") for h, y in tiles])
@@ -148,42 +144,38 @@ def plain_logp(model, rows):
 
 def plain(spec):
     """A loop as one would write it in an afternoon: samples sorted by length, the loss of grpo.py."""
-    import grpo
-    (model, rows), k, norms = load(spec), spec["micro"], []
+    (model, samples), meter, k, norms = load(spec), measure.Meter(), spec["micro"], []
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.01, fused=True)
-    rewards = torch.tensor([r["reward"] for r in rows]).view(-1, spec["shape"]["group"])
-    warm_up(plain_logp(model, rows[:2]).sum(), optimizer)
-    meter = measure.Meter()
-    for begin in (meter.start, meter.lap):
-        begin()
-        for r, advantage in zip(rows, grpo.group_advantages(rewards).flatten().tolist()):
-            r["advantage"] = advantage
-        minis = [sorted(mini, key=lambda r: len(r["prompt"]) + len(r["response"])) for mini in split(rows)]
+    rewards = rewards_of(samples, spec["shape"])
+    meter.lap()
+    for _ in range(2):
+        for s, advantage in zip(samples, grpo.group_advantages(rewards).flatten()):
+            s.advantage = advantage
+        minis = [sorted(mini, key=length) for mini in split(samples)]
         minis = [[mini[i:i + k] for i in range(0, len(mini), k)] for mini in minis]
         with torch.no_grad():
             old = [[plain_logp(model, b) if i else None for b in mini] for i, mini in enumerate(minis)]
         for mini, old_logps in zip(minis, old):
             total = sum(map(responses, mini))
             for batch, old_logp in zip(mini, old_logps):
-                advantages = torch.tensor([r["advantage"] for r in batch])
-                lengths = torch.tensor([len(r["response"]) for r in batch])
+                advantages = torch.stack([s.advantage for s in batch])
+                lengths = torch.tensor([len(s.response_ids) for s in batch])
                 loss, _ = grpo.grpo_loss(plain_logp(model, batch), old_logp, advantages, lengths,
                                          clip_high=0.28, total=total)
                 loss.backward()
             norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
             optimizer.step()
             optimizer.zero_grad()
-    meter.stop()
-    return meter.answer(grad_norm=norms, micro=k)
+        meter.lap()
+    return meter.answer(grad_norm=norms)
 
 
 def limit(spec):
     """As many tokens forward and backward through the bare model as ours, in full rows of one length without
     any padding: body, head on response tokens, cross-entropy; no entropy and no optimizer."""
-    (model, rows), batches = load(spec), []
-    for i, mini in enumerate(split(rows)):
-        scored = responses(mini)
-        tokens = scored + sum(len(r["prompt"]) for r in mini)
+    (model, samples), meter, batches = load(spec), measure.Meter(), []
+    for i, mini in enumerate(split(samples)):
+        scored, tokens = responses(mini), sum(map(length, mini))
         ids = torch.randint(5, model.config.vocab_size, (len(mini), round(tokens / len(mini))))
         for part in ids.tensor_split(-(-tokens // spec["token_budget"])):  # as many as ours, at least
             batches.append((part, scored * len(part) // len(mini), i > 0))
@@ -192,10 +184,8 @@ def limit(spec):
         hidden = model.base_model(ids, use_cache=False).last_hidden_state.flatten(0, 1)[:n]
         return F.cross_entropy(model.lm_head(hidden), ids.flatten()[:n])
 
-    warm_up(loss(batches[0][0][:2], 8), model)
-    meter = measure.Meter()
-    for begin in (meter.start, meter.lap):
-        begin()
+    meter.lap()
+    for _ in range(2):
         with torch.no_grad():
             for ids, n, scored_before in batches:
                 if scored_before:
@@ -203,33 +193,31 @@ def limit(spec):
         for ids, n, _ in batches:
             loss(ids, n).backward()
         model.zero_grad()
-    meter.stop()
+        meter.lap()
     return meter.answer(tokens=sum(ids.numel() for ids, _, _ in batches))
 
 
 SIDES = {"ours": ours, "trl": trl, "sorted": plain, "limit": limit}
-PEERS = {"trl": "trl"}
+PEERS = ["trl"]
 
 
 def cases(args):
     from transformers import AutoConfig
-    name = "smollm2" if args.model else "tiny"
-    shape = dict(WORKLOADS["quick" if args.quick else name])
+    shape = dict(WORKLOADS["quick" if args.quick else "smollm2" if args.model else "tiny"])
     model, micro = args.model or measure.random_model(Path(args.work) / "tiny"), shape.pop("micro")
-    rows = measure.rollouts(AutoConfig.from_pretrained(model).vocab_size, **shape)
-    cut = sum(r["finish_reason"] == "length" for r in rows) / len(rows)
-    what = (f"old log-probs, loss, backward and AdamW on {len(rows)} samples: {responses(rows):,} response "
-            f"tokens of at most {shape['max_len']}, {cut:.0%} cut off")
+    samples = measure.rollouts(AutoConfig.from_pretrained(model).vocab_size, **shape)
+    cut = sum(s.finish_reason == "length" for s in samples) / len(samples)
+    what = (f"old log-probs, loss, backward and AdamW on {len(samples)} samples: {responses(samples):,} "
+            f"response tokens of at most {shape['max_len']}, {cut:.0%} cut off")
     settings = {"shape": shape, "micro": micro, "model": model, "work": args.work,
                 "token_budget": 256 if args.quick else 2048}  # 2,048: grpo.py's own on a CPU
-    return [(what, {"workload": name, "tokens_response": responses(rows)}, settings)]
+    return what, [({"tokens_response": responses(samples)}, settings)]
 
 
 def compare(rows, _):
     """Times against ours, and how far the gradient norms are from ours."""
-    good = [r for r in rows if "error" not in r]
-    ours = next((r for r in good if r["side"] == "ours"), None)
-    for row in good if ours else []:
+    ours = rows.get("ours")
+    for row in rows.values() if ours else ():
         row["times_ours"] = row["seconds"]["median"] / ours["seconds"]["median"]
         row["tokens_per_second"] = row["tokens_response"] / row["seconds"]["median"]
         if "grad_norm" in row:
@@ -238,4 +226,4 @@ def compare(rows, _):
 
 
 if __name__ == "__main__":
-    measure.main("update")
+    measure.compare_sides("update")
