@@ -100,6 +100,18 @@ def test_graders_are_measured(tmp_path):
     assert theirs["accuracy"] == 1 - missed / theirs["cases"] < 1
 
 
+@pytest.mark.slow
+def test_stages_and_one_long_stage_are_compared(tmp_path):
+    out = tmp_path / "staging.json"
+    run([sys.executable, str(ROOT / "bench/staging.py"), "--quick", "--work", str(tmp_path), "--out",
+         str(out)], timeout=1200)
+    result = json.loads(out.read_text())
+    is_whole(result, "staging")
+    row, = result["rows"]
+    assert row["direct_tokens"] >= row["staged_tokens"] > 0 and row["direct_tokens"] >= row["reached_tokens"]
+    assert row["tokens_ratio"] == row["reached_tokens"] / row["staged_tokens"]
+
+
 def test_a_side_that_fails_costs_one_row_and_says_why():
     rows = measure.rows_of({"ours": [{"seconds": 1.0, "memory_mb": 5.0, "x": 1},
                                      {"seconds": 3.0, "memory_mb": None, "x": 1}],
