@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 
@@ -132,6 +133,19 @@ def test_the_toys_numbers_are_its_reports():
     assert len(shown) == 4 and shown == [(score, *shape) for score, shape in zip(scores, shapes, strict=True)]
     said = re.search(r"> stage1: \[...\] (.*?)\n\n", README, re.DOTALL)[1].replace("\n> ", " ")
     assert said in " ".join(report.split())
+
+
+def test_staged_against_direct_is_its_file():
+    rows, page = json.loads((ROOT / "bench/results/staging.json").read_text())["rows"], TEXTS["toy.md"]
+    tokens, seconds = (statistics.geometric_mean(row[f"{name}_ratio"] for row in rows)
+                       for name in ("tokens", "seconds"))
+    said = f"with {tokens:.2f} of the tokens in {seconds:.2f} times the seconds"
+    assert said in " ".join(README.split()) and said in " ".join(page.split())
+    for row in rows:
+        scores = f"{100 * row['staged_accuracy']:.1f} % | {100 * row['direct_accuracy']:.1f} %"
+        ratios = f"{row['tokens_ratio']:.2f} | {row['seconds_ratio']:.2f}"
+        assert (f"| {row['seed']} | {row['staged_tokens'] / 1e6:.2f} M | {scores} "
+                f"| {row['reached_tokens'] / 1e6:.2f} M | {ratios} |") in page
 
 
 @pytest.mark.parametrize("row", re.findall(r"^\d of \d+ GB\|.*", README, re.MULTILINE))
