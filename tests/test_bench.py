@@ -197,6 +197,7 @@ def report_of(check, folder, *more):
     return report.rows
 
 
+@pytest.mark.slow
 def test_a_wrong_head_and_documents_that_see_each_other_are_found(tmp_path, monkeypatch):
     """As a wrong kernel would let them: only where the input is not float64."""
     head, attention = policy.token_logprobs, policy.document_attention
