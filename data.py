@@ -265,7 +265,7 @@ def stated_answer(text):
     ('72', '2', None)
     """
     text = text[-20_000:].replace("\\fbox", "\\boxed").replace("</think>", "")
-    text = re.sub(r"\\boxed\s+([^\s{}$]+?)(?=[.,;]?(?:[\s$]|$))", r"\\boxed{\1}", text)
+    text = re.sub(r"\\boxed\s+([\d\\+-][^\s{}$]*?|[A-Za-z])(?=[.,;]?(?:[\s$]|$))", r"\\boxed{\1}", text)
     text = re.sub(r"(\}[\s$]*)or([\s$]*\\boxed)", r"\1and\2", text)  # both are the answer, as with "and"
     if boxes := reward.last_boxes(text, False):
         return ", ".join(dict.fromkeys(map(tidy, boxes)))
