@@ -92,6 +92,7 @@ def test_scores_of_0_and_100_percent_get_a_bound_over_problems():
     assert two == {"pass@1": pytest.approx(0.4), "se": pytest.approx(0.025)}
 
 
+@pytest.mark.slow
 def test_bootstrap_agrees_with_theory_and_is_calibrated():
     rng = np.random.default_rng(1)
     a, b = rng.random(200), rng.random(200)
