@@ -183,7 +183,7 @@ EDGES = re.compile(  # what may stand around an answer: spaces, an arrow, a full
 WRAPPED = re.compile(  # $$...$$  $...$  \(...\)  \[...\]  and a dollar sign that was never opened
     r"(?s)\$\$((?:(?!\$\$).)+)\$\$|\$([^$]+)\$|\\\(((?:(?!\\\().)+)\\\)|\\\[((?:(?!\\\[).)+)\\\]|([^$]*)\$")
 MARK = (  # a choice letter as AoPS and NuminaMath print it: (A)  \textbf{(A) }  (\text{A})  A)
-    r"(?:\\(?:text|textbf|textrm|mathrm|mathbf|rm|bf)\s*\{?\s*)?"
+    r"(?:\\(?:text|textbf|textrm|mathrm|mathbf|rm|bf)(?:\s*\{)?\s*)?"
     r"(?:\(\s*(?:\\text(?:bf)?\s*\{)?[A-H]\}?\s*\)|(?<![A-Za-z\\(])[A-H][).](?=[\s\\$~]))"
     r"(?:[\s~:.]|\\[ ,;:!])*\}?")
 QUOTED = r"(?:\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*')"
@@ -283,7 +283,7 @@ def stated_answer(text):
 
 def without_letter(text):
     """An answer without the choice letter before or behind it, and without \\text around a number."""
-    behind = r"\s*\\(?:text|mathrm|mathbf)\w*\{\s*\([A-H]\)\s*\}$|\s+\([A-H]\)$"
+    behind = r"(?<!\s)(?:\s*\\(?:text|mathrm|mathbf)\w*\{\s*\([A-H]\)\s*\}|\s+\([A-H]\))$"
     text = tidy(re.sub(rf"^{MARK}(?=.)|{behind}", "", text))
     return re.sub(r"^(?:\\text\w*\{\s*\(?(\d+)\)?\s*\}|\((\d+)\))$", r"\1\2", text)
 

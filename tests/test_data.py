@@ -161,7 +161,7 @@ def test_hostile_texts_stay_cheap():
     assert data.tidy("1" + " " * 10**6 + "2") and data.why_not_gradable("\\boxed{" * 10**5, "x " * 10**6)
     assert data.read_gold(10**400) == "1" + "0" * 400
     for text in ("the answer is $" * 10_000, "['" * 50_000, "[{'a': " * 20_000, "answer " * 20_000,
-                 "- " * 90_000):
+                 "- " * 90_000, "\\text" + " " * 90_000 + "x", "x(A)y" + " " * 90_000 + "z"):
         data.read_gold(text)
     assert time.process_time() - start < 8
 
